@@ -1,0 +1,176 @@
+"""An exported model on disk: a folder in the diffusers/optimum ONNX layout, plus our manifest `vega-edge.json`.
+
+A folder without a manifest, as optimum exports it, opens too, unchecked. Knows no engine and no diffusion: what is in
+the configs is for others to understand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError
+from .manifest import INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
+
+__all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
+__all__ += ["check_files", "describe_files", "write_manifest"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """`manifest` is None for a folder that another tool exported."""
+
+    path: Path
+    manifest: Manifest | None
+    model_index: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
+        """Reads the manifest and checks the files; `verify=False` checks that they are there and their sizes only.
+
+        Raises BundleError that names the part whose file is missing, truncated or altered.
+        """
+        path = Path(path)
+        _check_folder(path)
+        manifest = None
+        if (path / MANIFEST).exists():
+            manifest = Manifest.from_json(_read_text(path / MANIFEST), path / MANIFEST)
+            check_files(path, manifest, hashes=verify)
+        elif not (path / INDEX).is_file():
+            raise BundleError(f"{path} is not a bundle: it has no {INDEX}; make one: vega-edge export MODEL -o BUNDLE")
+        elif not any(path.glob("*/*.onnx")):
+            raise BundleError(f"{path} has no ONNX graphs; export it first: vega-edge export {path} -o BUNDLE")
+        return cls(path, manifest, _read_object(path / INDEX))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the subfolders that hold the model: unet, tokenizer, ..."""
+        if self.manifest is not None:
+            return tuple(sorted(part for part in self.manifest.parts if part != ROOT_PART))
+        # model_index.json also names parts that the folder lacks, and facts that are no parts.
+        return tuple(sorted(part for part in self.model_index if (self.path / part).is_dir()))
+
+    def has(self, file: str) -> bool:
+        """Is `file`, such as "vae_decoder/pixels.onnx", part of the bundle?"""
+        if self.manifest is not None:
+            return file in self.manifest.parts.get(part_of(file), Part({})).files
+        return (self.path / file).is_file()
+
+    def file(self, file: str) -> Path:
+        """Raises BundleError if the bundle has no such file; one that its manifest does not list was never checked."""
+        if not self.has(file):
+            raise BundleError(f"bundle {self.path} has no {file}; it has the parts: {', '.join(self.parts) or 'none'}")
+        return self.path / file
+
+    def graph(self, part: str, name: str = "model.onnx") -> Path:
+        return self.file(f"{part}/{name}")
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's config.json as diffusers or transformers wrote it, read anew on each call."""
+        return _read_object(self.file(f"{part}/config.json"))
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        return _read_object(self.file("scheduler/scheduler_config.json"))
+
+
+def describe_files(folder: Path, part: str) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of `part` in a bundle that is being made, by its name in the bundle, sorted."""
+    files = (file for file in _files(folder) if file != MANIFEST and part_of(file) == part)
+    return {file: FileEntry(_sha256(folder / file), (folder / file).stat().st_size) for file in files}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest at once or not at all. Raises BundleError unless it lists exactly the files in `folder`."""
+    target = folder / MANIFEST
+    text = manifest.to_json()
+    Manifest.from_json(text, target)  # what is written can be read
+    check_files(folder, manifest, hashes=False)
+    listed = {file for part in manifest.parts.values() for file in part.files}
+    if unlisted := [file for file in _files(folder) if file not in listed | {MANIFEST}]:
+        raise BundleError(f"{folder}: the manifest does not list {', '.join(unlisted)}")
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except OSError as failure:
+        raise BundleError(f"{target} can't be written: {failure.strerror}") from failure
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Compares the files with the manifest: all sizes first, which costs nothing, then their contents."""
+    entries = [(part, *item) for part, entry in sorted(manifest.parts.items()) for item in entry.files.items()]
+    for part, file, entry in entries:
+        if fault := _size_fault(folder / file, entry):
+            raise _damaged(folder, part, f"{file} {fault}")
+    for part, file, entry in entries if hashes else []:
+        got, listed = _sha256(folder / file), entry.sha256
+        if got != listed:
+            raise _damaged(folder, part, f"{file} is altered (sha256 {got[:12]}, the manifest says {listed[:12]})")
+
+
+def _size_fault(path: Path, entry: FileEntry) -> str:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size < entry.bytes:
+        return f"is truncated ({size} of {entry.bytes} bytes)"
+    return f"is altered ({size} bytes, the manifest says {entry.bytes})" if size > entry.bytes else ""
+
+
+def _damaged(folder: Path, part: str, fault: str) -> BundleError:
+    return BundleError(f"bundle {folder}, part {part}: {fault}; copy or export the bundle again")
+
+
+def _check_folder(path: Path) -> None:
+    if os.path.isdir(path):  # os.path answers False where Path raises: a name that is too long, a NUL in it
+        return
+    if not os.path.exists(path):
+        raise BundleError(f"there is no bundle at {path}")
+    raise BundleError(f"{path} is a file; a bundle is a folder, made by: vega-edge export MODEL -o BUNDLE")
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Names of all files below `folder`, with / between their pieces, sorted."""
+    yield from sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except OSError as failure:
+        raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
+    return digest.hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as failure:
+        raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
+    except UnicodeDecodeError as failure:
+        raise BundleError(f"{path}: not UTF-8 text") from failure
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of diffusers'; any keys, but it must be an object."""
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as failure:
+        raise BundleError(f"{path}: not JSON: {failure}") from failure
+    if not isinstance(values, dict):
+        raise BundleError(f"{path}: must hold an object, not {json.dumps(values)[:40]}")
+    return values

@@ -1,0 +1,1 @@
+"""The embedded model: its pictures, its checker, its training and its weights."""

@@ -1,0 +1,161 @@
+"""Do the embedded models draw what they are told? Their own pictures, read by the checker.
+
+    python -m vega_edge.demo.evaluate -o demo/results.json
+
+draws with the exported bundles (see `vega-edge export`) and prints the table of `demo/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.pipeline import Pipeline
+from .check import read, score
+from .render import render
+from .scenes import Scene, Thing, combinations, full_caption, sample_scene
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: which bundle, how it is run, on which prompts, and what is to be reached (None: reported only)."""
+
+    title: str
+    bundle: str
+    prompts: str  # seen, unseen, two
+    options: dict[str, Any]
+    goal: float | None = None
+
+
+BASE = {"scheduler": "Euler", "steps": 25, "guidance": 3.0}
+SD = {"scheduler": "DPM Multi", "steps": 25, "guidance": 3.0}
+
+
+def few(steps: int) -> dict[str, Any]:
+    return {"scheduler": "LCM", "steps": steps, "guidance": 0.0}
+
+
+SETTINGS = [
+    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "seen", BASE, 95),
+    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "unseen", BASE, 90),
+    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "two", BASE, 80),
+    Setting("demo-vega, Euler, 25 steps, no guidance", "demo-vega", "seen", {**BASE, "guidance": 0.0}),
+    Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "seen", few(4), 90),
+    Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "unseen", few(4), 85),
+    Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "two", few(4), 80),
+    Setting("control: demo-vega without the LoRA, LCM, 4 steps", "demo-vega", "seen", few(4)),
+    Setting("demo-vegart, LCM, 2 steps", "demo-vegart", "seen", few(2)),
+    Setting("control: demo-vega without the LoRA, LCM, 2 steps", "demo-vega", "seen", few(2)),
+    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 3", "demo-small-sd", "seen", SD, 90),
+    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 3", "demo-small-sd", "unseen", SD),
+    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 3", "demo-tiny-sd", "seen", SD, 85),
+    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 3", "demo-tiny-sd", "unseen", SD),
+]
+
+
+def scenes(kind: str, count: int) -> list[Scene]:
+    """The prompts of a row: the same for every row of that kind."""
+    rng = np.random.default_rng({"seen": 101, "unseen": 102, "two": 103}[kind])
+    if kind == "two":
+        found: list[Scene] = []
+        while len(found) < count:
+            scene = sample_scene(rng, two=1.0)
+            found.append(scene)
+        return found
+    combos = combinations(held_out=kind == "unseen")
+    picks = [combos[i % len(combos)] for i in rng.permutation(max(count, len(combos)))[:count]]
+    sizes = ("small", "", "", "big")
+    return [Scene((Thing(c, s, sizes[int(rng.integers(4))], 0, 0, 0, 0),), b, 0) for c, s, b in picks]
+
+
+def ceiling(count: int) -> tuple[float, float]:
+    """The checker on clean renderings, per cent all right: one thing, two things."""
+    rng = np.random.default_rng(104)
+    right = []
+    for two in (0.0, 1.0):
+        drawn = [sample_scene(rng, two=two) for _ in range(count)]
+        right.append(100 * np.mean([score(render(s), s).all for s in drawn]))
+    return float(right[0]), float(right[1])
+
+
+@dataclass
+class Row:
+    title: str
+    prompts: str
+    count: int
+    color: float
+    shape: float
+    background: float
+    all: float
+    goal: float | None
+    fit: float  # mean overlap with the ideal outline, where the shape was right
+    teacher_rms: float | None  # distance from the 25-step guided picture of the same seed, of 255
+    seconds_a_picture: float
+
+
+def pictures(pipe: Pipeline, drawn: list[Scene], options: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
+    for i, scene in enumerate(drawn):
+        yield np.asarray(pipe(full_caption(scene), seed=1000 + i, **options).images[0])
+
+
+def evaluate(setting: Setting, count: int, engine: str, teacher: dict[str, list[NDArray[np.uint8]]]) -> Row:
+    pipe = Pipeline.open(setting.bundle, engine)
+    drawn = scenes(setting.prompts, count)
+    start = time.perf_counter()
+    images = list(pictures(pipe, drawn, setting.options))
+    seconds = time.perf_counter() - start
+    pipe.close()
+    if setting.bundle == "demo-vega" and setting.options == BASE:
+        teacher[setting.prompts] = images
+    scores = [score(image, scene) for image, scene in zip(images, drawn, strict=True)]
+    fits = [read(i).things[0].fit for i, s in zip(images, scores, strict=True) if s.shape]
+    rms = None
+    if setting.options["scheduler"] == "LCM" and setting.prompts in teacher:
+        rms = float(np.mean([np.sqrt(np.mean((a.astype(float) - b) ** 2)) for a, b in zip(images, teacher[setting.prompts], strict=True)]))  # fmt: skip
+    percent = {k: round(100 * float(np.mean([getattr(s, k) for s in scores])), 1) for k in ("color", "shape", "background", "all")}  # fmt: skip
+    return Row(setting.title, setting.prompts, count, **percent, goal=setting.goal, fit=round(float(np.mean(fits)) if fits else 0.0, 3), teacher_rms=rms and round(rms, 2), seconds_a_picture=round(seconds / count, 3))  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| setting | prompts | all right | goal | colour | shape | background | outline fit | rms from teacher |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in rows:
+        goal = f"≥ {r.goal:g}" if r.goal else ""
+        rms = "" if r.teacher_rms is None else f"{r.teacher_rms:.1f}"
+        lines.append(f"| {r.title} | {r.count} {r.prompts} | **{r.all:.1f} %** | {goal} | {r.color:.1f} | {r.shape:.1f} | {r.background:.1f} | {r.fit:.3f} | {rms} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=400, help="prompts a row")
+    parser.add_argument("--engine", default="onnxruntime-cpu")
+    parser.add_argument("--only", default="", help="rows whose bundle is this one")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    teacher: dict[str, list[NDArray[np.uint8]]] = {}
+    rows = []
+    one, two = ceiling(arguments.count)
+    print(f"the checker on clean renderings: {one:.1f} % (one thing), {two:.1f} % (two)", flush=True)
+    for setting in SETTINGS:
+        if arguments.only in ("", setting.bundle):
+            rows.append(evaluate(setting, arguments.count, arguments.engine, teacher))
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(rows))
+    if arguments.output:
+        facts = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(), "python": platform.python_version(), **{p: version(p) for p in ("numpy", "onnxruntime")}, "engine": arguments.engine}  # fmt: skip
+        arguments.output.write_text(json.dumps({**facts, "checker_on_renderings": {"one": one, "two": two}, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

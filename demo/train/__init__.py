@@ -1,0 +1,1 @@
+"""Training of the embedded model, in stages; needs the `export` extra (torch, diffusers). See `demo/README.md`."""

@@ -1,0 +1,88 @@
+"""Training a text-to-noise network on cached latents: DDPM's loss (arXiv:2006.11239) with min-SNR weights
+(arXiv:2303.09556), noise prediction, scaled-linear betas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from ..scenes import Scene, caption
+from .common import SCALING_FACTOR, pictures, sample_scenes, to_model_range
+from .models import BETAS, TextToNoise, load_tokenizer
+
+SIZES = (((128, 128), 0.92), ((192, 128), 0.04), ((128, 192), 0.04))  # width and height in pixels, share of the batches
+
+
+@lru_cache(maxsize=1)
+def alphas_cumprod() -> torch.Tensor:
+    betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+@dataclass
+class Pool:
+    """Scenes and their scaled latents, one entry a picture size."""
+
+    scenes: list[list[Scene]]
+    latents: list[torch.Tensor]
+
+    def batch(self, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+        which = int(rng.choice(len(SIZES), p=[share for _, share in SIZES]))
+        index = rng.integers(len(self.scenes[which]), size=n)
+        return self.latents[which][index].float(), [caption(self.scenes[which][i], rng) for i in index]
+
+
+@torch.no_grad()
+def make_pool(vae_folder: Path, n: int, seed: int, file: Path) -> Pool:
+    """Renders and encodes `n` pictures (fewer of the long formats), once: `file` keeps the latents."""
+    counts = [n if share > 0.5 else n // 12 for _, share in SIZES]
+    scenes = [sample_scenes(seed, k, w, h) for ((w, h), _), k in zip(SIZES, counts, strict=True)]
+    if not file.exists():
+        vae = AutoencoderKL.from_pretrained(vae_folder)
+        latents = [
+            torch.cat([vae.encode(to_model_range(pictures(group[i : i + 32]))).latent_dist.mean.half() * SCALING_FACTOR for i in range(0, len(group), 32)])
+            for group in scenes
+        ]  # fmt: skip
+        torch.save(latents, file)
+    return Pool(scenes, torch.load(file))
+
+
+class Tokens:
+    """Captions to the ids of each encoder's tokenizer."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.tokenizers = [load_tokenizer(f) for f in folders]
+        self.cache: dict[str, list[torch.Tensor]] = {}
+
+    def __call__(self, captions: list[str]) -> list[torch.Tensor]:
+        new = sorted(set(captions) - self.cache.keys())
+        if new:
+            ids = [t(new, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids for t in self.tokenizers]
+            self.cache.update({c: [i[k] for i in ids] for k, c in enumerate(new)})
+        return [torch.stack([self.cache[c][k] for c in captions]) for k in range(len(self.tokenizers))]
+
+
+def sample_timesteps(n: int, rng: np.random.Generator) -> torch.Tensor:
+    """Uniform, with three in ten from the noisier half, where a picture's layout is decided."""
+    low = np.where(rng.random(n) < 0.3, 500, 0)
+    return torch.from_numpy(rng.integers(low, 1000))
+
+
+def loss_on(model: TextToNoise, pool: Pool, tokens: Tokens, batch: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+    abar = alphas_cumprod()
+    x0, captions = pool.batch(batch, rng)
+    text, pooled = model.encode(tokens(captions))
+    keep = torch.from_numpy(rng.random(batch) >= 0.1).float()
+    if pooled is not None:  # the SDXL kind's unconditional input is zeros (force_zeros_for_empty_prompt)
+        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+    t = sample_timesteps(batch, rng)
+    a = abar[t][:, None, None, None]
+    noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+    error = model.predict(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text, pooled) - noise
+    snr = a / (1 - a)
+    return (error.square() * (snr.clamp(max=5) / snr)).mean()

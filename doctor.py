@@ -1,0 +1,160 @@
+"""What `vega-edge doctor` tells: what is installed here, which engines work, why the others do not, and what to do.
+
+Collects facts and writes them down; changes nothing. Imports every backend that it finds, to see whether it works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import engines
+from .engines import EngineStatus, nvidia
+from .errors import EngineError
+from .manifest import INDEX
+
+PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "torch", "diffusers")
+
+# Each of these puts its files into the same folder, onnxruntime/.
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
+
+
+@dataclass(frozen=True)
+class BundleFolder:
+    path: str
+    bundles: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is not there is '': a package's version, the engine for `auto`, `why_no_gpu` where there is a GPU."""
+
+    version: str
+    python: str
+    system: str
+    cpu: str
+    cores: int
+    gpus: tuple[str, ...]
+    why_no_gpu: str
+    packages: dict[str, str]
+    engines: tuple[EngineStatus, ...]
+    auto: str
+    bundle_folders: tuple[BundleFolder, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for --json."""
+        return dataclasses.asdict(self)
+
+
+def examine(bundle_folders: Iterable[Path] = ()) -> Report:
+    """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist."""
+    gpus, why_no_gpu = _gpus()
+    auto, no_engine = _auto()
+    return Report(
+        version=_version("vega-edge"),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu(),
+        cores=os.cpu_count() or 1,
+        gpus=gpus,
+        why_no_gpu=why_no_gpu,
+        packages={name: _version(name) for name in PACKAGES},
+        engines=tuple(engines.available()),
+        auto=auto,
+        bundle_folders=tuple(_bundles(folder) for folder in bundle_folders),
+        warnings=tuple(_overwritten() + no_engine),
+    )
+
+
+def render(report: Report) -> str:
+    """The report as text for people, without a newline at its end."""
+    gpus = ", ".join(report.gpus) or f"none: {report.why_no_gpu}"
+    lines = [
+        f"vega-edge {report.version or '(not installed)'}, Python {report.python}, {report.system}",
+        f"CPU: {report.cpu}, {report.cores} logical cores",
+        f"GPU: {gpus}",
+        "",
+        f"Engines (auto takes {report.auto or 'none'})",
+        *_columns([_engine_row(state) for state in report.engines]),
+        "",
+        "Packages",
+        *_columns([(name, version or "-") for name, version in report.packages.items()]),
+    ]
+    if report.bundle_folders:
+        lines += ["", "Bundles", *(f"  {_bundle_line(folder)}" for folder in report.bundle_folders)]
+    if report.warnings:
+        lines += ["", *(f"WARNING: {warning}" for warning in report.warnings)]
+    return "\n".join(lines)
+
+
+def _engine_row(state: EngineStatus) -> tuple[str, str, str]:
+    if state.ok:
+        return state.name, "ok", f"{state.version} on {state.device}"
+    return state.name, "no", "; ".join(text for text in (state.why_not, state.install) if text)
+
+
+def _bundle_line(folder: BundleFolder) -> str:
+    return f"{folder.path}: {', '.join(folder.bundles) or 'none'} ({folder.bytes / 1e6:.1f} MB)"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _overwritten() -> list[str]:
+    there = [name for name in ONNXRUNTIMES if _version(name)]
+    if len(there) < 2:
+        return []
+    return [
+        f"{' and '.join(there)} are both installed and overwrite each other's files: pip uninstall {' '.join(there)}, "
+        'then pip install "vega-edge[cuda]" for an NVIDIA GPU or "vega-edge[cpu]"'
+    ]
+
+
+def _gpus() -> tuple[tuple[str, ...], str]:
+    try:
+        return tuple(nvidia.devices()), ""
+    except EngineError as failure:
+        return (), str(failure)
+
+
+def _auto() -> tuple[str, list[str]]:
+    try:
+        return engines.choose_engine(), []
+    except EngineError as failure:
+        return "", [str(failure)]
+
+
+def _cpu() -> str:
+    """The processor's name. On Linux it is in /proc only; platform.processor() is empty or the architecture there."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _bundles(folder: Path) -> BundleFolder:
+    bundles = sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    files = (file for bundle in bundles for file in bundle.rglob("*") if file.is_file())
+    return BundleFolder(str(folder), tuple(path.name for path in bundles), sum(file.stat().st_size for file in files))

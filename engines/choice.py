@@ -1,0 +1,79 @@
+"""The engines by name, whether each can be had here, and which one `auto` takes. Imports no backend to find out."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import EngineError
+from . import nvidia
+
+log = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    package: str  # what is imported; the file in this folder has the same name
+    setting: str  # what that file's open_graph is told
+    extra: str  # what to install: vega-edge[extra]
+
+
+class Missing(NamedTuple):
+    why: str
+    cure: str
+
+
+ENGINES: Mapping[str, Backend] = {
+    "onnxruntime-cpu": Backend("onnxruntime", "CPUExecutionProvider", "cpu"),
+    "onnxruntime-cuda": Backend("onnxruntime", "CUDAExecutionProvider", "cuda"),
+    "openvino": Backend("openvino", "f32", "openvino"),
+    "openvino-bf16": Backend("openvino", "bf16", "openvino"),
+}
+
+# Fastest first among those with full precision; openvino-bf16 rounds to 8 bits, so it is only for those who ask for it.
+AUTO = ("onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+
+
+def choose_engine() -> str:
+    """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
+
+    Choose once for all graphs of a model. Raises EngineError if no engine is installed.
+    """
+    passed: list[str] = []
+    for name in AUTO:
+        missing = missing_here(name)
+        if missing is None:
+            log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
+            return name
+        passed.append(f"{name} ({missing.why})")
+    raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+
+
+def missing_here(name: str) -> Missing | None:
+    """Why engine `name` can't be used here and what to do, as far as that is known without importing it."""
+    backend = ENGINES[name]
+    spec = importlib.util.find_spec(backend.package)
+    if spec is None:
+        return Missing(f"{backend.package} is not installed", _install(backend.extra))
+    if spec.origin is None:  # a folder without its __init__.py
+        again = f"pip uninstall every {backend.package} package, then {_install(backend.extra)}"
+        return Missing(f"{backend.package} is installed in part: another package took files with it", again)
+    if name == "onnxruntime-cuda":
+        return _missing_cuda(Path(spec.origin).parent)
+    return None
+
+
+def _missing_cuda(onnxruntime: Path) -> Missing | None:
+    if not any(onnxruntime.glob("capi/*onnxruntime_providers_cuda*")):
+        return Missing("this onnxruntime was built without CUDA", f"pip uninstall onnxruntime, then {_install('cuda')}")
+    try:
+        nvidia.devices()
+    except EngineError as failure:
+        return Missing(str(failure), "install NVIDIA's driver, or use another engine")
+    return None
+
+
+def _install(extra: str) -> str:
+    return f'pip install "vega-edge[{extra}]"'  # double quotes: cmd.exe knows no others

@@ -1,0 +1,89 @@
+"""Graphs on OpenVINO's CPU device, in float32 or bfloat16 arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov  # type: ignore[import, unused-ignore]
+from numpy.typing import NDArray
+from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]
+
+from ..errors import EngineError
+from .protocol import Spec
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "f64": np.dtype(np.float64),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "boolean": np.dtype(np.bool_),
+}
+
+
+class OpenVinoEngine:
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self.inputs = {port.any_name: _spec(port) for port in compiled.inputs}
+        self.outputs = {port.any_name: _spec(port) for port in compiled.outputs}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        # Outputs are in the order of compiled.outputs, and copies, because share_outputs is False.
+        results = self._request.infer(dict(feeds), share_outputs=False)
+        return {name: results[index] for index, name in enumerate(self.outputs)}
+
+    def close(self) -> None:
+        self._request = None
+
+
+def open_graph(path: Path, precision: str, threads: int, cache: Path | None) -> OpenVinoEngine:
+    """`precision` is f32 or bf16; `threads` 0 leaves the number to OpenVINO; `cache` is where compiled graphs go."""
+    core = ov.Core()
+    _require(core, precision)
+    # The ONNX frontend itself: core.read_model would try every frontend on a damaged file, and they print.
+    # And a model, not a path, to compile_model: by path, the cache does not see a change in the external weights.
+    frontend = FrontEndManager().load_by_framework("onnx")
+    model = frontend.convert(frontend.load(path))
+    if not model.outputs:  # how OpenVINO reads an empty file
+        raise EngineError("the graph has no outputs")
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    if cache is not None:
+        settings["CACHE_DIR"] = str(cache / f"openvino-{precision}")  # shared between precisions it once gave NaN
+    compiled = core.compile_model(model, "CPU", settings)
+    got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if got != precision:
+        raise EngineError(f"asked for {precision} arithmetic, got {got}")
+    return OpenVinoEngine(compiled)
+
+
+def version() -> str:
+    return str(ov.__version__).split("-")[0]
+
+
+def device(precision: str) -> str:
+    """What `precision` runs on, for people. Raises EngineError if this CPU does not have that precision."""
+    core = ov.Core()
+    _require(core, precision)
+    return str(core.get_property("CPU", "FULL_DEVICE_NAME"))
+
+
+def _require(core: Any, precision: str) -> None:
+    """Asked for bf16 on a CPU that lacks it, OpenVINO computes in float32 without a word."""
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        cpu = core.get_property("CPU", "FULL_DEVICE_NAME")
+        raise EngineError(f"this CPU ({cpu}) has no bf16 arithmetic; use openvino")
+
+
+def _spec(port: Any) -> Spec:
+    kind = port.element_type.get_type_name()
+    if kind not in DTYPES:
+        raise EngineError(f"{port.any_name!r} is {kind}, which is not among: {', '.join(DTYPES)}")
+    shape = port.partial_shape
+    return Spec(DTYPES[kind], tuple(None if size.is_dynamic else size.get_length() for size in shape))

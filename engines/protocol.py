@@ -1,0 +1,47 @@
+"""What an engine is: one graph open on one device; numpy in, numpy out, by name. Knows no diffusion and no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Spec(NamedTuple):
+    """What an input takes or an output gives. A dimension is a size, or if it is free its name, or None if unnamed."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return describe(self.dtype, self.shape)
+
+
+class Engine(Protocol):
+    """An open graph. Use one engine from one thread at a time; `contextlib.closing` closes it at the end of a block.
+
+    `run` takes every input by name and gives every output by name. Arrays that it returns belong to the caller: a later
+    run does not change them. Arrays that it is given are read before it returns, and not kept, with one exception: a
+    read-only array (`writeable=False`) may be held by reference and its copy on the device used again when the same
+    array comes again, so an array that was made read-only must not change any more.
+    `close` frees the device's memory; a second close does nothing.
+    """
+
+    @property
+    def inputs(self) -> Mapping[str, Spec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Spec]: ...
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Raises EngineError for feeds that do not fit `inputs`, for a failure of the backend, and after `close`."""
+
+    def close(self) -> None: ...
+
+
+def describe(dtype: np.dtype[Any], shape: tuple[int | str | None, ...]) -> str:
+    """'float32[batch, 4, ?, ?]'"""
+    # str, not dtype.name, which hides a foreign byte order
+    return f"{dtype}[{', '.join('?' if size is None else str(size) for size in shape)}]"

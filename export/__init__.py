@@ -1,0 +1,11 @@
+"""Checkpoint to bundle: the only package of the runtime's wheel that needs torch, and only while it exports.
+
+`export_bundle` does the whole way; `format_report` says how it went; `lora` is of use without torch.
+"""
+
+from __future__ import annotations
+
+from .report import ExportReport, PartReport, Progress, format_report
+from .writer import export_bundle
+
+__all__ = ["ExportReport", "PartReport", "Progress", "export_bundle", "format_report"]

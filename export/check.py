@@ -1,0 +1,82 @@
+"""Is an exported part what torch computes? One table of tolerances, one measure, run by the engine that users run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines import open_engine
+from ..errors import ExportError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+# Largest difference from torch in float32 with the same (rounded) weights, relative to the largest value of the output.
+# A wrong weight, a transposed matrix or a lost digit of the timestep's sinusoids shows as 1e-2 or more.
+TOLERANCES = {
+    ("text_encoder", "fp32"): 5e-5,  # sums in another order over up to 32 layers; measured 1e-6
+    ("unet", "fp32"): 2e-4,  # deeper, and GroupNorm over few values amplifies; measured 2e-6
+    ("vae_decoder", "fp32"): 2e-4,  # as above
+    ("text_encoder", "fp16"): 1e-2,  # eleven bits, a few layers deep; measured 1e-3
+    ("unet", "fp16"): 3e-2,  # eleven bits, and attention logits in the thousands; measured 2e-3
+    ("vae_decoder", "fp16"): 3e-2,  # only autoencoders made for fp16 get here
+}
+# Pixels: a value that lies on the edge between two levels falls to either side when its last digits differ.
+PIXEL_LEVELS = {"fp32": 1, "fp16": 8}  # of 255; fp16: 3e-2 of the range
+
+
+def tolerance(part: str, dtype: str) -> float:
+    return TOLERANCES[part.removesuffix("_2"), dtype]
+
+
+def compare(part: str, graph: Path, dtype: str, cases: Sequence[tuple[Arrays, Arrays]]) -> float:
+    """Run the graph on each case's feeds and compare with its reference. Returns the largest relative error.
+
+    ExportError if an output is not finite, has another shape, or differs by more than the part's tolerance.
+    """
+    worst = 0.0
+    for got, wanted in _run(graph, cases):
+        for name, reference in wanted.items():
+            worst = max(worst, relative_error(part, name, got[name], reference))
+    allowed = tolerance(part, dtype)
+    if worst > allowed:
+        raise ExportError(
+            f"{part}: differs from torch by {worst:.1e} of the largest value in {dtype}, allowed is {allowed:.0e}; "
+            + ("export it with dtype fp32" if dtype == "fp16" else "this is a defect of the export: please report it")
+        )
+    return worst
+
+
+def compare_pixels(graph: Path, dtype: str, cases: Sequence[tuple[Arrays, Arrays]]) -> int:
+    """As `compare`, for uint8 pixels. Returns the largest difference in levels."""
+    worst = 0
+    for got, wanted in _run(graph, cases):
+        pixels, reference = got["pixels"], wanted["pixels"]
+        if pixels.shape != reference.shape or pixels.dtype != np.uint8:
+            raise ExportError(f"vae_decoder: pixels are {pixels.dtype}{list(pixels.shape)}, expected uint8{list(reference.shape)}")
+        worst = max(worst, int(np.abs(pixels.astype(int) - reference).max()))
+    if worst > PIXEL_LEVELS[dtype]:
+        raise ExportError(f"vae_decoder: pixels differ from torch's by {worst} levels in {dtype}, allowed is {PIXEL_LEVELS[dtype]}")
+    return worst
+
+
+def relative_error(part: str, name: str, got: NDArray[Any], reference: NDArray[Any]) -> float:
+    if got.shape != reference.shape:
+        raise ExportError(f"{part}: {name} has shape {list(got.shape)}, torch's has {list(reference.shape)}")
+    if not (np.isfinite(got).all() and np.isfinite(reference).all()):
+        raise ExportError(f"{part}: {name} is not finite (overflow); check the weights, or export with dtype fp32")
+    difference = np.abs(got.astype(np.float64) - reference.astype(np.float64)).max()
+    return float(difference / max(float(np.abs(reference).max()), 1e-12))
+
+
+def _run(graph: Path, cases: Sequence[tuple[Arrays, Arrays]]) -> list[tuple[Arrays, Arrays]]:
+    engine = open_engine(graph, "onnxruntime-cpu")
+    try:
+        return [
+            (engine.run({k: v.astype(engine.inputs[k].dtype) for k, v in feeds.items()}), wanted) for feeds, wanted in cases
+        ]
+    finally:
+        engine.close()  # on Windows an open file can't be moved

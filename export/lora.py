@@ -1,0 +1,203 @@
+"""LoRA files: which module each of their keys means, and the change of weight each asks for. numpy only.
+
+Three spellings are read, and may be mixed: Kohya's (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.alpha`),
+PEFT's (`unet.down_blocks.0....to_q.lora_A.weight`) and diffusers' older one (`...to_q.lora.down.weight`,
+`...processor.to_q_lora.down.weight`). The change is strength * alpha / rank * up @ down (Hu et al. 2021,
+arXiv:2106.09685, section 4.1). Knows no torch and no ONNX: weights are names and shapes here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ExportError
+from .safetensors_file import read_float32
+
+_ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
+_KEY = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<kohya>down|up)\.weight"
+    r"|\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"  # PEFT puts the adapter's name ('default') between, or leaves it out
+    r"|\.lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
+    r"|_lora\.(?P<processor>down|up)\.weight"
+    r"|\.(?P<alpha>alpha))$"
+)
+_PARTS = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+_RAW_PEFT = "base_model.model."  # PEFT's own save: the module inside its wrapper, and the alpha in a JSON file
+
+
+class ModuleKey(NamedTuple):
+    """Where a LoRA layer belongs. `name` has underscores for dots, because Kohya's keys have lost the difference."""
+
+    part: str
+    name: str
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The low-rank change of one weight. down: float32[rank, in, (kh, kw)], up: float32[out, rank, (1, 1)].
+
+    `scale` is alpha / rank; 1 where the file names no alpha, which is what diffusers does too.
+    """
+
+    label: str
+    down: NDArray[np.float32]
+    up: NDArray[np.float32]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight this layer changes, without trailing ones: (out, in) or (out, in, kh, kw)."""
+        return _squeezed((self.up.shape[0], *self.down.shape[1:]))
+
+    def fits(self, shape: Iterable[int]) -> bool:
+        return self.shape == _squeezed(shape)
+
+    def delta(self, shape: tuple[int, ...], strength: float) -> NDArray[np.float32]:
+        """What to add to the weight of this shape (torch's layout, [out, in, ...])."""
+        rank = self.down.shape[0]
+        up = self.up.reshape(-1, rank) * np.float32(strength * self.scale)
+        return (up @ self.down.reshape(rank, -1)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Lora:
+    path: Path
+    layers: Mapping[ModuleKey, LoraLayer]
+
+
+def read_lora(path: Path) -> Lora:
+    """Parse a LoRA file. ExportError when it is not safetensors, is damaged, or holds keys of an unknown kind."""
+    if not path.is_file():
+        raise ExportError(f"LoRA {path} is not a file; give the path of its .safetensors file")
+    if path.suffix != ".safetensors":
+        raise ExportError(
+            f"LoRA {path} is not a .safetensors file; others are pickled and can run code when read: "
+            "convert it to safetensors where you trust it"
+        )
+    tensors, metadata = read_float32(path)
+    found: dict[str, dict[str, NDArray[np.float32]]] = {}
+    strange = []
+    for key, value in tensors.items():
+        match = _KEY.match(key)
+        role = match and next((r for r in match.groups()[1:] if r), None)
+        if match is None or role is None:
+            strange.append(key)
+        else:
+            found.setdefault(_module(match), {})[_ROLES[role]] = value
+    if strange or not found:
+        raise ExportError(
+            f"LoRA {path}: {len(strange)} of its {len(tensors)} keys are of an unknown kind"
+            f"{', the first is ' + strange[0] if strange else ''}; known are lora_down/lora_up with alpha, "
+            "lora_A/lora_B and lora.down/lora.up (no DoRA, LoHa, LoKr)"
+        )
+    scales = _Scales(path, metadata, raw_peft=any(m.startswith(_RAW_PEFT) for m in found))
+    return Lora(path, {module_key(m): _layer(path, m, roles, scales) for m, roles in found.items()})
+
+
+def match_lora(
+    lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, dict[str, LoraLayer]]:
+    """Find each layer's weight. `weights`: part -> weight name ('....to_q.weight') -> shape in torch's layout.
+
+    Returns part -> weight name -> layer. ExportError if any layer fits nothing: no layer is dropped in silence.
+    """
+    modules = {
+        ModuleKey(part, name.removesuffix(".weight").replace(".", "_")): (part, name)
+        for part, shapes in weights.items()
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4)
+    }
+    matched: dict[str, dict[str, LoraLayer]] = {}
+    missing, misshapen = [], []
+    for key, layer in lora.layers.items():
+        # transformers 5 has dropped the 'text_model' level that checkpoints and Kohya's keys still name
+        part, name = modules.get(key) or modules.get(ModuleKey(key.part, f"text_model_{key.name}")) or ("", "")
+        if not name:
+            missing.append(layer.label)
+        elif not layer.fits(weights[part][name]):
+            misshapen.append(f"{layer.label} ({_x(layer.shape)} here, {_x(weights[part][name])} in the checkpoint)")
+        else:
+            matched.setdefault(part, {})[name] = layer
+    if missing or misshapen:
+        raise ExportError(
+            f"LoRA {lora.path}: {len(missing) + len(misshapen)} of its {len(lora.layers)} modules fit nothing in this "
+            f"checkpoint, the first is {(missing + misshapen)[0]}; use a LoRA made for this architecture"
+        )
+    return matched
+
+
+def module_key(module: str) -> ModuleKey:
+    """'unet.mid_block.resnets.0.conv1' or 'lora_unet_mid_block_resnets_0_conv1' -> ('unet', 'mid_block_...conv1')."""
+    module = module.removeprefix(_RAW_PEFT)
+    prefix = next((p for p in _PARTS if module.startswith(p)), "")
+    return ModuleKey(_PARTS.get(prefix, "unet"), module.removeprefix(prefix).replace(".", "_"))
+
+
+def _module(match: re.Match[str]) -> str:
+    module = match["module"]
+    if match["processor"]:  # diffusers before 0.22 kept LoRA in attention processors: '....attn1.processor.to_out_lora'
+        module = module.replace(".processor.", ".")
+        module += ".0" if module.endswith(".to_out") else ""
+    return module
+
+
+def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scales: _Scales) -> LoraLayer:
+    down, up = roles.get("down"), roles.get("up")
+    if down is None or up is None:
+        raise ExportError(f"LoRA {path}: {module} lacks its {'down' if down is None else 'up'} weight; fetch it again")
+    rank = down.shape[0] if down.ndim >= 2 else -1
+    if up.ndim < 2 or up.size != up.shape[0] * rank:
+        raise ExportError(f"LoRA {path}: {module} has down {_x(down.shape)} and up {_x(up.shape)}, which do not multiply")
+    alpha = float(roles["alpha"].item()) if "alpha" in roles else None
+    return LoraLayer(module, down, up, scales.of(module, rank) if alpha is None else alpha / rank)
+
+
+class _Scales:
+    """alpha / rank for modules whose alpha is not a tensor: PEFT keeps it in metadata or in adapter_config.json."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], raw_peft: bool) -> None:
+        self._config: dict[str, Any] = {}
+        if "lora_adapter_metadata" in metadata:  # diffusers' save_lora_weights: {'unet.lora_alpha': 8, ...}
+            self._config = json.loads(metadata["lora_adapter_metadata"])
+        elif raw_peft:
+            beside = path.with_name("adapter_config.json")
+            if not beside.is_file():
+                raise ExportError(f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it")
+            self._config = json.loads(beside.read_text(encoding="utf-8"))
+
+    def of(self, module: str, rank: int) -> float:
+        prefix = next((p for p in ("unet.", "text_encoder.", "text_encoder_2.") if module.startswith(p)), "")
+        name = module.removeprefix(_RAW_PEFT).removeprefix(prefix)
+        alpha = self._config.get(f"{prefix}lora_alpha", rank)
+        for pattern, value in (self._config.get(f"{prefix}alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's own rule (get_pattern_key)
+                alpha = value
+        rank_stabilised = self._config.get(f"{prefix}use_rslora", False)  # Kalajdzievski 2023, arXiv:2312.03732
+        return float(alpha) / (rank**0.5 if rank_stabilised else rank)
+
+
+def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    """(8, 4, 1, 1) -> (8, 4): a 1x1 convolution and a linear layer have the same weights."""
+    shape = tuple(shape)
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _x(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))

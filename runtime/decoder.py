@@ -1,0 +1,44 @@
+"""Latents to pictures, with the graph that ends in pixels, or with a float decoder of another tool's bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..bundle import Bundle
+from ..engines import open_engine
+from ..errors import EngineError
+
+_PIXELS = "vae_decoder/pixels.onnx"
+
+
+class Decoder:
+    """`scale`: pixels a latent, each way."""
+
+    def __init__(self, bundle: Bundle, engine: str) -> None:
+        config = bundle.config("vae_decoder")
+        channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        self.scale = 2 ** (len(channels) - 1)
+        self._scaling_factor = float(config["scaling_factor"])
+        self._shift_factor = float(config.get("shift_factor") or 0.0)
+        self._bakes_pixels = bundle.has(_PIXELS)
+        graph = bundle.file(_PIXELS) if self._bakes_pixels else bundle.graph("vae_decoder")
+        self._engine = open_engine(graph, engine)
+
+    def pixels(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3]."""
+        dtype = self._engine.inputs["latent_sample"].dtype
+        if self._bakes_pixels:
+            return self._engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"].view(np.uint8)
+        unscaled = latents / np.float32(self._scaling_factor) + np.float32(self._shift_factor)
+        sample = self._engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
+        if not np.isfinite(sample).all():
+            raise EngineError("the decoder gave values that are not finite; it may overflow in fp16: export it in fp32")
+        return np.rint(np.clip(sample / 2 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def images(self, latents: NDArray[np.float32]) -> list[Image.Image]:
+        return [Image.fromarray(p) for p in self.pixels(latents)]
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,141 @@
+"""A bundle, opened: prompts in, pictures out, step by step if wanted. Knows no backend; the sampler does the walking."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..bundle import Bundle
+from ..engines import choose_engine, open_engine
+from ..models import find_bundle
+from .decoder import Decoder
+from .denoiser import Denoiser
+from .request import Limits, Request, make_request
+from .rng import NoiseSource
+from .schedulers import get_scheduler, scheduler_named_in
+from .text import TextEncoder
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step done of `total`; `index` counts from 1. `latents` float32 [n, c, h, w] are in sigma units, `x0` the estimate they were made with."""
+
+    index: int
+    total: int
+    latents: NDArray[np.float32]
+    x0: NDArray[np.float32]
+    decoder: Decoder = field(repr=False)
+
+    def preview(self) -> list[Image.Image]:
+        """What the pictures would be if the walk ended here, decoded when asked."""
+        return self.decoder.images(self.x0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures with the request that made them, the final latents and the seconds of each stage."""
+
+    images: list[Image.Image]
+    request: Request
+    latents: NDArray[np.float32]
+    timings: dict[str, float]
+
+
+class Pipeline:
+    """Opened with `Pipeline.open`; one thread at a time. `pipe(prompt, steps=4, seed=7).images[0]` is a PIL picture."""
+
+    def __init__(self, bundle: Bundle, engine: str) -> None:
+        self.bundle, self.engine = bundle, engine
+        self.name = bundle.manifest.name if bundle.manifest else bundle.path.name
+        unet = bundle.config("unet")
+        self._channels = int(unet["in_channels"])
+        self._text = TextEncoder(bundle, engine)
+        self._unet = open_engine(bundle.graph("unet"), engine)
+        self._decoder = Decoder(bundle, engine)
+        self._scheduler_config = bundle.scheduler_config
+        # A U-Net halves the latents between its levels and must meet itself again on the way up.
+        multiple = self._decoder.scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
+        self.defaults: Mapping[str, Any] = bundle.manifest.defaults if bundle.manifest else self._foreign_defaults(unet)
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str], engine: str = "auto", verify: bool = True) -> Pipeline:
+        """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto"."""
+        chosen = choose_engine() if engine == "auto" else engine
+        return cls(Bundle.open(find_bundle(model), verify), chosen)
+
+    def request(self, prompt: str, **options: Any) -> Request:
+        """Checks the options (negative, steps, guidance, scheduler, seed, samples, width, height); UsageError says what is allowed."""
+        return make_request({"prompt": prompt, **options}, self.defaults, self.limits)
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
+        """Yields each `Step` as it is done; to cancel, stop iterating."""
+        return self._walk(self.request(prompt, **options), {})
+
+    def __call__(self, prompt: str, **options: Any) -> Result:
+        return self.run(self.request(prompt, **options))
+
+    def run(self, request: Request, progress: Any = None) -> Result:
+        """Runs a checked request; `progress` is called with each `Step`."""
+        timings: dict[str, float] = {}
+        step = None
+        for step in self._walk(request, timings):
+            if progress:
+                progress(step)
+        assert step is not None  # steps >= 1
+        start = time.perf_counter()
+        latents = step.latents
+        images = self._decoder.images(latents)
+        timings["decode"] = time.perf_counter() - start
+        return Result(images, request, latents, timings)
+
+    def _walk(self, request: Request, timings: dict[str, float]) -> Iterator[Step]:
+        clock = time.perf_counter()
+        conditioning = self._conditioning(request)
+        timings["text"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        scheduler = get_scheduler(request.scheduler)
+        model = scheduler.noise_model(self._scheduler_config)
+        schedule = scheduler.grid(model, request.steps)
+        denoise = Denoiser(self._unet, schedule, conditioning, request.guidance, model.config["prediction_type"])
+        shape = (self._channels, request.height // self._decoder.scale, request.width // self._decoder.scale)
+        source = NoiseSource(request.seeds)
+        x = source(shape) * np.float32(schedule.scale)
+        walk = scheduler.sampler(denoise, x, schedule, lambda: source(shape))
+        for i, step in enumerate(walk, 1):
+            latents = step.x
+            if i == len(schedule) and step.sigma > 0:  # some walks end above zero: to the scale the decoder reads
+                latents = latents / np.float32(math.hypot(1, step.sigma))
+            timings["denoise"] = time.perf_counter() - clock
+            yield Step(i, len(schedule), latents, step.x0, self._decoder)
+
+    def _conditioning(self, request: Request) -> dict[str, NDArray[np.float32]]:
+        texts = [self._text.encode(request.prompt)]
+        if request.guidance > 1:
+            texts.insert(0, self._text.encode_negative(request.negative, like=texts[0]))
+        elif request.negative:
+            _log.warning("the negative prompt has no effect without guidance (guidance is %g)", request.guidance)
+        return self._text.feeds(texts, request.samples, request.width, request.height)
+
+    def _foreign_defaults(self, unet: Mapping[str, Any]) -> dict[str, Any]:
+        """For a folder without our manifest: what diffusers' own pipelines assume."""
+        scheduler = scheduler_named_in(self._scheduler_config)
+        side = int(unet["sample_size"]) * self._decoder.scale
+        few = scheduler == "LCM"
+        return {"scheduler": scheduler, "steps": 4 if few else 25, "guidance": 0.0 if few else 7.5, "width": side, "height": side}  # fmt: skip
+
+    def close(self) -> None:
+        """Frees the engines; the pipeline can't be used afterwards."""
+        for part in (self._text, self._unet, self._decoder):
+            part.close()

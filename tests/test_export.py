@@ -1,0 +1,407 @@
+"""Two tiny random checkpoints, exported for real and compared with diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+torch = pytest.importorskip("torch")
+
+import onnx  # noqa: E402
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya  # noqa: E402
+from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from vega_edge.bundle import Bundle  # noqa: E402
+from vega_edge.engines import open_engine  # noqa: E402
+from vega_edge.errors import ExportError  # noqa: E402
+from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
+from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
+from vega_edge.export.lora import match_lora, read_lora  # noqa: E402
+
+from .test_export_checkpoint import make_checkpoint  # noqa: E402
+
+# What an LCM-LoRA touches, as diffusers' training script lists it; VegaRT's has all of them.
+LCM_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+RANK, ALPHA, STRENGTH = 4, 10, 0.8
+STYLES = ("kohya", "peft", "diffusers")
+
+
+class Made(NamedTuple):
+    source: Path
+    report: ExportReport
+    progress: list[Progress]
+    bundle: Bundle
+
+
+def pipeline(source: Path) -> Any:
+    kind = json.loads((source / "model_index.json").read_text())["_class_name"]
+    cls = StableDiffusionXLPipeline if "XL" in kind else StableDiffusionPipeline
+    extra = {} if "XL" in kind else {"safety_checker": None, "feature_extractor": None}
+    pipe = cls.from_pretrained(source, torch_dtype=torch.float32, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {"xl": make_checkpoint(root / "tiny-xl", sdxl=True), "sd": make_checkpoint(root / "tiny-sd", sdxl=False)}
+
+
+@pytest.fixture(scope="session")
+def loras(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One LoRA over all 14 kinds of modules and both text encoders, alpha unlike rank, in three spellings by diffusers.
+
+    diffusers has no place for alpha in its own old spelling, so there it is as if alpha were the rank.
+    """
+    torch.manual_seed(1)
+    pipe = pipeline(checkpoints["xl"])
+    states, metadata = {}, {}
+    for part, targets in (("unet", LCM_TARGETS), ("text_encoder", CLIP_TARGETS), ("text_encoder_2", CLIP_TARGETS)):
+        module = getattr(pipe, part)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False)
+        module.add_adapter(config)
+        for name, value in get_peft_model_state_dict(module).items():
+            states[f"{part}.{name}"] = (value * 0.3).contiguous()
+        metadata |= {f"{part}.lora_alpha": ALPHA, f"{part}.r": RANK}
+    folder = tmp_path_factory.mktemp("loras")
+    paths = {style: folder / f"{style}.safetensors" for style in STYLES}
+    save_file(states, paths["peft"], {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+    kohya = {k: torch.tensor(float(ALPHA)) if k.endswith(".alpha") else v for k, v in convert_state_dict_to_kohya(states).items()}
+    save_file(kohya, paths["kohya"], {"format": "pt"})
+    old = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in states.items()}
+    save_file(old, paths["diffusers"], {"format": "pt"})
+    return paths
+
+
+@pytest.fixture(scope="session")
+def xl(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """SDXL kind with a LoRA; half-precision storage, full-precision arithmetic: as the embedded model is shipped."""
+    options = {"loras": [(loras["kohya"], STRENGTH)], "weights": "fp16", "defaults": {"steps": 4}, "limits": {"steps": [1, 8]}}
+    return made(checkpoints["xl"], tmp_path_factory.mktemp("bundles") / "tiny", **options)
+
+
+@pytest.fixture(scope="session")
+def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """SD kind without a middle block, half precision throughout, with the tiny autoencoder."""
+    source = checkpoints["sd"]
+    return made(source, tmp_path_factory.mktemp("bundles") / "half", dtype="fp16", tiny_vae=source / "tiny", name="other")
+
+
+def made(source: Path, out: Path, **options: Any) -> Made:
+    progress: list[Progress] = []
+    report = export_bundle(source, out, progress=progress.append, **options)
+    assert list(out.parent.iterdir()) == [out]
+    return Made(source, report, progress, Bundle.open(out))
+
+
+@pytest.fixture(scope="session")
+def fused(checkpoints: dict[str, Path], loras: dict[str, Path]) -> Any:
+    """diffusers' pipeline with the same LoRA fused by diffusers and PEFT, its weights then rounded to half precision."""
+    pipe = fused_by_diffusers(checkpoints["xl"], loras["kohya"])
+    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        part.half().float()
+    return pipe
+
+
+def fused_by_diffusers(source: Path, lora: Path) -> Any:
+    pipe = pipeline(source)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=STRENGTH)
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def run(made: Made, graph: str, **feeds: Any) -> dict[str, NDArray[Any]]:
+    part, _, name = graph.partition("/")
+    with closing(open_engine(made.bundle.graph(part, name or "model.onnx"), "onnxruntime-cpu", threads=1)) as engine:
+        arrays = {k: np.asarray(v) for k, v in feeds.items()}
+        return engine.run({k: v.astype(engine.inputs[k].dtype) for k, v in arrays.items()})
+
+
+def error(got: NDArray[Any], wanted: Any) -> float:
+    wanted = np.asarray(wanted)
+    assert got.shape == wanted.shape
+    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+def noise(*shape: int) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_lora_is_fused_as_diffusers_does(checkpoints: dict[str, Path], loras: dict[str, Path], style: str) -> None:
+    checkpoint = open_checkpoint(checkpoints["xl"])
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    matched = match_lora(read_lora(loras[style]), {part: checkpoint.weight_shapes(part) for part in parts})
+    pipe = fused_by_diffusers(checkpoints["xl"], loras[style])
+    for part in parts:
+        ours = load_module(checkpoint, part, {name: [(layer, STRENGTH)] for name, layer in matched[part].items()})
+        plain = dict(load_module(checkpoint, part, {}).named_parameters())
+        theirs = dict(getattr(pipe, part).named_parameters())
+        for name, weight in ours.named_parameters():
+            np.testing.assert_allclose(weight.numpy(), theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+            if published_name(part, name) in matched[part]:  # no change that one could overlook
+                assert error(plain[name].numpy(), weight.numpy()) > 0.02, name
+
+
+def test_two_loras_add_up(checkpoints: dict[str, Path], loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(checkpoints["xl"])
+    (name, layer), *_ = match_lora(read_lora(loras["peft"]), {p: checkpoint.weight_shapes(p) for p in checkpoint.parts})["unet"].items()
+    weights = [dict(load_module(checkpoint, "unet", {name: pairs}).named_parameters())[name].numpy()
+               for pairs in ([], [(layer, 0.5), (layer, -2.0)])]  # fmt: skip
+    np.testing.assert_allclose(weights[1] - weights[0], layer.delta(weights[0].shape, -1.5), atol=1e-6)
+
+
+def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    path, manifest = xl.bundle.path, xl.bundle.manifest
+    assert manifest is not None
+    tokenizer = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
+    graph = {"config.json", "model.onnx", "model.onnx_data"}
+    assert {p: {f.rpartition("/")[2] for f in part.files} for p, part in manifest.parts.items()} == {
+        "config": {"model_index.json"}, "scheduler": {"scheduler_config.json"}, "tokenizer": tokenizer, "tokenizer_2": tokenizer,
+        "text_encoder": graph, "text_encoder_2": graph, "unet": graph, "vae_decoder": graph | {"pixels.onnx"},
+    }  # fmt: skip
+    for file in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "text_encoder_2/config.json",
+                 "tokenizer_2/special_tokens_map.json", "tokenizer/merges.txt"):  # fmt: skip
+        assert (path / file).read_bytes() == (xl.source / file).read_bytes()
+    assert (path / "vae_decoder/config.json").read_bytes() == (xl.source / "vae/config.json").read_bytes()
+    assert (manifest.name, manifest.dtype, manifest.weights) == ("tiny", "fp32", "fp16")
+    assert manifest.created_by.startswith("vega-edge ")
+    assert (manifest.defaults, manifest.limits) == ({"steps": 4}, {"steps": [1, 8]})
+    (lora,) = manifest.source.loras
+    digest = hashlib.sha256(loras["kohya"].read_bytes()).hexdigest()
+    assert (lora.file, lora.sha256, lora.strength) == ("kohya.safetensors", digest, STRENGTH)
+    assert (manifest.source.model, manifest.source.vae) == ("tiny-xl", "full")
+
+
+def test_report_and_progress(xl: Made, sd: Made) -> None:
+    parts = ("text_encoder", "text_encoder_2", "vae_decoder", "unet")
+    phases = [(part, phase) for part in parts for phase in ("load", "trace", "write", "check")]
+    assert xl.progress == [Progress(*phase, i, len(phases)) for i, phase in enumerate(phases)]
+    manifest = xl.bundle.manifest
+    assert manifest is not None and tuple(p.name for p in xl.report.parts) == parts
+    for part in xl.report.parts:
+        assert 0 < part.max_relative_error < part.tolerance
+        assert part.max_relative_error == manifest.parts[part.name].max_relative_error
+        on_disk = sum(f.stat().st_size for f in (xl.bundle.path / part.name).glob("*.onnx*"))
+        assert part.bytes == on_disk and (part.pixel_levels is not None) == (part.name == "vae_decoder")
+    text = format_report(xl.report)
+    assert re.search(r"^unet +fp32 +0\.\d MB +\d+\.\d s  \d\.\de-0\d \(2e-04\)$", text, re.MULTILINE)
+    assert re.search(r"^vae_decoder .* \(2e-04\), pixels \d of 255$", text, re.MULTILINE)
+    assert "note: unet: 48 weights were rounded to fp16" in text  # those that the LoRA changed
+    assert [p.dtype for p in sd.report.parts] == ["fp16"] * 3 and sd.report.notes == ()
+
+
+HALF, FULL = np.dtype(np.float16), np.dtype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("which", "graph", "inputs", "outputs"),
+    [
+        ("xl", "text_encoder", {"input_ids": (np.int64, ("batch", 77))},
+         {"last_hidden_state": ("batch", 77, 16), "pooler_output": ("batch", 16), **{f"hidden_states.{i}": ("batch", 77, 16) for i in range(3)}}),
+        ("xl", "text_encoder_2", {"input_ids": (np.int64, ("batch", 77))},
+         {"text_embeds": ("batch", 24), "last_hidden_state": ("batch", 77, 24), **{f"hidden_states.{i}": ("batch", 77, 24) for i in range(3)}}),
+        ("xl", "unet", {"sample": (FULL, ("batch", 4, "height", "width")), "timestep": (FULL, (1,)), "encoder_hidden_states": (FULL, ("batch", "sequence_length", 40)),
+                        "text_embeds": (FULL, ("batch", 24)), "time_ids": (FULL, ("batch", 6))}, {"out_sample": ("batch", 4, "height", "width")}),
+        ("xl", "vae_decoder", {"latent_sample": (FULL, ("batch", 4, "height", "width"))}, {"sample": ("batch", 3, "image_height", "image_width")}),
+        ("xl", "vae_decoder/pixels.onnx", {"latent_sample": (FULL, ("batch", 4, "height", "width"))}, {"pixels": ("batch", "image_height", "image_width", 3)}),
+        ("sd", "text_encoder", {"input_ids": (np.int64, ("batch", 77))},
+         {"last_hidden_state": ("batch", 77, 16), "pooler_output": ("batch", 16), **{f"hidden_states.{i}": ("batch", 77, 16) for i in range(3)}}),
+        ("sd", "unet", {"sample": (HALF, ("batch", 4, "height", "width")), "timestep": (FULL, (1,)), "encoder_hidden_states": (HALF, ("batch", "sequence_length", 16))},
+         {"out_sample": ("batch", 4, "height", "width")}),
+        ("sd", "vae_decoder/pixels.onnx", {"latent_sample": (HALF, ("batch", 4, "height", "width"))}, {"pixels": ("batch", "image_height", "image_width", 3)}),
+    ],
+)  # fmt: skip
+def test_names_types_and_axes(
+    request: pytest.FixtureRequest, which: str, graph: str, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> None:
+    made: Made = request.getfixturevalue(which)
+    part, _, name = graph.partition("/")
+    with closing(open_engine(made.bundle.graph(part, name or "model.onnx"), "onnxruntime-cpu", threads=1)) as engine:
+        assert {k: tuple(v) for k, v in engine.inputs.items()} == inputs
+        kind = np.dtype(np.uint8) if name else (HALF if which == "sd" else FULL)
+        assert {k: tuple(v) for k, v in engine.outputs.items()} == {k: (kind, axes) for k, axes in outputs.items()}
+
+
+def graphs(made: Made) -> Iterator[tuple[str, Any]]:
+    for path in sorted(made.bundle.path.glob("*/*.onnx")):
+        yield path.relative_to(made.bundle.path).as_posix(), onnx.load(path, load_external_data=False)
+
+
+def test_graphs_are_plain_onnx_of_opset_18(xl: Made, sd: Made) -> None:
+    """Attention and group normalization stay decomposed: TensorRT-RTX refuses the one in fp32."""
+    for name, model in (*graphs(xl), *graphs(sd)):
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)] and not model.functions, name
+        assert not {"Attention", "GroupNormalization"} & {node.op_type for node in model.graph.node}, name
+        raw = model.SerializeToString()
+        for trace in (b"site-packages", b".py", b"File \"", b"torch.", str(Path.home()).encode(), str(xl.source.parent).encode()):
+            assert trace not in raw, (name, trace)
+
+
+def test_pixels_share_the_weights_file(xl: Made, sd: Made) -> None:
+    for made in (xl, sd):
+        stored = {name: [i for i in model.graph.initializer if i.external_data] for name, model in graphs(made)}
+        weights, shared = stored["vae_decoder/model.onnx"], stored["vae_decoder/pixels.onnx"]
+        assert weights and [w.SerializeToString() for w in shared] == [w.SerializeToString() for w in weights]
+        inline = next(m for n, m in graphs(made) if n == "vae_decoder/pixels.onnx").graph.initializer
+        assert sum(len(i.raw_data) for i in inline if not i.external_data) < 5000
+
+
+def test_unet_is_diffusers_with_the_lora(xl: Made, fused: Any) -> None:
+    """At a batch, size and text length that export neither traced nor checked."""
+    feeds = {"sample": noise(5, 4, 6, 10), "timestep": torch.tensor([499.5]), "encoder_hidden_states": noise(5, 154, 40),
+             "text_embeds": noise(5, 24), "time_ids": torch.tensor([[48.0, 80, 0, 8, 48, 80]] * 5)}  # fmt: skip
+    with torch.no_grad():
+        added = {k: feeds[k] for k in ("text_embeds", "time_ids")}
+        wanted = fused.unet(feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"], added_cond_kwargs=added).sample
+    assert error(run(xl, "unet", **feeds)["out_sample"], wanted) < 2e-5
+
+
+def test_text_encoders_are_diffusers(xl: Made, fused: Any) -> None:
+    """What SDXL's pipeline makes of three prompts, from the exported graphs and the exported tokenizers."""
+    from tokenizers import Tokenizer
+
+    prompts = ["A red cat, caffè!", "", "red " * 100]
+    with torch.no_grad():
+        embeds, _, pooled, _ = fused.encode_prompt(prompts, do_classifier_free_guidance=False)
+    states = []
+    for part, tokens, pad in (("text_encoder", "tokenizer", 519), ("text_encoder_2", "tokenizer_2", 0)):
+        tokenizer = Tokenizer.from_file(str(xl.bundle.path / tokens / "tokenizer.json"))
+        tokenizer.enable_truncation(77)
+        tokenizer.enable_padding(length=77, pad_id=pad)
+        out = run(xl, part, input_ids=[e.ids for e in tokenizer.encode_batch(prompts)])
+        states.append(out["hidden_states.1"])  # the last but one of two layers
+    assert error(np.concatenate(states, -1), embeds) < 1e-5
+    assert error(out["text_embeds"], pooled) < 1e-5
+
+
+def test_decoder_and_pixels_are_diffusers(xl: Made, checkpoints: dict[str, Path]) -> None:
+    pipe = pipeline(checkpoints["xl"])
+    latents = noise(3, 4, 5, 7) * 6  # some pixels beyond both ends of the range
+    with torch.no_grad():
+        sample = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    wanted = np.stack([np.asarray(i) for i in pipe.image_processor.postprocess(sample)])
+    assert {0, 255} <= set(np.unique(wanted)) and wanted.std() > 20
+    assert error(run(xl, "vae_decoder", latent_sample=latents / 0.5)["sample"], sample) < 2e-5
+    pixels = run(xl, "vae_decoder/pixels.onnx", latent_sample=latents)["pixels"]
+    assert pixels.shape == (3, 10, 14, 3)
+    difference = np.abs(pixels.astype(int) - wanted)
+    assert difference.max() <= 1 and (difference > 0).mean() < 2e-3
+
+
+def test_half_precision(sd: Made, checkpoints: dict[str, Path]) -> None:
+    pipe = pipeline(checkpoints["sd"])
+    tiny = AutoencoderTiny.from_pretrained(checkpoints["sd"] / "tiny")
+    ids = pipe.tokenizer(["a red cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    sample = noise(1, 4, 6, 10)
+    with torch.no_grad():
+        text = pipe.text_encoder(ids).last_hidden_state
+        predicted = pipe.unet(sample, torch.tensor([961.0]), text).sample
+        image = tiny.decode(sample).sample
+    got = run(sd, "text_encoder", input_ids=ids)["last_hidden_state"]
+    assert error(got, text) < 5e-3
+    assert error(run(sd, "unet", sample=sample, timestep=[961.0], encoder_hidden_states=text)["out_sample"], predicted) < 5e-3
+    assert error(run(sd, "vae_decoder", latent_sample=sample)["sample"], image) < 5e-3
+    manifest = sd.bundle.manifest
+    assert manifest is not None
+    assert (manifest.name, manifest.dtype, manifest.weights, manifest.source.vae) == ("other", "fp16", "fp16", "tiny")
+    assert sd.bundle.config("vae_decoder")["_class_name"] == "AutoencoderTiny"
+
+
+@pytest.mark.parametrize("which", ["xl", "sd"])
+def test_map_finds_every_weight_a_lora_may_touch(request: pytest.FixtureRequest, fused: Any, which: str) -> None:
+    """Following the map leads to the very numbers, in storage that is half precision."""
+    made: Made = request.getfixturevalue(which)
+    pipe = fused if which == "xl" else pipeline(made.source)
+    assert made.bundle.manifest is not None
+    for part in [p for p in made.bundle.manifest.parts if p.startswith("text_encoder") or p == "unet"]:
+        parameters = made.bundle.manifest.parts[part].parameters
+        modules = {f"{n}.weight": m for n, m in getattr(pipe, part).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        wanted = {published_name(part, name): m.weight.detach().numpy() for name, m in modules.items()}
+        assert parameters is not None and parameters.keys() == wanted.keys()
+        assert len({p.initializer for p in parameters.values()}) == len(parameters)
+        stored = {i.name: i for i in onnx.load(made.bundle.graph(part)).graph.initializer}
+        for name, place in parameters.items():
+            array = onnx.numpy_helper.to_array(stored[place.initializer])
+            assert array.size <= 64 or array.dtype == np.float16, name
+            np.testing.assert_allclose(array.T if place.transposed else array, wanted[name], atol=2e-3, rtol=1e-3, err_msg=name)
+    if which == "xl":
+        unet: Mapping[str, Any] = made.bundle.manifest.parts["unet"].parameters or {}
+        assert [t for t in LCM_TARGETS if not any(name.endswith(f".{t}.weight") for name in unet)] == []
+        assert any(place.transposed for place in unet.values()) and not all(place.transposed for place in unet.values())
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ExportError,
+         "disk full while exporting to {out}: free some space; nothing was left behind"),
+        (OSError(errno.EACCES, "Permission denied"), ExportError, "{out} can't be written (Permission denied); choose a folder that you may write to"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (ExportError("unet: differs"), ExportError, "unet: differs"),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_leaves_nothing(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException, raised: type[BaseException], message: str, overwrite: bool,
+) -> None:  # fmt: skip
+    """And what was there before stays as it was."""
+    out = tmp_path / "bundle"
+    if overwrite:
+        out.mkdir()
+        (out / "mine").write_text("old")
+
+    def run(exporter: Any) -> None:
+        (exporter.folder / "unet").mkdir()
+        (exporter.folder / "unet" / "model.onnx").write_bytes(b"half a graph")
+        raise failure
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    with pytest.raises(raised) as caught:
+        export_bundle(checkpoints["sd"], out, overwrite=overwrite)
+    assert str(caught.value) == message.format(out=out)
+    assert [p.name for p in tmp_path.rglob("*")] == (["bundle", "mine"] if overwrite else [])
+
+
+def test_overwrite_replaces(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine").write_text("old")
+
+    def run(exporter: Any) -> dict[str, Any]:
+        for part in ("text_encoder", "vae_decoder", "unet"):
+            (exporter.folder / part).mkdir()
+        return {}
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    export_bundle(checkpoints["sd"], tmp_path / "bundle", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert not (tmp_path / "bundle" / "mine").exists() and (tmp_path / "bundle" / "unet" / "config.json").exists()
+
+
+def test_lora_of_another_architecture(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_bundle(checkpoints["sd"], tmp_path / "bundle", loras=[(loras["peft"], 1.0)])
+    text = rf"LoRA {re.escape(str(loras['peft']))}: \d+ of its 80 modules fit nothing in this checkpoint, the first is \S+"
+    assert re.match(text, str(caught.value))
+    assert list(tmp_path.iterdir()) == []

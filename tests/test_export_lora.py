@@ -1,0 +1,195 @@
+"""LoRA files: every spelling gives the same change, alpha counts, and nothing that fits nowhere is dropped in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vega_edge.errors import ExportError
+from vega_edge.export.lora import match_lora, read_lora
+from vega_edge.export.safetensors_file import read_float32
+
+TO_OUT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+CONV = "down_blocks.1.resnets.0.conv1"
+PROJ = "down_blocks.1.attentions.0.proj_in"
+QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
+WEIGHTS = {
+    "unet": {f"{TO_OUT}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{PROJ}.weight": (6, 5, 1, 1), f"{CONV}.bias": (4,)},
+    "text_encoder": {f"{QUERY}.weight": (8, 8)},
+    "text_encoder_2": {f"{QUERY}.weight": (8, 8)},
+}
+RANK = 2
+Tensors = dict[str, NDArray[Any]]
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, dtype: str = "F32") -> Path:
+    """Written by hand, so that the reader is checked against the format and not against another reader."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    data = b""
+    for name, array in tensors.items():
+        raw = array.astype("<f4").tobytes()
+        if dtype == "BF16":
+            raw = (np.frombuffer(raw, "<u4") >> 16).astype("<u2").tobytes()
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def matrices(out: int, inside: int, kernel: tuple[int, ...] = ()) -> tuple[NDArray[Any], NDArray[Any]]:
+    random = np.random.default_rng(out + inside + len(kernel))
+    down = random.integers(-8, 8, (RANK, inside, *kernel)) / 8  # exact in bfloat16 too
+    return down, random.integers(-8, 8, (out, RANK, *(1 for _ in kernel))) / 8
+
+
+def change(down: NDArray[Any], up: NDArray[Any], scale: float) -> NDArray[Any]:
+    """W' - W by the definition: the second layer after the first."""
+    return scale * np.einsum("or,ri...->oi...", up.reshape(len(up), RANK), down)
+
+
+DOWN, UP = matrices(6, 5)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        (f"lora_unet_{TO_OUT.replace('.', '_')}.lora_down.weight", f"lora_unet_{TO_OUT.replace('.', '_')}.lora_up.weight", f"lora_unet_{TO_OUT.replace('.', '_')}.alpha"),
+        (f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"unet.{TO_OUT}.alpha"),
+        (f"unet.{TO_OUT}.lora_A.default.weight", f"unet.{TO_OUT}.lora_B.default.weight", f"unet.{TO_OUT}.alpha"),
+        (f"unet.{TO_OUT}.lora.down.weight", f"unet.{TO_OUT}.lora.up.weight", f"unet.{TO_OUT}.alpha"),
+        (f"unet.{TO_OUT}.lora_linear_layer.down.weight", f"unet.{TO_OUT}.lora_linear_layer.up.weight", f"unet.{TO_OUT}.alpha"),
+        (f"{TO_OUT}.lora_A.weight", f"{TO_OUT}.lora_B.weight", f"{TO_OUT}.alpha"),
+        (f"unet.{TO_OUT[:-9]}.processor.to_out_lora.down.weight", f"unet.{TO_OUT[:-9]}.processor.to_out_lora.up.weight", None),
+    ],
+    ids=["kohya", "peft", "peft-adapter", "diffusers", "diffusers-linear", "bare", "diffusers-processor"],
+)  # fmt: skip
+def test_every_spelling_is_the_same_change(tmp_path: Path, down: str, up: str, alpha: str | None) -> None:
+    tensors = {down: DOWN, up: UP, **({alpha: np.array(8.0)} if alpha else {})}
+    matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors)), WEIGHTS)
+    assert matched.keys() == {"unet"} and matched["unet"].keys() == {f"{TO_OUT}.weight"}
+    got = matched["unet"][f"{TO_OUT}.weight"].delta((6, 5), strength=0.5)
+    scale = 8 / RANK if alpha else 1.0
+    np.testing.assert_allclose(got, change(DOWN, UP, 0.5 * scale), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "part"),
+    [("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
+     ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
+     ("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder_2"),
+     (f"text_encoder.{QUERY}", "text_encoder"), (f"text_encoder_2.{QUERY}", "text_encoder_2"),
+     ("text_encoder_2.encoder.layers.0.self_attn.q_proj", "text_encoder_2")],
+)  # fmt: skip
+def test_text_encoders_are_told_apart(tmp_path: Path, prefix: str, part: str) -> None:
+    down, up = matrices(8, 8)
+    tensors = {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
+    matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors)), WEIGHTS)
+    assert {p: set(names) for p, names in matched.items()} == {part: {f"{QUERY}.weight"}}
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (6, 5, 1, 1)])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_convolutions(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    name = CONV if shape[2] == 3 else PROJ
+    down, up = matrices(shape[0], shape[1], shape[2:])
+    tensors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up, f"unet.{name}.alpha": np.array(0.5)}
+    matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors, dtype=dtype)), WEIGHTS)
+    got = matched["unet"][f"{name}.weight"].delta(shape, 1.0)
+    assert got.dtype == np.float32 and got.shape == shape
+    np.testing.assert_allclose(got, change(down, up, 0.25), rtol=1e-6)
+
+
+def test_a_linear_lora_fits_a_1x1_convolution(tmp_path: Path) -> None:
+    tensors = {f"unet.{PROJ}.lora_A.weight": DOWN, f"unet.{PROJ}.lora_B.weight": UP}
+    matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors)), WEIGHTS)
+    np.testing.assert_allclose(matched["unet"][f"{PROJ}.weight"].delta((6, 5, 1, 1), 1.0)[:, :, 0, 0], change(DOWN, UP, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [({"lora_alpha": 8, "r": RANK}, 4.0), ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_out.0": 3}}, 1.5),
+     ({"lora_alpha": 8, "alpha_pattern": {"attn2.to_out.0": 3}}, 4.0), ({"lora_alpha": 8, "use_rslora": True}, 8 / 2**0.5)],
+)  # fmt: skip
+def test_alpha_of_peft(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
+    """In the file's metadata, as diffusers saves it, or in adapter_config.json, as PEFT does."""
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})}
+    names = (f"{TO_OUT}.lora_A.weight", f"{TO_OUT}.lora_B.weight")
+    saved = write_safetensors(tmp_path / "a.safetensors", dict(zip([f"unet.{n}" for n in names], [DOWN, UP], strict=True)), metadata)
+    raw = write_safetensors(tmp_path / "b.safetensors", dict(zip([f"base_model.model.{n}" for n in names], [DOWN, UP], strict=True)))
+    with pytest.raises(ExportError, match=r"its alpha is in adapter_config\.json; put that beside it"):
+        read_lora(raw)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in (saved, raw):
+        (layer,) = read_lora(path).layers.values()
+        np.testing.assert_allclose(layer.delta((6, 5), 1.0), change(DOWN, UP, scale), rtol=1e-6)
+
+
+def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
+    other = {f"lora_unet_{n}.lora_{w}.weight": m for n in ("mid_block_x", "mid_block_y") for w, m in (("down", DOWN), ("up", UP))}
+    fitting = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP}
+    path = write_safetensors(tmp_path / "l.safetensors", {**fitting, **other})
+    with pytest.raises(ExportError) as caught:
+        match_lora(read_lora(path), WEIGHTS)
+    assert str(caught.value) == (
+        f"LoRA {path}: 2 of its 3 modules fit nothing in this checkpoint, the first is lora_unet_mid_block_x; "
+        "use a LoRA made for this architecture"
+    )
+    wider = {**WEIGHTS, "unet": {f"{TO_OUT}.weight": (6, 7)}}
+    with pytest.raises(ExportError) as caught:
+        match_lora(read_lora(write_safetensors(path, fitting)), wider)
+    assert str(caught.value) == (
+        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint, the first is unet.{TO_OUT} "
+        "(6x5 here, 6x7 in the checkpoint); use a LoRA made for this architecture"
+    )
+
+
+@pytest.mark.parametrize("strange", [f"unet.{TO_OUT}.lora_magnitude_vector", f"lora_unet_{TO_OUT}.hada_w1_a", f"unet.{TO_OUT}.weight"])
+def test_other_adapters_are_refused(tmp_path: Path, strange: str) -> None:
+    tensors = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP, strange: UP}
+    path = write_safetensors(tmp_path / "l.safetensors", tensors)
+    with pytest.raises(ExportError) as caught:
+        read_lora(path)
+    assert str(caught.value) == (
+        f"LoRA {path}: 1 of its 3 keys are of an unknown kind, the first is {strange}; known are lora_down/lora_up "
+        "with alpha, lora_A/lora_B and lora.down/lora.up (no DoRA, LoHa, LoKr)"
+    )
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "l.safetensors", {f"unet.{TO_OUT}.lora_A.weight": DOWN})
+    with pytest.raises(ExportError, match=rf"unet\.{TO_OUT} lacks its up weight; fetch it again"):
+        read_lora(path)
+    whole = path.read_bytes()
+    for damaged, text in ((whole[:-1], "bytes, its header says"), (whole[:20], "no safetensors file"), (b"", "no safetensors file"),
+                          (whole[:9] + b"!" + whole[10:], "its header is damaged")):  # fmt: skip
+        path.write_bytes(damaged)
+        with pytest.raises(ExportError, match=text):
+            read_lora(path)
+    pickled = tmp_path / "lora.bin"
+    pickled.write_bytes(whole)
+    with pytest.raises(ExportError) as caught:
+        read_lora(pickled)
+    assert str(caught.value) == (
+        f"LoRA {pickled} is not a .safetensors file; others are pickled and can run code when read: "
+        "convert it to safetensors where you trust it"
+    )
+    write_safetensors(path, {})
+    with pytest.raises(ExportError, match="0 of its 0 keys are of an unknown kind; known are"):
+        read_lora(path)
+
+
+def test_reader_agrees_with_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.array(2.5, np.float64)}
+    safetensors.save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
+    got, metadata = read_float32(tmp_path / "x.safetensors")
+    assert metadata == {"k": "v"} and got.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert got[name].dtype == np.float32
+        np.testing.assert_array_equal(got[name], array)

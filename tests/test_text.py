@@ -1,0 +1,61 @@
+"""Tokenizing, against transformers' CLIP tokenizer on the same files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vega_edge.errors import BundleError
+from vega_edge.models import recipes
+from vega_edge.runtime.text import TOKENS, ClipTokenizer
+
+BUNDLE = recipes()["demo-vegart"].bundle_path
+PROMPTS = [
+    "", " ", "a big red star on a blue background", "A  BIG\n\tred STAR", "it's the dog's, they're 42nd! (wow) [x:1.3]", "naïve café ﬁ Ǆ İ",
+    "🌟 a star 👩‍🚀", "نجمة حمراء", "赤い星", "<|endoftext|> star <|startoftext|>", "...---...", "star" * 40, "a\u200bb\u00a0c", "\x00\x07",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["tokenizer", "tokenizer_2"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return BUNDLE / request.param
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_same_ids_as_transformers(folder: Path, prompt: str) -> None:
+    reference = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folder)
+    expected = reference(prompt, padding="max_length", max_length=TOKENS, truncation=True)["input_ids"]
+    assert ClipTokenizer(folder)(prompt).tolist() == [expected]
+
+
+def test_the_two_tokenizers_pad_differently() -> None:
+    first, second = (ClipTokenizer(BUNDLE / name)("star")[0] for name in ("tokenizer", "tokenizer_2"))
+    assert first[2] == first[-1] == first.max()  # the end token
+    assert second[2] == first.max() and second[-1] == 0  # '!'
+
+
+def test_what_is_cut_off_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ids = ClipTokenizer(folder)("star " * 75 + "moon, house")
+    assert ids.shape == (1, TOKENS)
+    assert caplog.messages == ["the prompt has 78 tokens, CLIP reads 75; cut off: 'moon, house'"]
+
+
+def test_ten_thousand_words(folder: Path) -> None:
+    assert ClipTokenizer(folder)("red star " * 5000).shape == (1, TOKENS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=120))
+def test_any_text_gives_77_ids(text: str) -> None:
+    ids = ClipTokenizer(BUNDLE / "tokenizer")(text)
+    assert ids.shape == (1, TOKENS) and ids.dtype == np.int64 and ids.min() >= 0
+
+
+def test_a_folder_without_files_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="the tokenizer can't be read: .*No such file"):
+        ClipTokenizer(tmp_path)
