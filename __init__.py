@@ -1,8 +1,8 @@
 """vega-edge: an edge runtime for Segmind's distilled text-to-image models.
 
-    from vega_edge import Pipeline
-    pipe = Pipeline.open("demo-vegart")
-    pipe("a big red star on a blue background", seed=7).images[0].save("star.png")
+from vega_edge import Pipeline
+pipe = Pipeline.open("demo-vegart")
+pipe("a big red star on a blue background", seed=7).images[0].save("star.png")
 """
 
 from __future__ import annotations

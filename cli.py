@@ -57,12 +57,24 @@ def _parser() -> _Parser:
     parser = _Parser(prog="vega-edge", description="Distilled text-to-image models on your own device.")
     parser.add_argument("--version", action="version", version=f"vega-edge {__version__}")
     verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True)
-    _add_generate(verbs.add_parser("generate", help="draw pictures from a prompt", description="Draw pictures from a prompt."))  # fmt: skip
-    _add_export(verbs.add_parser("export", help="turn a checkpoint into a bundle of ONNX graphs", description="Turn a local diffusers checkpoint into a bundle of ONNX graphs. Needs the export extra."))  # fmt: skip
+    _add_generate(
+        verbs.add_parser("generate", help="draw pictures from a prompt", description="Draw pictures from a prompt.")
+    )
+    _add_export(
+        verbs.add_parser(
+            "export",
+            help="turn a checkpoint into a bundle of ONNX graphs",
+            description="Turn a local diffusers checkpoint into a bundle of ONNX graphs. Needs the export extra.",
+        )
+    )
     models = verbs.add_parser("models", help="list the models", description="List the models this version knows.")
     models.add_argument("--json", action="store_true", help="print JSON")
     models.set_defaults(verb=_models)
-    doctor = verbs.add_parser("doctor", help="say what works here, and why the rest does not", description="Say which engines work here and, for each other, why not and what to install.")  # fmt: skip
+    doctor = verbs.add_parser(
+        "doctor",
+        help="say what works here, and why the rest does not",
+        description="Say which engines work here and, for each other, why not and what to install.",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(verb=_doctor)
     return parser
@@ -70,16 +82,35 @@ def _parser() -> _Parser:
 
 def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompt", metavar="PROMPT", help="what to draw; may be empty")
-    p.add_argument("--model", default="demo-vegart", help="a model's name (see: vega-edge models) or a bundle's folder; default: %(default)s")  # fmt: skip
+    p.add_argument(
+        "--model",
+        default="demo-vegart",
+        help="a model's name (see: vega-edge models) or a bundle's folder; default: %(default)s",
+    )
     p.add_argument("--negative", metavar="TEXT", help="what to keep away from; needs guidance above 1")
     p.add_argument("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
-    p.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 or less for none; default: the model's")  # fmt: skip
-    p.add_argument("--scheduler", metavar="NAME", help="Euler, 'Euler a', DDIM, 'DPM Multi', 'DPM Multi Karras' or LCM; default: the model's")  # fmt: skip
+    p.add_argument(
+        "--guidance", type=float, metavar="G", help="classifier-free guidance, 1 or less for none; default: the model's"
+    )
+    p.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="Euler, 'Euler a', DDIM, 'DPM Multi', 'DPM Multi Karras' or LCM; default: the model's",
+    )
     p.add_argument("--seed", type=int, default=-1, metavar="S", help="0 to 999999999999999; -1, the default, picks one")
-    p.add_argument("--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1")  # fmt: skip
+    p.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
+    )
     p.add_argument("--size", type=_size, metavar="WxH", help="in pixels, such as 128x128; default: the model's")
-    p.add_argument("--engine", default="auto", metavar="NAME", help="what runs the graphs (see: vega-edge doctor); default: auto, the best one found")  # fmt: skip
-    p.add_argument("-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp; default: PROMPT-SEED.png in this folder")  # fmt: skip
+    p.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="what runs the graphs (see: vega-edge doctor); default: auto, the best one found",
+    )
+    p.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp; default: PROMPT-SEED.png in this folder"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
     p.add_argument("--json", action="store_true", help="print files, parameters and timings as JSON")
     p.add_argument("-v", "--verbose", action="store_true", help="say which engine was chosen, and why")
@@ -88,8 +119,21 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
 
 def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", metavar="SOURCE", help="a model's name, or the folder of a diffusers checkpoint")
-    p.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="the folder to make; default for a model's name: where generate finds it")  # fmt: skip
-    p.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA to fuse in; may be repeated")  # fmt: skip
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="BUNDLE",
+        help="the folder to make; default for a model's name: where generate finds it",
+    )
+    p.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA to fuse in; may be repeated",
+    )
     p.add_argument("--dtype", default="fp32", help="arithmetic of the graphs, fp32 or fp16; default: %(default)s")
     p.add_argument("--weights", metavar="DTYPE", help="storage of the weights, fp32 or fp16; default: as --dtype")
     p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny to decode with")
@@ -135,7 +179,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(json.dumps(_describe(pipe, result, files), indent=2, ensure_ascii=False))
         return
     stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
-    print(f"{pipe.name} on {pipe.engine}, seed {request.seed}: {sum(result.timings.values()):.3f} s ({stages})", file=sys.stderr)  # fmt: skip
+    print(
+        f"{pipe.name} on {pipe.engine}, seed {request.seed}: {sum(result.timings.values()):.3f} s ({stages})",
+        file=sys.stderr,
+    )
     print(*files, sep="\n")
 
 
@@ -220,14 +267,27 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _checkpoint(recipe: Recipe) -> Path:
     if not recipe.checkpoint_path.is_dir():
-        raise ExportError(f"the checkpoint of {recipe.name} is not part of this install ({recipe.checkpoint_path} does not exist); export it in a clone of the project")  # fmt: skip
+        raise ExportError(
+            f"the checkpoint of {recipe.name} is not part of this install ({recipe.checkpoint_path} does not exist); export it in a clone of the project"
+        )
     return recipe.checkpoint_path
 
 
 def _models(arguments: argparse.Namespace) -> None:
     from .models import recipes
 
-    rows = [{"name": r.name, "title": r.title, "ready": r.ready, "bundle": str(r.bundle_path), "licence": r.licence, "defaults": dict(r.defaults), "limits": dict(r.limits)} for r in recipes().values()]  # fmt: skip
+    rows = [
+        {
+            "name": r.name,
+            "title": r.title,
+            "ready": r.ready,
+            "bundle": str(r.bundle_path),
+            "licence": r.licence,
+            "defaults": dict(r.defaults),
+            "limits": dict(r.limits),
+        }
+        for r in recipes().values()
+    ]
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
@@ -235,7 +295,9 @@ def _models(arguments: argparse.Namespace) -> None:
     for row in rows:
         d: Any = row["defaults"]
         state = "ready" if row["ready"] else f"not exported yet: vega-edge export {row['name']}"
-        print(f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}  [{state}]")  # fmt: skip
+        print(
+            f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}  [{state}]"
+        )
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -122,17 +122,41 @@ def evaluate(setting: Setting, count: int, engine: str, teacher: dict[str, list[
     fits = [read(i).things[0].fit for i, s in zip(images, scores, strict=True) if s.shape]
     rms = None
     if setting.options["scheduler"] == "LCM" and setting.prompts in teacher:
-        rms = float(np.mean([np.sqrt(np.mean((a.astype(float) - b) ** 2)) for a, b in zip(images, teacher[setting.prompts], strict=True)]))  # fmt: skip
-    percent = {k: round(100 * float(np.mean([getattr(s, k) for s in scores])), 1) for k in ("color", "shape", "background", "all")}  # fmt: skip
-    return Row(setting.title, setting.prompts, count, **percent, goal=setting.goal, fit=round(float(np.mean(fits)) if fits else 0.0, 3), teacher_rms=rms and round(rms, 2), seconds_a_picture=round(seconds / count, 3))  # fmt: skip
+        rms = float(
+            np.mean(
+                [
+                    np.sqrt(np.mean((a.astype(float) - b) ** 2))
+                    for a, b in zip(images, teacher[setting.prompts], strict=True)
+                ]
+            )
+        )
+    percent = {
+        k: round(100 * float(np.mean([getattr(s, k) for s in scores])), 1)
+        for k in ("color", "shape", "background", "all")
+    }
+    return Row(
+        setting.title,
+        setting.prompts,
+        count,
+        **percent,
+        goal=setting.goal,
+        fit=round(float(np.mean(fits)) if fits else 0.0, 3),
+        teacher_rms=rms and round(rms, 2),
+        seconds_a_picture=round(seconds / count, 3),
+    )
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| setting | prompts | all right | goal | colour | shape | background | outline fit | rms from teacher |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| setting | prompts | all right | goal | colour | shape | background | outline fit | rms from teacher |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         goal = f"≥ {r.goal:g}" if r.goal else ""
         rms = "" if r.teacher_rms is None else f"{r.teacher_rms:.1f}"
-        lines.append(f"| {r.title} | {r.count} {r.prompts} | **{r.all:.1f} %** | {goal} | {r.color:.1f} | {r.shape:.1f} | {r.background:.1f} | {r.fit:.3f} | {rms} |")  # fmt: skip
+        lines.append(
+            f"| {r.title} | {r.count} {r.prompts} | **{r.all:.1f} %** | {goal} | {r.color:.1f} | {r.shape:.1f} | {r.background:.1f} | {r.fit:.3f} | {rms} |"
+        )
     return "\n".join(lines)
 
 
@@ -153,8 +177,20 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.output:
-        facts = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(), "python": platform.python_version(), **{p: version(p) for p in ("numpy", "onnxruntime")}, "engine": arguments.engine}  # fmt: skip
-        arguments.output.write_text(json.dumps({**facts, "checker_on_renderings": {"one": one, "two": two}, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")  # fmt: skip
+        facts = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("numpy", "onnxruntime")},
+            "engine": arguments.engine,
+        }
+        arguments.output.write_text(
+            json.dumps(
+                {**facts, "checker_on_renderings": {"one": one, "two": two}, "rows": [asdict(r) for r in rows]},
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -67,8 +67,10 @@ def background(name: str, seed: int, width: int, height: int) -> NDArray[np.floa
         return np.repeat(np.stack(c, -1).astype(np.float32)[:, None], width, 1)
 
     def hills(top: float, swing: float, waves: float) -> NDArray[np.float32]:
-        line = top + rng.uniform(-0.07, 0.07) + sum(
-            swing / k * np.sin(2 * np.pi * (waves * k * x + rng.random())) for k in (1, 2)
+        line = (
+            top
+            + rng.uniform(-0.07, 0.07)
+            + sum(swing / k * np.sin(2 * np.pi * (waves * k * x + rng.random())) for k in (1, 2))
         )
         return np.clip((y - line) * height + 0.5, 0, 1).astype(np.float32)
 

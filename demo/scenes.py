@@ -93,11 +93,7 @@ def unseen(color: str, shape: str, background: str) -> bool:
 
 def combinations(held_out: bool) -> list[tuple[str, str, str]]:
     return [
-        (c, s, b)
-        for c in COLORS
-        for s in SHAPES
-        for b in BACKGROUNDS
-        if allowed(c, b) and unseen(c, s, b) == held_out
+        (c, s, b) for c in COLORS for s in SHAPES for b in BACKGROUNDS if allowed(c, b) and unseen(c, s, b) == held_out
     ]
 
 
@@ -118,7 +114,9 @@ def sample_scene(rng: np.random.Generator, width: int = SIZE_PX, height: int = S
         radius = rng.uniform(*RADIUS_PX[size])
         x, y = _free_center(rng, place, radius, width, height)
         color, shape = kinds[0]
-        return Scene((Thing(color, shape, size, x, y, radius, rng.uniform(-1, 1)),), background, seed, "", place, width, height)
+        return Scene(
+            (Thing(color, shape, size, x, y, radius, rng.uniform(-1, 1)),), background, seed, "", place, width, height
+        )
     return _two_things(rng, kinds, background, seed, width, height)
 
 
@@ -209,5 +207,25 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def vocabulary() -> list[str]:
     """Every word a caption may hold: what the tokenizer merges into one token each."""
-    phrases = [*COLORS, *SHAPES, *BACKGROUNDS, *SCENERY.values(), *RELATIONS, *PLACES, "small", "big", "with", "background", "a", "an", "the", "on", "of", "picture", "two", "and", ","]
+    phrases = [
+        *COLORS,
+        *SHAPES,
+        *BACKGROUNDS,
+        *SCENERY.values(),
+        *RELATIONS,
+        *PLACES,
+        "small",
+        "big",
+        "with",
+        "background",
+        "a",
+        "an",
+        "the",
+        "on",
+        "of",
+        "picture",
+        "two",
+        "and",
+        ",",
+    ]
     return sorted({w for p in phrases for w in p.split()})

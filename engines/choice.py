@@ -34,16 +34,22 @@ ENGINES: Mapping[str, Backend] = {
 
 # Fastest first among those with full precision; openvino-bf16 rounds to 8 bits, so it is only for those who ask for it.
 AUTO = ("onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+# OpenVINO compiles a graph for seconds before it runs it faster; below this size onnxruntime is done by then.
+SMALL_BYTES = 100_000_000
 
 
-def choose_engine() -> str:
+def choose_engine(model_bytes: int | None = None) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
-    Choose once for all graphs of a model. Raises EngineError if no engine is installed.
+    `model_bytes`: size of the model's graphs, where known. Choose once for all graphs of a model. Raises EngineError if
+    no engine is installed.
     """
     passed: list[str] = []
+    small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
     for name in AUTO:
         missing = missing_here(name)
+        if missing is None and name == "openvino" and small:
+            missing = Missing("it would compile for longer than a model this small takes to run", "")
         if missing is None:
             log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
             return name

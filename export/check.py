@@ -56,10 +56,14 @@ def compare_pixels(graph: Path, dtype: str, cases: Sequence[tuple[Arrays, Arrays
     for got, wanted in _run(graph, cases):
         pixels, reference = got["pixels"], wanted["pixels"]
         if pixels.shape != reference.shape or pixels.dtype != np.uint8:
-            raise ExportError(f"vae_decoder: pixels are {pixels.dtype}{list(pixels.shape)}, expected uint8{list(reference.shape)}")
+            raise ExportError(
+                f"vae_decoder: pixels are {pixels.dtype}{list(pixels.shape)}, expected uint8{list(reference.shape)}"
+            )
         worst = max(worst, int(np.abs(pixels.astype(int) - reference).max()))
     if worst > PIXEL_LEVELS[dtype]:
-        raise ExportError(f"vae_decoder: pixels differ from torch's by {worst} levels in {dtype}, allowed is {PIXEL_LEVELS[dtype]}")
+        raise ExportError(
+            f"vae_decoder: pixels differ from torch's by {worst} levels in {dtype}, allowed is {PIXEL_LEVELS[dtype]}"
+        )
     return worst
 
 
@@ -76,7 +80,8 @@ def _run(graph: Path, cases: Sequence[tuple[Arrays, Arrays]]) -> list[tuple[Arra
     engine = open_engine(graph, "onnxruntime-cpu")
     try:
         return [
-            (engine.run({k: v.astype(engine.inputs[k].dtype) for k, v in feeds.items()}), wanted) for feeds, wanted in cases
+            (engine.run({k: v.astype(engine.inputs[k].dtype) for k, v in feeds.items()}), wanted)
+            for feeds, wanted in cases
         ]
     finally:
         engine.close()  # on Windows an open file can't be moved

@@ -71,13 +71,22 @@ def open_checkpoint(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
     found = {name: _weight_files(name, folder) for name, folder in parts.items()}
     for name, config in configs.items():
         _check_config(name, config)
+    if tiny_vae is not None:
+        _check_same_latents(configs["vae"], configs["tiny_vae"])
     return Checkpoint(
-        path, index, parts, configs, {n: files for n, (files, _) in found.items()}, {n: v for n, (_, v) in found.items()},
+        path,
+        index,
+        parts,
+        configs,
+        {n: files for n, (files, _) in found.items()},
+        {n: v for n, (_, v) in found.items()},
         read_json(path / "scheduler" / "scheduler_config.json"),
     )
 
 
-def load_module(checkpoint: Checkpoint, part: str, layers: Mapping[str, Sequence[tuple[LoraLayer, float]]]) -> nn.Module:
+def load_module(
+    checkpoint: Checkpoint, part: str, layers: Mapping[str, Sequence[tuple[LoraLayer, float]]]
+) -> nn.Module:
     """One part as a torch module in float32, evaluation mode, with `layers` (weight name -> LoRA layers) fused in."""
     import torch
 
@@ -86,12 +95,13 @@ def load_module(checkpoint: Checkpoint, part: str, layers: Mapping[str, Sequence
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.contiguous()  # some published weights are stored as transposed views
             for layer, strength in layers.get(published_name(part, name), ()):
                 parameter += torch.from_numpy(layer.delta(tuple(parameter.shape), strength))
                 fused.add(published_name(part, name))
     if missed := set(layers) - fused:
-        raise ExportError(f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused")
+        raise ExportError(
+            f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused"
+        )
     return module.eval()
 
 
@@ -134,12 +144,14 @@ def _weight_files(part: str, folder: Path) -> tuple[tuple[Path, ...], str | None
         if (folder / whole).is_file():
             return (folder / whole,), variant
         if (folder / shards).is_file():
-            return tuple(folder / name for name in sorted(set(read_json(folder / shards)["weight_map"].values()))), variant
+            return tuple(
+                folder / name for name in sorted(set(read_json(folder / shards)["weight_map"].values()))
+            ), variant
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
     if pickled:
         raise ExportError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run any code when they are read; allowed is "
-            ".safetensors: fetch that version, or convert it where you trust it with "
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run any code when they are read; allowed "
+            "is .safetensors: fetch that version, or convert it where you trust it with "
             "from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
         )
     raise ExportError(f"{folder} holds no weights; expected {stem}.safetensors or {stem}.fp16.safetensors")
@@ -162,6 +174,16 @@ def _check_config(part: str, config: Mapping[str, Any]) -> None:
         got = config.get(key, values[0])
         if got not in values:
             raise ExportError(f"unet: {key} is {got!r}; text-to-image models with {_or(values)} are exported")
+
+
+def _check_same_latents(vae: Mapping[str, Any], tiny: Mapping[str, Any]) -> None:
+    channels = vae.get("latent_channels", 4), tiny.get("latent_channels", 4)
+    levels = len(vae["block_out_channels"]), len(tiny["decoder_block_out_channels"])
+    if len(set(channels)) > 1 or len(set(levels)) > 1:
+        raise ExportError(
+            f"tiny_vae decodes {channels[1]} channels over {levels[1]} levels, the checkpoint's latents have "
+            f"{channels[0]} over {levels[0]}; use a tiny autoencoder made for these latents"
+        )
 
 
 def _or(values: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""torch modules to ONNX graphs: thin wrappers that fix the order of inputs and outputs, and the call of torch's exporter.
+"""torch modules to ONNX graphs: wrappers that fix the order of inputs and outputs, and the call of torch's exporter.
 
 Names of inputs and outputs are optimum's. Knows nothing of files.
 """
@@ -79,12 +79,13 @@ class GraphSpec:
     outputs: Mapping[str, Axes]
 
 
-def text_encoder_spec(config: Mapping[str, Any], projection: bool) -> GraphSpec:
-    width, layers = config["hidden_size"], config["num_hidden_layers"]
+def text_encoder_spec(encoder: TextEncoder) -> GraphSpec:
+    config: Any = encoder.model.config
+    width, layers = config.hidden_size, config.num_hidden_layers
     hidden: Axes = ("batch", TOKENS, width)
     first: dict[str, Axes] = {"last_hidden_state": hidden, "pooler_output": ("batch", width)}
-    if projection:
-        first = {"text_embeds": ("batch", config["projection_dim"]), "last_hidden_state": hidden}
+    if encoder.projection:
+        first = {"text_embeds": ("batch", config.projection_dim), "last_hidden_state": hidden}
     return GraphSpec(
         {"input_ids": ("batch", TOKENS)}, {**first, **{f"hidden_states.{i}": hidden for i in range(layers + 1)}}
     )

@@ -111,9 +111,7 @@ def read_lora(path: Path) -> Lora:
     return Lora(path, {module_key(m): _layer(path, m, roles, scales) for m, roles in found.items()})
 
 
-def match_lora(
-    lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> dict[str, dict[str, LoraLayer]]:
+def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, LoraLayer]]:
     """Find each layer's weight. `weights`: part -> weight name ('....to_q.weight') -> shape in torch's layout.
 
     Returns part -> weight name -> layer. ExportError if any layer fits nothing: no layer is dropped in silence.
@@ -164,7 +162,9 @@ def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scale
         raise ExportError(f"LoRA {path}: {module} lacks its {'down' if down is None else 'up'} weight; fetch it again")
     rank = down.shape[0] if down.ndim >= 2 else -1
     if up.ndim < 2 or up.size != up.shape[0] * rank:
-        raise ExportError(f"LoRA {path}: {module} has down {_x(down.shape)} and up {_x(up.shape)}, which do not multiply")
+        raise ExportError(
+            f"LoRA {path}: {module} has down {_x(down.shape)} and up {_x(up.shape)}, which do not multiply"
+        )
     alpha = float(roles["alpha"].item()) if "alpha" in roles else None
     return LoraLayer(module, down, up, scales.of(module, rank) if alpha is None else alpha / rank)
 
@@ -179,7 +179,9 @@ class _Scales:
         elif raw_peft:
             beside = path.with_name("adapter_config.json")
             if not beside.is_file():
-                raise ExportError(f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it")
+                raise ExportError(
+                    f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it"
+                )
             self._config = json.loads(beside.read_text(encoding="utf-8"))
 
     def of(self, module: str, rank: int) -> float:

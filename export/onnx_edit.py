@@ -168,12 +168,12 @@ def _probe(array: NDArray[Any]) -> Any:
 
 def _places(weight: NDArray[Any], probes: Mapping[Any, list[ir.Value]]) -> list[tuple[str, bool]]:
     """(initializer, transposed) for every initializer that holds this weight as it is or transposed."""
-    places = []
-    for candidate, transposed in ((weight.T, True), (weight, False)):
-        for value in probes.get(_probe(candidate), ()):
-            if value.const_value is not None and np.array_equal(value.const_value.numpy(), candidate):
-                places.append((str(value.name), transposed))
-    return places
+    return [
+        (str(value.name), transposed)
+        for candidate, transposed in ((weight.T, True), (weight, False))
+        for value in probes.get(_probe(candidate), ())
+        if value.const_value is not None and np.array_equal(value.const_value.numpy(), candidate)
+    ]
 
 
 def _rename_to_owners(

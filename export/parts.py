@@ -46,8 +46,9 @@ class Exported:
 
 
 class PartsExporter:
-    """Exports a checkpoint's parts into `folder`; keeps what one part owes the next. `notes`: decisions to tell the user.
+    """Exports a checkpoint's parts into `folder`; keeps what one part owes the next.
 
+    `notes`: what was decided on the way, to tell the user.
     `layers`: part -> weight name -> the LoRA layers to fuse into it, each with its strength.
     `announce(part, phase)` is called as each phase of PHASES begins.
     """
@@ -80,34 +81,31 @@ class PartsExporter:
         source = self.checkpoint.path / part.replace("text_encoder", "tokenizer")
         tokenizer = load_tokenizer(source)
         write_tokenizer(source, self.folder / source.name, tokenizer)
-        projection = part == "text_encoder_2"
-        wrapper = graphs.TextEncoder(self._load(part, self.precision), projection)
-        spec = graphs.text_encoder_spec(self.checkpoint.configs[part], projection)
+        wrapper = graphs.TextEncoder(self._load(part, self.precision), projection=part == "text_encoder_2")
+        spec = graphs.text_encoder_spec(wrapper)
+        # SDXL takes both encoders' last but one hidden state, SD the last one after the final norm
+        layers = wrapper.model.config.num_hidden_layers
+        states = f"hidden_states.{layers - 1}" if self.checkpoint.sdxl else "last_hidden_state"
         cases = []
         for prompts, text in zip(samples.PROMPTS, self._text, strict=True):
             feeds = {"input_ids": token_ids(tokenizer, prompts)}
             outputs = _forward(wrapper, spec, feeds)
             cases.append((samples.to_numpy(feeds), samples.to_numpy(outputs)))
-            self._keep_text(text, outputs, len(outputs) - 4 if self.checkpoint.sdxl else None)
+            before = [text["encoder_hidden_states"]] if "encoder_hidden_states" in text else []
+            text["encoder_hidden_states"] = torch.cat([*before, outputs[states]], -1)
+            text |= {"text_embeds": outputs["text_embeds"]} if wrapper.projection else {}
         example = {"input_ids": torch.zeros(3, TOKENS, dtype=torch.int64)}
         parameters = work.export(wrapper, spec, example)
         del wrapper
         return work.finish(parameters, cases)
 
-    def _keep_text(self, text: Feeds, outputs: Feeds, hidden: int | None) -> None:
-        """What the pipelines feed: SDXL both encoders' last but one hidden state and the pooled vector; SD the last."""
-        states = outputs["last_hidden_state"] if hidden is None else outputs[f"hidden_states.{hidden}"]
-        before = text.get("encoder_hidden_states")
-        text["encoder_hidden_states"] = states if before is None else torch.cat([before, states], -1)
-        if "text_embeds" in outputs:
-            text["text_embeds"] = outputs["text_embeds"]
-
     def _vae_decoder(self) -> Exported:
         part = "tiny_vae" if "tiny_vae" in self.checkpoint.parts else "vae"
-        config = self.checkpoint.configs[part]
-        precision = decoder_precision(self.precision, config, self.checkpoint.sdxl)
+        precision = decoder_precision(self.precision, self.checkpoint.configs[part], self.checkpoint.sdxl)
         if precision != self.precision:
-            self.notes.append("vae_decoder computes in fp32: its configuration says force_upcast (it overflows in fp16)")
+            self.notes.append(
+                "vae_decoder computes in fp32: its configuration says force_upcast (it overflows in fp16)"
+            )
         work = _Work(self, "vae_decoder", precision)
         vae = load_module(self.checkpoint, "vae", {})
         self._scale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -115,6 +113,7 @@ class PartsExporter:
             pictures = [samples.picture(size, self._scale) for size in self._sizes]
             self._latents = [vae.encode(p).latent_dist.mean * vae.config.scaling_factor for p in pictures]
         vae = self._load(part, precision)
+        config = dict(vae.config)  # with diffusers' defaults: older files say no scaling_factor
         wrapper, spec = graphs.Decoder(vae), graphs.decoder_spec(vae)
         cases, pixel_cases = [], []
         for latents in self._latents:
@@ -148,12 +147,14 @@ class PartsExporter:
         return work.finish(parameters, cases)
 
     def _load(self, part: str, precision: Precision) -> nn.Module:
-        """The module in float32, with its LoRA fused and, if it will be stored in half precision, its weights rounded."""
+        """The module in float32, its LoRA fused and, if it will be stored in half precision, its weights rounded."""
         module = load_module(self.checkpoint, part, self.layers.get(part, {}))
         if precision.weights == "fp16":
             changed = round_to_half(part, module)
             if changed:
-                self.notes.append(f"{part}: {changed} weights were rounded to fp16 (LoRA, or a checkpoint of higher precision)")
+                self.notes.append(
+                    f"{part}: {changed} weights were rounded to fp16 (LoRA, or a checkpoint of higher precision)"
+                )
         return module
 
 
@@ -172,7 +173,9 @@ class _Work:
         self.exporter.announce(self.part, "trace")
         if self.precision.dtype == "fp16":
             wrapper.half()
-            example = {n: t.half() if t.is_floating_point() and n not in _ALWAYS_FLOAT32 else t for n, t in example.items()}
+            example = {
+                n: t.half() if t.is_floating_point() and n not in _ALWAYS_FLOAT32 else t for n, t in example.items()
+            }
         model = graphs.export_graph(self.part, wrapper, spec, example)
         self.exporter.announce(self.part, "write")
         onnx_edit.strip(model)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """Phase `index` of `total` begins: 'unet', 'trace'."""
+    """Phase `index` (from 1) of `total` begins: 'unet', 'trace'."""
 
     part: str
     phase: str
@@ -52,7 +52,8 @@ def format_report(report: ExportReport) -> str:
     rows.append(("whole bundle", "", megabytes(report.bytes), f"{report.seconds:.1f} s", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
-        f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip() for r in rows
+        f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip()
+        for r in rows
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 

@@ -36,7 +36,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The names, dtypes and shapes a file holds, without its weights. ExportError if it is damaged or something else."""
+    """The names, dtypes and shapes a file holds, without its weights. ExportError if it is damaged."""
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -60,7 +60,9 @@ def read_float32(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, 
     """Every tensor of the file as float32, and the file's metadata. Meant for LoRA files, not for whole models."""
     header = read_header(path)
     data = np.memmap(path, np.uint8, "r", offset=header.data_start) if header.entries else np.zeros(0, np.uint8)
-    return {name: _as_float32(path, name, e, data[e.start : e.end]) for name, e in header.entries.items()}, header.metadata
+    return {
+        name: _as_float32(path, name, e, data[e.start : e.end]) for name, e in header.entries.items()
+    }, header.metadata
 
 
 def _as_float32(path: Path, name: str, entry: Entry, data: NDArray[np.uint8]) -> NDArray[np.float32]:

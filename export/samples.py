@@ -1,4 +1,4 @@
-"""Real inputs for comparing an exported part with torch: prompts, a picture with edges and gradients, noised latents."""
+"""Real inputs for comparing an exported part with torch: prompts, a picture of edges and gradients, noised latents."""
 
 from __future__ import annotations
 

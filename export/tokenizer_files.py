@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from .quiet import quiet
 from .checkpoint import read_json
+from .quiet import quiet
 
 TOKENS = 77  # CLIP's context, start and end token included
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..bundle import describe_files, write_manifest
 from ..errors import BundleError, ExportError, unknown
-from ..manifest import ROOT_PART, Lora, Manifest, Part, Source
+from ..manifest import MANIFEST, ROOT_PART, Lora, Manifest, Part, Source
 from .checkpoint import Checkpoint, open_checkpoint
 from .lora import LoraLayer, match_lora, read_lora
 from .report import ExportReport, PartReport, Progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("fp32", "fp16")
 _NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
-_KNOWN_ENTRIES = ("feature_extractor", "image_encoder", "scheduler", "tokenizer", "tokenizer_2")  # no graphs of their own
+_WITHOUT_GRAPH = ("feature_extractor", "image_encoder", "scheduler", "tokenizer", "tokenizer_2")
 Layers = Mapping[str, Mapping[str, Sequence[tuple[LoraLayer, float]]]]
 
 
@@ -102,8 +102,8 @@ def _checked(
             raise ExportError(f"LoRA {path}: its strength is {strength}; it must be a finite number, 1 is as trained")
     if out.exists() and not overwrite:
         raise ExportError(f"{out} exists already; choose another folder, or ask to overwrite it")
-    if out.is_file():
-        raise ExportError(f"{out} is a file; a bundle is a folder: choose another name")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
     return _Request(Path(source), out, tuple(loras), dtype, weights or dtype, name or out.name)
@@ -125,7 +125,9 @@ def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) ->
 def _require_packages() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"export needs {', '.join(missing)}, not installed here; install: pip install 'vega-edge[export]'")
+        raise ExportError(
+            f"export needs {', '.join(missing)}, not installed here; install: pip install 'vega-edge[export]'"
+        )
 
 
 @contextlib.contextmanager
@@ -135,14 +137,19 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     folder = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         folder.mkdir()
+    except OSError as failure:
+        raise ExportError(
+            f"{out} can't be made ({failure.strerror}); choose a folder that you may write to"
+        ) from failure
+    try:
         yield folder
         _move_into_place(folder, out, overwrite)
     except (OSError, BundleError) as failure:
         cause = failure if isinstance(failure, OSError) else failure.__cause__
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(f"disk full while exporting to {out}: free some space; nothing was left behind") from failure
-        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ExportError(f"{out} can't be written ({cause.strerror}); choose a folder that you may write to") from failure
+            raise ExportError(
+                f"disk full while exporting to {out}; free some space: nothing was left behind"
+            ) from failure
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already if it became `out`
@@ -168,7 +175,7 @@ def _export_parts(
     from .parts import PHASES, PartsExporter, Precision  # torch, here and not before
 
     count = len([part for part in checkpoint.parts if part != "tiny_vae"]) * len(PHASES)
-    seen = iter(range(count))
+    seen = iter(range(1, count + 1))
     exporter = PartsExporter(
         checkpoint,
         folder,
@@ -183,7 +190,9 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
     """The files that diffusers writes, unchanged: facts about the model stay where other tools look for them."""
     shutil.copyfile(checkpoint.path / "model_index.json", folder / "model_index.json")
     (folder / "scheduler").mkdir()
-    shutil.copyfile(checkpoint.path / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json")
+    shutil.copyfile(
+        checkpoint.path / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
+    )
     for part, source in checkpoint.parts.items():  # the tiny autoencoder comes last and replaces the full one's
         shutil.copyfile(source / "config.json", folder / ("vae_decoder" if "vae" in part else part) / "config.json")
 
@@ -205,7 +214,7 @@ def _manifest(
     loras = tuple(Lora(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), float(s)) for path, s in request.loras)
     return Manifest(
         name=request.name,
-        created_by=f"vega-edge {_version()}",
+        created_by=f"vega-edge {__version__}",
         dtype=request.dtype,  # type: ignore[arg-type]  # checked to be one of DTYPES
         weights=request.weights,  # type: ignore[arg-type]
         source=Source(request.source.resolve().name, loras, vae),  # type: ignore[arg-type]
@@ -218,12 +227,5 @@ def _manifest(
 def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
     """Parts of the checkpoint that a bundle has no place for, such as a safety checker."""
     for name, value in checkpoint.model_index.items():
-        if isinstance(value, list) and any(value) and name not in (*checkpoint.parts, *_KNOWN_ENTRIES):
+        if isinstance(value, list) and any(value) and name not in (*checkpoint.parts, *_WITHOUT_GRAPH):
             yield f"{name} is not exported: a bundle has no such part"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("vega-edge")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

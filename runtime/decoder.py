@@ -30,12 +30,14 @@ class Decoder:
         """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3]."""
         dtype = self._engine.inputs["latent_sample"].dtype
         if self._bakes_pixels:
-            return self._engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"].view(np.uint8)
+            pixels: NDArray[np.uint8] = self._engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"]
+            return pixels
         unscaled = latents / np.float32(self._scaling_factor) + np.float32(self._shift_factor)
         sample = self._engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
         if not np.isfinite(sample).all():
             raise EngineError("the decoder gave values that are not finite; it may overflow in fp16: export it in fp32")
-        return np.rint(np.clip(sample / 2 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        pixels = np.rint(np.clip(sample / 2 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(pixels)
 
     def images(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         return [Image.fromarray(p) for p in self.pixels(latents)]

@@ -1,4 +1,4 @@
-"""From what the network says to x0: scaling, prediction type and guidance. Knows feeds by name, no encoder and no size."""
+"""From what the network says to x0: scaling, prediction type, guidance. Knows feeds by name, no encoder, no size."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ class Denoiser:
             out = away + np.float32(self._guidance) * (toward - away)
         self.calls += 1
         if not np.isfinite(out).all():
-            raise EngineError(f"the network gave values that are not finite at call {self.calls} (sigma {sigma:.4g}); a precision with more range may help: --engine onnxruntime-cpu")  # fmt: skip
+            cure = "a precision with more range may help: --engine onnxruntime-cpu"
+            raise EngineError(
+                f"the network's call {self.calls} (sigma {sigma:.4g}) gave values that are not finite; {cure}"
+            )
+        x0: Array = out  # "sample"
         if self._prediction_type == "epsilon":
-            return x - np.float32(sigma) * out
-        if self._prediction_type == "v_prediction":
-            return (network_x - np.float32(sigma) * out) / np.float32(scale)
-        return out  # "sample"
+            x0 = x - np.float32(sigma) * out
+        elif self._prediction_type == "v_prediction":
+            x0 = (network_x - np.float32(sigma) * out) / np.float32(scale)
+        return x0
 
     def _run(self, network_x: Array, t: float) -> Array:
         spec = self._engine.inputs["sample"]

@@ -72,8 +72,10 @@ class Pipeline:
     @classmethod
     def open(cls, model: str | os.PathLike[str], engine: str = "auto", verify: bool = True) -> Pipeline:
         """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto"."""
-        chosen = choose_engine() if engine == "auto" else engine
-        return cls(Bundle.open(find_bundle(model), verify), chosen)
+        bundle = Bundle.open(find_bundle(model), verify)
+        if engine == "auto":
+            engine = choose_engine(sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*")))
+        return cls(bundle, engine)
 
     def request(self, prompt: str, **options: Any) -> Request:
         """Checks the options (negative, steps, guidance, scheduler, seed, samples, width, height); UsageError says what is allowed."""
@@ -133,7 +135,13 @@ class Pipeline:
         scheduler = scheduler_named_in(self._scheduler_config)
         side = int(unet["sample_size"]) * self._decoder.scale
         few = scheduler == "LCM"
-        return {"scheduler": scheduler, "steps": 4 if few else 25, "guidance": 0.0 if few else 7.5, "width": side, "height": side}  # fmt: skip
+        return {
+            "scheduler": scheduler,
+            "steps": 4 if few else 25,
+            "guidance": 0.0 if few else 7.5,
+            "width": side,
+            "height": side,
+        }
 
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""

@@ -100,5 +100,7 @@ def _side(name: str, got: Any, limits: Limits) -> int:
     if px % limits.multiple_px:
         below = px // limits.multiple_px * limits.multiple_px
         near = [s for s in (below, below + limits.multiple_px) if limits.size_px[0] <= s <= limits.size_px[1]]
-        raise UsageError(f"{name} must be a multiple of {limits.multiple_px} px, got {px}; nearest: {' or '.join(map(str, near))}")  # fmt: skip
+        raise UsageError(
+            f"{name} must be a multiple of {limits.multiple_px} px, got {px}; nearest: {' or '.join(map(str, near))}"
+        )
     return px

@@ -31,7 +31,8 @@ class TorchGenerator:
 
     def _uniform(self, n: int) -> NDArray[np.float32]:
         words = self._words.randint(0, 2**32, size=n, dtype=np.uint32)
-        return (words & _FLOAT_BITS).astype(np.float32) * np.float32(2**-24)
+        uniform: NDArray[np.float32] = (words & _FLOAT_BITS).astype(np.float32) * np.float32(2**-24)
+        return uniform
 
     def _long(self, n: int) -> NDArray[np.float32]:
         """16 values and more: blocks of 16; an incomplete last block is drawn anew over the last 16 values."""

@@ -38,7 +38,9 @@ class Scheduler:
         for key, allowed in {**_FIXED, **self.fixed}.items():
             if merged.get(key, allowed[0]) not in allowed:
                 values = ", ".join(map(repr, allowed))
-                raise UsageError(f"{self.name}: {key} {merged[key]!r} in scheduler_config.json is not supported; allowed: {values}")  # fmt: skip
+                raise UsageError(
+                    f"{self.name}: {key} {merged[key]!r} in scheduler_config.json is not supported; allowed: {values}"
+                )
         return NoiseModel(merged)
 
     def schedule(self, config: Options, steps: int) -> Schedule:
@@ -53,7 +55,9 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "rescale_betas_zero_snr": (False, None),
 }
-_NO_OTHER_GRID = {k: (False, None) for k in ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")}  # fmt: skip
+_NO_OTHER_GRID = dict.fromkeys(
+    ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"), (False, None)
+)
 _NO_CLIPPING = {"clip_sample": (False, None), "thresholding": (False, None)}
 _EULER = {"interpolation_type": ("linear",), "timestep_type": ("discrete",), **_NO_OTHER_GRID}
 _DPM = {
@@ -70,10 +74,23 @@ SCHEDULERS: dict[str, Scheduler] = {
     s.name: s
     for s in (
         Scheduler("Euler", "EulerDiscreteScheduler", samplers.euler, schedules.euler, fixed=_EULER),
-        Scheduler("Euler a", "EulerAncestralDiscreteScheduler", samplers.euler_ancestral, schedules.euler, forced={"use_karras_sigmas": False}),  # fmt: skip
+        Scheduler(
+            "Euler a",
+            "EulerAncestralDiscreteScheduler",
+            samplers.euler_ancestral,
+            schedules.euler,
+            forced={"use_karras_sigmas": False},
+        ),
         Scheduler("DDIM", "DDIMScheduler", samplers.ddim, schedules.ddim, _DDIM_DEFAULTS, fixed=_NO_CLIPPING),
         Scheduler("DPM Multi", "DPMSolverMultistepScheduler", samplers.dpm_multi, schedules.dpm_multi, fixed=_DPM),
-        Scheduler("DPM Multi Karras", "DPMSolverMultistepScheduler", samplers.dpm_multi, schedules.dpm_multi, forced={"use_karras_sigmas": True}, fixed=_DPM),  # fmt: skip
+        Scheduler(
+            "DPM Multi Karras",
+            "DPMSolverMultistepScheduler",
+            samplers.dpm_multi,
+            schedules.dpm_multi,
+            forced={"use_karras_sigmas": True},
+            fixed=_DPM,
+        ),
         Scheduler("LCM", "LCMScheduler", samplers.lcm, schedules.lcm, _LCM_DEFAULTS, fixed=_NO_CLIPPING),
     )
 }
@@ -94,4 +111,6 @@ def scheduler_named_in(config: Options) -> str:
         if scheduler.diffusers == written:
             return scheduler.name
     known = sorted({s.diffusers for s in SCHEDULERS.values()})
-    raise UsageError(f"scheduler_config.json names {written!r}, which is not implemented; name one with --scheduler ({', '.join(SCHEDULERS)}). Implemented: {', '.join(known)}")  # fmt: skip
+    raise UsageError(
+        f"scheduler_config.json names {written!r}, which is not implemented; name one with --scheduler ({', '.join(SCHEDULERS)}). Implemented: {', '.join(known)}"
+    )

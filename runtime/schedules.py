@@ -95,7 +95,7 @@ class NoiseModel:
             return np.linspace(0, total - 1, n + extra)[::-1][:n]
         if spacing == "leading":
             t = np.arange(n + extra) * (total // (n + extra))
-            return (t[::-1][:n] + self.config["steps_offset"]).astype(np.float64)
+            return np.asarray(t[::-1][:n] + self.config["steps_offset"], np.float64)
         if spacing == "trailing":
             # diffusers steps by total / n with arange, which for some n overshoots by one element; ours never does
             return np.round(total - np.arange(n) * (total / n)) - 1.0
@@ -146,7 +146,9 @@ def ddim(model: NoiseModel, n: int) -> Schedule:
     landings = np.where(back >= 0, train[np.maximum(back, 0)], end)
     index = timesteps.astype(np.int64)
     if index.max() >= len(alphas):
-        raise UsageError(f"{n} steps with steps_offset {model.config['steps_offset']} ask for timestep {index.max()}; the model has {len(alphas)}")  # fmt: skip
+        raise UsageError(
+            f"{n} steps with steps_offset {model.config['steps_offset']} ask for timestep {index.max()}; the model has {len(alphas)}"
+        )
     sigmas = np.append(train[index], landings[-1])
     return Schedule(sigmas, timesteps, float(np.hypot(sigmas[0], 1)), train, landings)
 

@@ -29,9 +29,10 @@ class ClipTokenizer:
             vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             special = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
+            pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+            merges = [(left, right) for left, right in pairs]
         except (OSError, ValueError) as error:
             raise BundleError(f"{folder}: the tokenizer can't be read: {error}") from error
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         token = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
         bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=token["unk_token"], fuse_unk=False)
         self._tokenizer = Tokenizer(bpe)
@@ -39,9 +40,15 @@ class ClipTokenizer:
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]  # fmt: skip
+            [
+                pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         )
-        self._tokenizer.add_special_tokens(sorted({token["bos_token"], token["eos_token"]}, key=vocab.__getitem__))
+        # Special tokens are found in the text before any splitting. For OpenCLIP the padding '!' is one: in a prompt it
+        # becomes the bare '!' (id 0), not the '!' that ends a word, as it does in transformers.
+        special_tokens = {token["bos_token"], token["eos_token"], token["unk_token"], token["pad_token"]}
+        self._tokenizer.add_special_tokens(sorted(special_tokens, key=vocab.__getitem__))
         self._start, self._end = vocab[token["bos_token"]], vocab[token["eos_token"]]
         self._pad = vocab[token["pad_token"]]
 

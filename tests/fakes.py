@@ -28,10 +28,9 @@ def network(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
 class NetworkEngine:
     """The fake network behind the engine protocol."""
 
-    inputs = {"sample": Spec(np.dtype(np.float32), (None,) * 4), "timestep": Spec(np.dtype(np.float32), (1,))}
-    outputs = {"out_sample": Spec(np.dtype(np.float32), (None,) * 4)}
-
     def __init__(self) -> None:
+        self.inputs = {"sample": Spec(np.dtype(np.float32), (None,) * 4), "timestep": Spec(np.dtype(np.float32), (1,))}
+        self.outputs = {"out_sample": Spec(np.dtype(np.float32), (None,) * 4)}
         self.timesteps: list[float] = []
 
     def run(self, feeds: dict[str, Any]) -> dict[str, Any]:

@@ -196,3 +196,16 @@ def test_names_of_gpus(monkeypatch):
 )
 def test_reason(text, line):
     assert checked.reason(MemoryError(text)) == line
+
+
+def test_a_small_model_is_not_compiled(monkeypatch, tmp_path, caplog):
+    found(monkeypatch, tmp_path, onnxruntime="cpu", openvino="cpu")
+    with caplog.at_level(logging.INFO):
+        assert engines.choose_engine(10_000_000) == "onnxruntime-cpu"
+    assert "openvino (it would compile for longer than a model this small takes to run)" in caplog.text
+    assert engines.choose_engine(1_000_000_000) == "openvino"
+
+
+def test_a_small_model_runs_on_openvino_where_that_is_all_there_is(monkeypatch, tmp_path):
+    found(monkeypatch, tmp_path, openvino="cpu")
+    assert engines.choose_engine(10_000_000) == "openvino"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ import onnx  # noqa: E402
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from vega_edge.bundle import Bundle  # noqa: E402
@@ -35,9 +37,21 @@ from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
 # What an LCM-LoRA touches, as diffusers' training script lists it; VegaRT's has all of them.
 LCM_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 RANK, ALPHA, STRENGTH = 4, 10, 0.8
 STYLES = ("kohya", "peft", "diffusers")
@@ -47,6 +61,7 @@ class Made(NamedTuple):
     source: Path
     report: ExportReport
     progress: list[Progress]
+    noise: list[str]  # whatever was printed, logged or warned
     bundle: Bundle
 
 
@@ -73,28 +88,39 @@ def loras(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """
     torch.manual_seed(1)
     pipe = pipeline(checkpoints["xl"])
-    states, metadata = {}, {}
+    layers, metadata = {}, {}
     for part, targets in (("unet", LCM_TARGETS), ("text_encoder", CLIP_TARGETS), ("text_encoder_2", CLIP_TARGETS)):
         module = getattr(pipe, part)
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False)
-        module.add_adapter(config)
-        for name, value in get_peft_model_state_dict(module).items():
-            states[f"{part}.{name}"] = (value * 0.3).contiguous()
-        metadata |= {f"{part}.lora_alpha": ALPHA, f"{part}.r": RANK}
+        module.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False))
+        layers[f"{part}_lora_layers"] = {k: v * 0.3 for k, v in get_peft_model_state_dict(module).items()}
+        metadata[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
     folder = tmp_path_factory.mktemp("loras")
     paths = {style: folder / f"{style}.safetensors" for style in STYLES}
-    save_file(states, paths["peft"], {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
-    kohya = {k: torch.tensor(float(ALPHA)) if k.endswith(".alpha") else v for k, v in convert_state_dict_to_kohya(states).items()}
+    pipe.save_lora_weights(folder, weight_name=paths["peft"].name, **layers, **metadata)
+    states = load_file(paths["peft"])
+    kohya = {
+        k: torch.tensor(float(ALPHA)) if k.endswith(".alpha") else v
+        for k, v in convert_state_dict_to_kohya(dict(states)).items()
+    }
     save_file(kohya, paths["kohya"], {"format": "pt"})
-    old = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in states.items()}
-    save_file(old, paths["diffusers"], {"format": "pt"})
+    save_file({_old_key(k): v for k, v in states.items()}, paths["diffusers"], {"format": "pt"})
     return paths
+
+
+def _old_key(key: str) -> str:
+    lora = "lora" if key.startswith("unet.") else "lora_linear_layer"
+    return key.replace("lora_A.", f"{lora}.down.").replace("lora_B.", f"{lora}.up.")
 
 
 @pytest.fixture(scope="session")
 def xl(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     """SDXL kind with a LoRA; half-precision storage, full-precision arithmetic: as the embedded model is shipped."""
-    options = {"loras": [(loras["kohya"], STRENGTH)], "weights": "fp16", "defaults": {"steps": 4}, "limits": {"steps": [1, 8]}}
+    options = {
+        "loras": [(loras["kohya"], STRENGTH)],
+        "weights": "fp16",
+        "defaults": {"steps": 4},
+        "limits": {"steps": [1, 8]},
+    }
     return made(checkpoints["xl"], tmp_path_factory.mktemp("bundles") / "tiny", **options)
 
 
@@ -102,19 +128,32 @@ def xl(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path_factory: p
 def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     """SD kind without a middle block, half precision throughout, with the tiny autoencoder."""
     source = checkpoints["sd"]
-    return made(source, tmp_path_factory.mktemp("bundles") / "half", dtype="fp16", tiny_vae=source / "tiny", name="other")
+    return made(
+        source, tmp_path_factory.mktemp("bundles") / "half", dtype="fp16", tiny_vae=source / "tiny", name="other"
+    )
 
 
 def made(source: Path, out: Path, **options: Any) -> Made:
     progress: list[Progress] = []
-    report = export_bundle(source, out, progress=progress.append, **options)
+    said: list[str] = []
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        patch.setattr(
+            logging.Logger,
+            "callHandlers",
+            lambda _, r: said.append(r.getMessage()) if r.levelno >= logging.WARNING else None,
+        )
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            report = export_bundle(source, out, progress=progress.append, **options)
+    said += [str(w.message) for w in warned] + printed.getvalue().splitlines()
     assert list(out.parent.iterdir()) == [out]
-    return Made(source, report, progress, Bundle.open(out))
+    return Made(source, report, progress, said, Bundle.open(out))
 
 
 @pytest.fixture(scope="session")
 def fused(checkpoints: dict[str, Path], loras: dict[str, Path]) -> Any:
-    """diffusers' pipeline with the same LoRA fused by diffusers and PEFT, its weights then rounded to half precision."""
+    """diffusers' pipeline with the same LoRA fused by diffusers and PEFT, its weights then rounded to half."""
     pipe = fused_by_diffusers(checkpoints["xl"], loras["kohya"])
     for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         part.half().float()
@@ -129,9 +168,14 @@ def fused_by_diffusers(source: Path, lora: Path) -> Any:
     return pipe
 
 
-def run(made: Made, graph: str, **feeds: Any) -> dict[str, NDArray[Any]]:
+def opened(made: Made, graph: str) -> Any:
     part, _, name = graph.partition("/")
-    with closing(open_engine(made.bundle.graph(part, name or "model.onnx"), "onnxruntime-cpu", threads=1)) as engine:
+    path = made.bundle.graph(part, name or "model.onnx")
+    return contextlib.closing(open_engine(path, "onnxruntime-cpu", threads=1))
+
+
+def run(made: Made, graph: str, **feeds: Any) -> dict[str, NDArray[Any]]:
+    with opened(made, graph) as engine:
         arrays = {k: np.asarray(v) for k, v in feeds.items()}
         return engine.run({k: v.astype(engine.inputs[k].dtype) for k, v in arrays.items()})
 
@@ -157,16 +201,24 @@ def test_lora_is_fused_as_diffusers_does(checkpoints: dict[str, Path], loras: di
         plain = dict(load_module(checkpoint, part, {}).named_parameters())
         theirs = dict(getattr(pipe, part).named_parameters())
         for name, weight in ours.named_parameters():
-            np.testing.assert_allclose(weight.numpy(), theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                weight.numpy(), theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=name
+            )
             if published_name(part, name) in matched[part]:  # no change that one could overlook
-                assert error(plain[name].numpy(), weight.numpy()) > 0.02, name
+                assert error(plain[name].numpy(), weight.numpy()) > 0.01, name
 
 
-def test_two_loras_add_up(checkpoints: dict[str, Path], loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_loras_add_up(
+    checkpoints: dict[str, Path], loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(checkpoints["xl"])
-    (name, layer), *_ = match_lora(read_lora(loras["peft"]), {p: checkpoint.weight_shapes(p) for p in checkpoint.parts})["unet"].items()
-    weights = [dict(load_module(checkpoint, "unet", {name: pairs}).named_parameters())[name].numpy()
-               for pairs in ([], [(layer, 0.5), (layer, -2.0)])]  # fmt: skip
+    (name, layer), *_ = match_lora(
+        read_lora(loras["peft"]), {p: checkpoint.weight_shapes(p) for p in checkpoint.parts}
+    )["unet"].items()
+    weights = [
+        dict(load_module(checkpoint, "unet", {name: pairs}).named_parameters())[name].numpy()
+        for pairs in ([(layer, 0.0)], [(layer, 0.5), (layer, -2.0)])
+    ]
     np.testing.assert_allclose(weights[1] - weights[0], layer.delta(weights[0].shape, -1.5), atol=1e-6)
 
 
@@ -176,11 +228,23 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
     tokenizer = {"merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
     graph = {"config.json", "model.onnx", "model.onnx_data"}
     assert {p: {f.rpartition("/")[2] for f in part.files} for p, part in manifest.parts.items()} == {
-        "config": {"model_index.json"}, "scheduler": {"scheduler_config.json"}, "tokenizer": tokenizer, "tokenizer_2": tokenizer,
-        "text_encoder": graph, "text_encoder_2": graph, "unet": graph, "vae_decoder": graph | {"pixels.onnx"},
-    }  # fmt: skip
-    for file in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "text_encoder_2/config.json",
-                 "tokenizer_2/special_tokens_map.json", "tokenizer/merges.txt"):  # fmt: skip
+        "config": {"model_index.json"},
+        "scheduler": {"scheduler_config.json"},
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "text_encoder": graph,
+        "text_encoder_2": graph,
+        "unet": graph,
+        "vae_decoder": graph | {"pixels.onnx"},
+    }
+    for file in (
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "text_encoder_2/config.json",
+        "tokenizer_2/special_tokens_map.json",
+        "tokenizer/merges.txt",
+    ):
         assert (path / file).read_bytes() == (xl.source / file).read_bytes()
     assert (path / "vae_decoder/config.json").read_bytes() == (xl.source / "vae/config.json").read_bytes()
     assert (manifest.name, manifest.dtype, manifest.weights) == ("tiny", "fp32", "fp16")
@@ -195,7 +259,7 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
 def test_report_and_progress(xl: Made, sd: Made) -> None:
     parts = ("text_encoder", "text_encoder_2", "vae_decoder", "unet")
     phases = [(part, phase) for part in parts for phase in ("load", "trace", "write", "check")]
-    assert xl.progress == [Progress(*phase, i, len(phases)) for i, phase in enumerate(phases)]
+    assert xl.progress == [Progress(*phase, i, len(phases)) for i, phase in enumerate(phases, 1)]
     manifest = xl.bundle.manifest
     assert manifest is not None and tuple(p.name for p in xl.report.parts) == parts
     for part in xl.report.parts:
@@ -206,40 +270,58 @@ def test_report_and_progress(xl: Made, sd: Made) -> None:
     text = format_report(xl.report)
     assert re.search(r"^unet +fp32 +0\.\d MB +\d+\.\d s  \d\.\de-0\d \(2e-04\)$", text, re.MULTILINE)
     assert re.search(r"^vae_decoder .* \(2e-04\), pixels \d of 255$", text, re.MULTILINE)
-    assert "note: unet: 48 weights were rounded to fp16" in text  # those that the LoRA changed
-    assert [p.dtype for p in sd.report.parts] == ["fp16"] * 3 and sd.report.notes == ()
+    assert "note: unet: 64 weights were rounded to fp16" in text  # those that the LoRA changed
+    assert [p.dtype for p in sd.report.parts] == ["fp16"] * 3
+    assert sd.report.notes == ("safety_checker is not exported: a bundle has no such part",)
 
 
-HALF, FULL = np.dtype(np.float16), np.dtype(np.float32)
+def test_nothing_is_said_on_the_way(xl: Made, sd: Made) -> None:
+    """torch's exporter, diffusers and transformers warn, log and draw progress bars by the dozen."""
+    assert "\n".join(xl.noise + sd.noise) == ""
+
+
+def hidden(width: int, kind: str) -> dict[str, str]:
+    names = ("last_hidden_state", *(f"hidden_states.{i}" for i in range(3)))
+    return dict.fromkeys(names, f"{kind}[batch, 77, {width}]")
+
+
+LATENTS, IMAGE = "[batch, 4, height, width]", "[batch, 3, image_height, image_width]"
+PIXELS = {"pixels": "uint8[batch, image_height, image_width, 3]"}
+XL_UNET = {
+    "sample": f"float32{LATENTS}",
+    "timestep": "float32[1]",
+    "encoder_hidden_states": "float32[batch, sequence_length, 40]",
+    "text_embeds": "float32[batch, 24]",
+    "time_ids": "float32[batch, 6]",
+}
+SD_UNET = {
+    "sample": f"float16{LATENTS}",
+    "timestep": "float32[1]",
+    "encoder_hidden_states": "float16[batch, sequence_length, 16]",
+}
+IDS = {"input_ids": "int64[batch, 77]"}
 
 
 @pytest.mark.parametrize(
     ("which", "graph", "inputs", "outputs"),
     [
-        ("xl", "text_encoder", {"input_ids": (np.int64, ("batch", 77))},
-         {"last_hidden_state": ("batch", 77, 16), "pooler_output": ("batch", 16), **{f"hidden_states.{i}": ("batch", 77, 16) for i in range(3)}}),
-        ("xl", "text_encoder_2", {"input_ids": (np.int64, ("batch", 77))},
-         {"text_embeds": ("batch", 24), "last_hidden_state": ("batch", 77, 24), **{f"hidden_states.{i}": ("batch", 77, 24) for i in range(3)}}),
-        ("xl", "unet", {"sample": (FULL, ("batch", 4, "height", "width")), "timestep": (FULL, (1,)), "encoder_hidden_states": (FULL, ("batch", "sequence_length", 40)),
-                        "text_embeds": (FULL, ("batch", 24)), "time_ids": (FULL, ("batch", 6))}, {"out_sample": ("batch", 4, "height", "width")}),
-        ("xl", "vae_decoder", {"latent_sample": (FULL, ("batch", 4, "height", "width"))}, {"sample": ("batch", 3, "image_height", "image_width")}),
-        ("xl", "vae_decoder/pixels.onnx", {"latent_sample": (FULL, ("batch", 4, "height", "width"))}, {"pixels": ("batch", "image_height", "image_width", 3)}),
-        ("sd", "text_encoder", {"input_ids": (np.int64, ("batch", 77))},
-         {"last_hidden_state": ("batch", 77, 16), "pooler_output": ("batch", 16), **{f"hidden_states.{i}": ("batch", 77, 16) for i in range(3)}}),
-        ("sd", "unet", {"sample": (HALF, ("batch", 4, "height", "width")), "timestep": (FULL, (1,)), "encoder_hidden_states": (HALF, ("batch", "sequence_length", 16))},
-         {"out_sample": ("batch", 4, "height", "width")}),
-        ("sd", "vae_decoder/pixels.onnx", {"latent_sample": (HALF, ("batch", 4, "height", "width"))}, {"pixels": ("batch", "image_height", "image_width", 3)}),
+        ("xl", "text_encoder", IDS, {**hidden(16, "float32"), "pooler_output": "float32[batch, 16]"}),
+        ("xl", "text_encoder_2", IDS, {**hidden(24, "float32"), "text_embeds": "float32[batch, 24]"}),
+        ("xl", "unet", XL_UNET, {"out_sample": f"float32{LATENTS}"}),
+        ("xl", "vae_decoder", {"latent_sample": f"float32{LATENTS}"}, {"sample": f"float32{IMAGE}"}),
+        ("xl", "vae_decoder/pixels.onnx", {"latent_sample": f"float32{LATENTS}"}, PIXELS),
+        ("sd", "text_encoder", IDS, {**hidden(16, "float16"), "pooler_output": "float16[batch, 16]"}),
+        ("sd", "unet", SD_UNET, {"out_sample": f"float16{LATENTS}"}),
+        ("sd", "vae_decoder", {"latent_sample": f"float16{LATENTS}"}, {"sample": f"float16{IMAGE}"}),
+        ("sd", "vae_decoder/pixels.onnx", {"latent_sample": f"float16{LATENTS}"}, PIXELS),
     ],
-)  # fmt: skip
+)
 def test_names_types_and_axes(
-    request: pytest.FixtureRequest, which: str, graph: str, inputs: dict[str, Any], outputs: dict[str, Any]
+    request: pytest.FixtureRequest, which: str, graph: str, inputs: dict[str, str], outputs: dict[str, str]
 ) -> None:
-    made: Made = request.getfixturevalue(which)
-    part, _, name = graph.partition("/")
-    with closing(open_engine(made.bundle.graph(part, name or "model.onnx"), "onnxruntime-cpu", threads=1)) as engine:
-        assert {k: tuple(v) for k, v in engine.inputs.items()} == inputs
-        kind = np.dtype(np.uint8) if name else (HALF if which == "sd" else FULL)
-        assert {k: tuple(v) for k, v in engine.outputs.items()} == {k: (kind, axes) for k, axes in outputs.items()}
+    with opened(request.getfixturevalue(which), graph) as engine:
+        assert {name: str(spec) for name, spec in engine.inputs.items()} == inputs
+        assert {name: str(spec) for name, spec in engine.outputs.items()} == outputs
 
 
 def graphs(made: Made) -> Iterator[tuple[str, Any]]:
@@ -253,7 +335,14 @@ def test_graphs_are_plain_onnx_of_opset_18(xl: Made, sd: Made) -> None:
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)] and not model.functions, name
         assert not {"Attention", "GroupNormalization"} & {node.op_type for node in model.graph.node}, name
         raw = model.SerializeToString()
-        for trace in (b"site-packages", b".py", b"File \"", b"torch.", str(Path.home()).encode(), str(xl.source.parent).encode()):
+        for trace in (
+            b"site-packages",
+            b".py",
+            b'File "',
+            b"torch.",
+            str(Path.home()).encode(),
+            str(xl.source.parent).encode(),
+        ):
             assert trace not in raw, (name, trace)
 
 
@@ -262,17 +351,24 @@ def test_pixels_share_the_weights_file(xl: Made, sd: Made) -> None:
         stored = {name: [i for i in model.graph.initializer if i.external_data] for name, model in graphs(made)}
         weights, shared = stored["vae_decoder/model.onnx"], stored["vae_decoder/pixels.onnx"]
         assert weights and [w.SerializeToString() for w in shared] == [w.SerializeToString() for w in weights]
-        inline = next(m for n, m in graphs(made) if n == "vae_decoder/pixels.onnx").graph.initializer
-        assert sum(len(i.raw_data) for i in inline if not i.external_data) < 5000
+        inline = {n: sum(len(i.raw_data) for i in m.graph.initializer if not i.external_data) for n, m in graphs(made)}
+        assert inline["vae_decoder/pixels.onnx"] - inline["vae_decoder/model.onnx"] < 50  # scale, halves, bounds, 255
 
 
 def test_unet_is_diffusers_with_the_lora(xl: Made, fused: Any) -> None:
     """At a batch, size and text length that export neither traced nor checked."""
-    feeds = {"sample": noise(5, 4, 6, 10), "timestep": torch.tensor([499.5]), "encoder_hidden_states": noise(5, 154, 40),
-             "text_embeds": noise(5, 24), "time_ids": torch.tensor([[48.0, 80, 0, 8, 48, 80]] * 5)}  # fmt: skip
+    feeds = {
+        "sample": noise(5, 4, 6, 10),
+        "timestep": torch.tensor([499.5]),
+        "encoder_hidden_states": noise(5, 154, 40),
+        "text_embeds": noise(5, 24),
+        "time_ids": torch.tensor([[48.0, 80, 0, 8, 48, 80]] * 5),
+    }
     with torch.no_grad():
         added = {k: feeds[k] for k in ("text_embeds", "time_ids")}
-        wanted = fused.unet(feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"], added_cond_kwargs=added).sample
+        wanted = fused.unet(
+            feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"], added_cond_kwargs=added
+        ).sample
     assert error(run(xl, "unet", **feeds)["out_sample"], wanted) < 2e-5
 
 
@@ -284,7 +380,7 @@ def test_text_encoders_are_diffusers(xl: Made, fused: Any) -> None:
     with torch.no_grad():
         embeds, _, pooled, _ = fused.encode_prompt(prompts, do_classifier_free_guidance=False)
     states = []
-    for part, tokens, pad in (("text_encoder", "tokenizer", 519), ("text_encoder_2", "tokenizer_2", 0)):
+    for part, tokens, pad in (("text_encoder", "tokenizer", 517), ("text_encoder_2", "tokenizer_2", 0)):
         tokenizer = Tokenizer.from_file(str(xl.bundle.path / tokens / "tokenizer.json"))
         tokenizer.enable_truncation(77)
         tokenizer.enable_padding(length=77, pad_id=pad)
@@ -319,7 +415,10 @@ def test_half_precision(sd: Made, checkpoints: dict[str, Path]) -> None:
         image = tiny.decode(sample).sample
     got = run(sd, "text_encoder", input_ids=ids)["last_hidden_state"]
     assert error(got, text) < 5e-3
-    assert error(run(sd, "unet", sample=sample, timestep=[961.0], encoder_hidden_states=text)["out_sample"], predicted) < 5e-3
+    assert (
+        error(run(sd, "unet", sample=sample, timestep=[961.0], encoder_hidden_states=text)["out_sample"], predicted)
+        < 5e-3
+    )
     assert error(run(sd, "vae_decoder", latent_sample=sample)["sample"], image) < 5e-3
     manifest = sd.bundle.manifest
     assert manifest is not None
@@ -335,7 +434,9 @@ def test_map_finds_every_weight_a_lora_may_touch(request: pytest.FixtureRequest,
     assert made.bundle.manifest is not None
     for part in [p for p in made.bundle.manifest.parts if p.startswith("text_encoder") or p == "unet"]:
         parameters = made.bundle.manifest.parts[part].parameters
-        modules = {f"{n}.weight": m for n, m in getattr(pipe, part).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        modules = {
+            f"{n}.weight": m for n, m in getattr(pipe, part).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+        }
         wanted = {published_name(part, name): m.weight.detach().numpy() for name, m in modules.items()}
         assert parameters is not None and parameters.keys() == wanted.keys()
         assert len({p.initializer for p in parameters.values()}) == len(parameters)
@@ -343,65 +444,20 @@ def test_map_finds_every_weight_a_lora_may_touch(request: pytest.FixtureRequest,
         for name, place in parameters.items():
             array = onnx.numpy_helper.to_array(stored[place.initializer])
             assert array.size <= 64 or array.dtype == np.float16, name
-            np.testing.assert_allclose(array.T if place.transposed else array, wanted[name], atol=2e-3, rtol=1e-3, err_msg=name)
+            np.testing.assert_allclose(
+                array.T if place.transposed else array, wanted[name], atol=2e-3, rtol=1e-3, err_msg=name
+            )
     if which == "xl":
         unet: Mapping[str, Any] = made.bundle.manifest.parts["unet"].parameters or {}
         assert [t for t in LCM_TARGETS if not any(name.endswith(f".{t}.weight") for name in unet)] == []
         assert any(place.transposed for place in unet.values()) and not all(place.transposed for place in unet.values())
 
 
-@pytest.mark.parametrize(
-    ("failure", "raised", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), ExportError,
-         "disk full while exporting to {out}: free some space; nothing was left behind"),
-        (OSError(errno.EACCES, "Permission denied"), ExportError, "{out} can't be written (Permission denied); choose a folder that you may write to"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
-        (ExportError("unet: differs"), ExportError, "unet: differs"),
-        (RuntimeError("a defect"), RuntimeError, "a defect"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_failure_leaves_nothing(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    failure: BaseException, raised: type[BaseException], message: str, overwrite: bool,
-) -> None:  # fmt: skip
-    """And what was there before stays as it was."""
-    out = tmp_path / "bundle"
-    if overwrite:
-        out.mkdir()
-        (out / "mine").write_text("old")
-
-    def run(exporter: Any) -> None:
-        (exporter.folder / "unet").mkdir()
-        (exporter.folder / "unet" / "model.onnx").write_bytes(b"half a graph")
-        raise failure
-
-    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
-    with pytest.raises(raised) as caught:
-        export_bundle(checkpoints["sd"], out, overwrite=overwrite)
-    assert str(caught.value) == message.format(out=out)
-    assert [p.name for p in tmp_path.rglob("*")] == (["bundle", "mine"] if overwrite else [])
-
-
-def test_overwrite_replaces(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "mine").write_text("old")
-
-    def run(exporter: Any) -> dict[str, Any]:
-        for part in ("text_encoder", "vae_decoder", "unet"):
-            (exporter.folder / part).mkdir()
-        return {}
-
-    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
-    export_bundle(checkpoints["sd"], tmp_path / "bundle", overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-    assert not (tmp_path / "bundle" / "mine").exists() and (tmp_path / "bundle" / "unet" / "config.json").exists()
-
-
 def test_lora_of_another_architecture(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         export_bundle(checkpoints["sd"], tmp_path / "bundle", loras=[(loras["peft"], 1.0)])
-    text = rf"LoRA {re.escape(str(loras['peft']))}: \d+ of its 80 modules fit nothing in this checkpoint, the first is \S+"
+    text = (
+        rf"LoRA {re.escape(str(loras['peft']))}: \d+ of its 80 modules fit nothing in this checkpoint, the first is \S+"
+    )
     assert re.match(text, str(caught.value))
     assert list(tmp_path.iterdir()) == []

@@ -42,37 +42,68 @@ def write_tokenizer(folder: Path, pad: str) -> int:
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", encoding="utf-8")
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special})  # fmt: skip
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
+    )
     return len(tokens)
 
 
 def _text_encoder(kind: type, vocabulary: int, width: int, activation: str) -> Any:
     config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-        hidden_act=activation, projection_dim=width, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act=activation,
+        projection_dim=width,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
     return kind(config)
 
 
 def _unet(sdxl: bool) -> Any:
     if sdxl:  # as Segmind-Vega: one level without attention, a middle block without attention, size conditioning
         return UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=40,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2D",
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 1], attention_head_dim=[1, 2],
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8,
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=40,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2D",
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 1],
+            attention_head_dim=[1, 2],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
             use_linear_projection=True,
-        )  # fmt: skip
+        )
     return UNet2DConditionModel(  # as Tiny-SD: no middle block, 1x1 convolutions about the attention
-        sample_size=8, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=2,
+    )
 
 
 def make_checkpoint(folder: Path, sdxl: bool) -> Path:
     """A whole diffusers folder in fp16, with a TAESD-like autoencoder in `tiny/`, of random weights."""
     torch.manual_seed(0)
-    index = {"scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
+    index = {
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     modules = {"unet": _unet(sdxl)}
     size = write_tokenizer(folder / "tokenizer", END)
@@ -80,19 +111,42 @@ def make_checkpoint(folder: Path, sdxl: bool) -> Path:
     if sdxl:
         write_tokenizer(folder / "tokenizer_2", "!")
         modules["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection, size, 24, "gelu")
-        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # fmt: skip
+        index |= {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    else:
+        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     modules["vae"] = AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, norm_num_groups=4, scaling_factor=0.5, force_upcast=True,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        force_upcast=True,
+    )
     modules["tiny"] = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
-    )  # fmt: skip
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
     for name, module in modules.items():
         for parameter in module.parameters():  # zero biases and norms of one would hide that they are mixed up
             parameter.data += 0.05 * torch.randn(parameter.shape)
         module.half().save_pretrained(folder / name)
-    scheduler = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading"}  # fmt: skip
+    edit(folder / "tiny" / "config.json", scaling_factor=...)  # as published files before diffusers 0.10
+    scheduler = {
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     kind = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
     write_json(folder / "model_index.json", {"_class_name": kind, "force_zeros_for_empty_prompt": True, **index})
@@ -125,45 +179,65 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+    """Change keys of a JSON file; ... removes one."""
+    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    write_json(path, {key: value for key, value in values.items() if value is not ...})
 
 
 def test_refuses_pickled_weights(broken: Path, out: Path) -> None:
     folder = broken / "unet"
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     assert refusal(broken, out) == (
-        f"{folder} holds only pickled weights (diffusion_pytorch_model.bin), which can run any code when they are read; "
-        "allowed is .safetensors: fetch that version, or convert it where you trust it with "
+        f"{folder} holds only pickled weights (diffusion_pytorch_model.bin), which can run any code when they are "
+        "read; allowed is .safetensors: fetch that version, or convert it where you trust it with "
         "from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
     )
 
 
 def test_refuses_what_is_no_checkpoint(sd: Path, broken: Path, out: Path) -> None:
-    assert refusal(broken / "nowhere", out) == f"{broken / 'nowhere'} does not exist; give the path of a local diffusers folder"
+    assert (
+        refusal(broken / "nowhere", out)
+        == f"{broken / 'nowhere'} does not exist; give the path of a local diffusers folder"
+    )
     single = broken / "unet" / WEIGHTS
     assert refusal(single, out) == (
         f"{single} is a single file; export needs a diffusers folder: convert it where you trust it with diffusers' "
         "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder, safe_serialization=True)"
     )
     edit(broken / "model_index.json", _class_name="FluxPipeline")
-    assert refusal(broken, out) == f"{broken} is a FluxPipeline; exported are StableDiffusionPipeline and StableDiffusionXLPipeline"
+    kinds = "StableDiffusionPipeline and StableDiffusionXLPipeline"
+    assert refusal(broken, out) == f"{broken} is a FluxPipeline; exported are {kinds}"
     (broken / "model_index.json").write_text("{", encoding="utf-8")
     assert refusal(broken, out).startswith(f"{broken / 'model_index.json'} is not valid JSON (")
     (broken / "model_index.json").unlink()
-    missing = f"{broken / 'model_index.json'} is missing; export needs a whole diffusers folder (as save_pretrained writes it)"
-    assert refusal(broken, out) == missing
+    assert refusal(broken, out) == (
+        f"{broken / 'model_index.json'} is missing; "
+        "export needs a whole diffusers folder (as save_pretrained writes it)"
+    )
 
 
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("unet", {"time_cond_proj_dim": 256}, "unet: time_cond_proj_dim is 256; text-to-image models with null are exported"),
+        (
+            "unet",
+            {"time_cond_proj_dim": 256},
+            "unet: time_cond_proj_dim is 256; text-to-image models with null are exported",
+        ),
         ("unet", {"in_channels": 9}, "unet: in_channels is 9; text-to-image models with 4 are exported"),
-        ("unet", {"addition_embed_type": "image"}, "unet: addition_embed_type is 'image'; text-to-image models with null or 'text_time' are exported"),
+        (
+            "unet",
+            {"addition_embed_type": "image"},
+            "unet: addition_embed_type is 'image'; text-to-image models with null or 'text_time' are exported",
+        ),
         ("vae", {"_class_name": "VQModel"}, "vae is a VQModel; exported is AutoencoderKL"),
-        ("text_encoder", {"architectures": ["T5EncoderModel"]}, "text_encoder is a T5EncoderModel; exported is CLIPTextModel"),
+        (
+            "text_encoder",
+            {"architectures": ["T5EncoderModel"]},
+            "text_encoder is a T5EncoderModel; exported is CLIPTextModel",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refuses_other_architectures(broken: Path, out: Path, part: str, change: dict[str, Any], message: str) -> None:
     edit(broken / part / "config.json", **change)
     assert refusal(broken, out) == message
@@ -193,6 +267,16 @@ def test_refuses_missing_weights(broken: Path, part: str, file: str) -> None:
         load_module(open_checkpoint(broken), part, {})
 
 
+def test_refuses_a_tiny_autoencoder_of_other_latents(broken: Path, out: Path) -> None:
+    edit(broken / "tiny" / "config.json", latent_channels=16)
+    assert refusal(broken, out, tiny_vae=broken / "tiny") == (
+        "tiny_vae decodes 16 channels over 2 levels, the checkpoint's latents have 4 over 2; "
+        "use a tiny autoencoder made for these latents"
+    )
+    edit(broken / "tiny" / "config.json", latent_channels=4, decoder_block_out_channels=[8, 8, 8])
+    assert refusal(broken, out, tiny_vae=broken / "tiny").startswith("tiny_vae decodes 4 channels over 3 levels")
+
+
 def test_refuses_arguments(sd: Path, out: Path, tmp_path: Path) -> None:
     assert refusal(sd, out, dtype="bf16") == "unknown dtype 'bf16'; did you mean 'fp16'? there are: fp16, fp32"
     assert refusal(sd, out, weights="int8") == "unknown weights 'int8'; there are: fp16, fp32"
@@ -206,7 +290,10 @@ def test_refuses_arguments(sd: Path, out: Path, tmp_path: Path) -> None:
     assert refusal(sd, out, loras=[(lora, 1)]) == f"LoRA {lora} is not a file; give the path of its .safetensors file"
     with pytest.raises(ExportError) as caught:
         export_bundle(sd, tmp_path / "no" / "bundle")
-    assert str(caught.value) == f"{tmp_path / 'no' / 'bundle'} can't be made: {tmp_path / 'no'} does not exist; create that folder first"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'no' / 'bundle'} can't be made: {tmp_path / 'no'} does not exist; create that folder first"
+    )
     with pytest.raises(ExportError) as caught:
         export_bundle(sd, tmp_path / "exports")
     assert str(caught.value) == f"{tmp_path / 'exports'} exists already; choose another folder, or ask to overwrite it"
@@ -237,5 +324,6 @@ def assert_loads(source: Path, wanted: dict[str, Any]) -> None:
 
 
 def test_importing_needs_no_torch() -> None:
-    code = "import sys, vega_edge.export, vega_edge.export.lora as _; print({'torch', 'onnx', 'diffusers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    heavy = ("torch", "onnx", "diffusers", "transformers")
+    code = f"import sys, vega_edge.export, vega_edge.export.lora; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

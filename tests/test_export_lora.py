@@ -1,4 +1,4 @@
-"""LoRA files: every spelling gives the same change, alpha counts, and nothing that fits nowhere is dropped in silence."""
+"""LoRA files: every spelling gives the same change, alpha counts, nothing that fits nowhere is dropped in silence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ CONV = "down_blocks.1.resnets.0.conv1"
 PROJ = "down_blocks.1.attentions.0.proj_in"
 QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
 WEIGHTS = {
-    "unet": {f"{TO_OUT}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{PROJ}.weight": (6, 5, 1, 1), f"{CONV}.bias": (4,)},
+    "unet": {
+        f"{TO_OUT}.weight": (6, 5),
+        f"{CONV}.weight": (4, 3, 3, 3),
+        f"{PROJ}.weight": (6, 5, 1, 1),
+        f"{CONV}.bias": (4,),
+    },
     "text_encoder": {f"{QUERY}.weight": (8, 8)},
     "text_encoder_2": {f"{QUERY}.weight": (8, 8)},
 }
@@ -59,16 +64,28 @@ DOWN, UP = matrices(6, 5)
 @pytest.mark.parametrize(
     ("down", "up", "alpha"),
     [
-        (f"lora_unet_{TO_OUT.replace('.', '_')}.lora_down.weight", f"lora_unet_{TO_OUT.replace('.', '_')}.lora_up.weight", f"lora_unet_{TO_OUT.replace('.', '_')}.alpha"),
+        (
+            f"lora_unet_{TO_OUT.replace('.', '_')}.lora_down.weight",
+            f"lora_unet_{TO_OUT.replace('.', '_')}.lora_up.weight",
+            f"lora_unet_{TO_OUT.replace('.', '_')}.alpha",
+        ),
         (f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"unet.{TO_OUT}.alpha"),
         (f"unet.{TO_OUT}.lora_A.default.weight", f"unet.{TO_OUT}.lora_B.default.weight", f"unet.{TO_OUT}.alpha"),
         (f"unet.{TO_OUT}.lora.down.weight", f"unet.{TO_OUT}.lora.up.weight", f"unet.{TO_OUT}.alpha"),
-        (f"unet.{TO_OUT}.lora_linear_layer.down.weight", f"unet.{TO_OUT}.lora_linear_layer.up.weight", f"unet.{TO_OUT}.alpha"),
+        (
+            f"unet.{TO_OUT}.lora_linear_layer.down.weight",
+            f"unet.{TO_OUT}.lora_linear_layer.up.weight",
+            f"unet.{TO_OUT}.alpha",
+        ),
         (f"{TO_OUT}.lora_A.weight", f"{TO_OUT}.lora_B.weight", f"{TO_OUT}.alpha"),
-        (f"unet.{TO_OUT[:-9]}.processor.to_out_lora.down.weight", f"unet.{TO_OUT[:-9]}.processor.to_out_lora.up.weight", None),
+        (
+            f"unet.{TO_OUT[:-9]}.processor.to_out_lora.down.weight",
+            f"unet.{TO_OUT[:-9]}.processor.to_out_lora.up.weight",
+            None,
+        ),
     ],
     ids=["kohya", "peft", "peft-adapter", "diffusers", "diffusers-linear", "bare", "diffusers-processor"],
-)  # fmt: skip
+)
 def test_every_spelling_is_the_same_change(tmp_path: Path, down: str, up: str, alpha: str | None) -> None:
     tensors = {down: DOWN, up: UP, **({alpha: np.array(8.0)} if alpha else {})}
     matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors)), WEIGHTS)
@@ -80,12 +97,15 @@ def test_every_spelling_is_the_same_change(tmp_path: Path, down: str, up: str, a
 
 @pytest.mark.parametrize(
     ("prefix", "part"),
-    [("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
-     ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
-     ("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder_2"),
-     (f"text_encoder.{QUERY}", "text_encoder"), (f"text_encoder_2.{QUERY}", "text_encoder_2"),
-     ("text_encoder_2.encoder.layers.0.self_attn.q_proj", "text_encoder_2")],
-)  # fmt: skip
+    [
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
+        ("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder_2"),
+        (f"text_encoder.{QUERY}", "text_encoder"),
+        (f"text_encoder_2.{QUERY}", "text_encoder_2"),
+        ("text_encoder_2.encoder.layers.0.self_attn.q_proj", "text_encoder_2"),
+    ],
+)
 def test_text_encoders_are_told_apart(tmp_path: Path, prefix: str, part: str) -> None:
     down, up = matrices(8, 8)
     tensors = {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
@@ -98,7 +118,11 @@ def test_text_encoders_are_told_apart(tmp_path: Path, prefix: str, part: str) ->
 def test_convolutions(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
     name = CONV if shape[2] == 3 else PROJ
     down, up = matrices(shape[0], shape[1], shape[2:])
-    tensors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up, f"unet.{name}.alpha": np.array(0.5)}
+    tensors = {
+        f"unet.{name}.lora_A.weight": down,
+        f"unet.{name}.lora_B.weight": up,
+        f"unet.{name}.alpha": np.array(0.5),
+    }
     matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors, dtype=dtype)), WEIGHTS)
     got = matched["unet"][f"{name}.weight"].delta(shape, 1.0)
     assert got.dtype == np.float32 and got.shape == shape
@@ -108,20 +132,30 @@ def test_convolutions(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> Non
 def test_a_linear_lora_fits_a_1x1_convolution(tmp_path: Path) -> None:
     tensors = {f"unet.{PROJ}.lora_A.weight": DOWN, f"unet.{PROJ}.lora_B.weight": UP}
     matched = match_lora(read_lora(write_safetensors(tmp_path / "l.safetensors", tensors)), WEIGHTS)
-    np.testing.assert_allclose(matched["unet"][f"{PROJ}.weight"].delta((6, 5, 1, 1), 1.0)[:, :, 0, 0], change(DOWN, UP, 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        matched["unet"][f"{PROJ}.weight"].delta((6, 5, 1, 1), 1.0)[:, :, 0, 0], change(DOWN, UP, 1), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "scale"),
-    [({"lora_alpha": 8, "r": RANK}, 4.0), ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_out.0": 3}}, 1.5),
-     ({"lora_alpha": 8, "alpha_pattern": {"attn2.to_out.0": 3}}, 4.0), ({"lora_alpha": 8, "use_rslora": True}, 8 / 2**0.5)],
-)  # fmt: skip
+    [
+        ({"lora_alpha": 8, "r": RANK}, 4.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_out.0": 3}}, 1.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn2.to_out.0": 3}}, 4.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 8 / 2**0.5),
+    ],
+)
 def test_alpha_of_peft(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
     """In the file's metadata, as diffusers saves it, or in adapter_config.json, as PEFT does."""
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})}
     names = (f"{TO_OUT}.lora_A.weight", f"{TO_OUT}.lora_B.weight")
-    saved = write_safetensors(tmp_path / "a.safetensors", dict(zip([f"unet.{n}" for n in names], [DOWN, UP], strict=True)), metadata)
-    raw = write_safetensors(tmp_path / "b.safetensors", dict(zip([f"base_model.model.{n}" for n in names], [DOWN, UP], strict=True)))
+    saved = write_safetensors(
+        tmp_path / "a.safetensors", dict(zip([f"unet.{n}" for n in names], [DOWN, UP], strict=True)), metadata
+    )
+    raw = write_safetensors(
+        tmp_path / "b.safetensors", dict(zip([f"base_model.model.{n}" for n in names], [DOWN, UP], strict=True))
+    )
     with pytest.raises(ExportError, match=r"its alpha is in adapter_config\.json; put that beside it"):
         read_lora(raw)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -131,7 +165,11 @@ def test_alpha_of_peft(tmp_path: Path, config: dict[str, Any], scale: float) -> 
 
 
 def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
-    other = {f"lora_unet_{n}.lora_{w}.weight": m for n in ("mid_block_x", "mid_block_y") for w, m in (("down", DOWN), ("up", UP))}
+    other = {
+        f"lora_unet_{n}.lora_{w}.weight": m
+        for n in ("mid_block_x", "mid_block_y")
+        for w, m in (("down", DOWN), ("up", UP))
+    }
     fitting = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP}
     path = write_safetensors(tmp_path / "l.safetensors", {**fitting, **other})
     with pytest.raises(ExportError) as caught:
@@ -149,7 +187,9 @@ def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("strange", [f"unet.{TO_OUT}.lora_magnitude_vector", f"lora_unet_{TO_OUT}.hada_w1_a", f"unet.{TO_OUT}.weight"])
+@pytest.mark.parametrize(
+    "strange", [f"unet.{TO_OUT}.lora_magnitude_vector", f"lora_unet_{TO_OUT}.hada_w1_a", f"unet.{TO_OUT}.weight"]
+)
 def test_other_adapters_are_refused(tmp_path: Path, strange: str) -> None:
     tensors = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP, strange: UP}
     path = write_safetensors(tmp_path / "l.safetensors", tensors)
@@ -166,8 +206,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=rf"unet\.{TO_OUT} lacks its up weight; fetch it again"):
         read_lora(path)
     whole = path.read_bytes()
-    for damaged, text in ((whole[:-1], "bytes, its header says"), (whole[:20], "no safetensors file"), (b"", "no safetensors file"),
-                          (whole[:9] + b"!" + whole[10:], "its header is damaged")):  # fmt: skip
+    for damaged, text in (
+        (whole[:-1], "bytes, its header says"),
+        (whole[:20], "no safetensors file"),
+        (b"", "no safetensors file"),
+        (whole[:9] + b"!" + whole[10:], "its header is damaged"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ExportError, match=text):
             read_lora(path)
@@ -179,6 +223,12 @@ def test_damaged_files(tmp_path: Path) -> None:
         f"LoRA {pickled} is not a .safetensors file; others are pickled and can run code when read: "
         "convert it to safetensors where you trust it"
     )
+    write_safetensors(path, {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP.T})
+    with pytest.raises(ExportError, match=r"attn1\.to_out\.0 has down 2x5 and up 2x6, which do not multiply"):
+        read_lora(path)
+    write_safetensors(path, {"x.alpha": np.array(1.0)}, dtype="I32")
+    with pytest.raises(ExportError, match=r"x\.alpha is stored as I32; allowed: F64, F32, F16, BF16"):
+        read_lora(path)
     write_safetensors(path, {})
     with pytest.raises(ExportError, match="0 of its 0 keys are of an unknown kind; known are"):
         read_lora(path)

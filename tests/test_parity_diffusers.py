@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from vega_edge.runtime.schedulers import SCHEDULERS
 
 from . import fakes
@@ -24,7 +25,9 @@ EXCLUDED = {
 }
 
 
-def reference(name: str, config: dict[str, Any], steps: int, noise: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> Any:
+def reference(
+    name: str, config: dict[str, Any], steps: int, noise: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """diffusers' loop, as its pipelines run it; its random draws are taken from `noise`."""
     ours = SCHEDULERS[name]
     scheduler = getattr(diffusers, ours.diffusers).from_config(config, **ours.forced)
@@ -51,7 +54,9 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_same_latents_as_diffusers(name: str, prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_latents_as_diffusers(
+    name: str, prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (name, steps) in EXCLUDED:
         pytest.skip(EXCLUDED[name, steps])
     if spacing == "trailing" and steps == 61:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from vega_edge.runtime.rng import NoiseSource, TorchGenerator
 
 SEEDS = (0, 7, 2**32 + 5, 999_999_999_999_999)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vega_edge.errors import BundleError
 from vega_edge.models import recipes
 from vega_edge.runtime.text import TOKENS, ClipTokenizer
@@ -16,7 +17,7 @@ from vega_edge.runtime.text import TOKENS, ClipTokenizer
 BUNDLE = recipes()["demo-vegart"].bundle_path
 PROMPTS = [
     "", " ", "a big red star on a blue background", "A  BIG\n\tred STAR", "it's the dog's, they're 42nd! (wow) [x:1.3]", "naïve café ﬁ Ǆ İ",
-    "🌟 a star 👩‍🚀", "نجمة حمراء", "赤い星", "<|endoftext|> star <|startoftext|>", "...---...", "star" * 40, "a\u200bb\u00a0c", "\x00\x07",
+    "🌟 a star 👩‍🚀", "نجمة حمراء", "赤い星", "<|endoftext|> star <|startoftext|>", "...---...", "a star!!! !wow", "star" * 40, "a\u200bb\u00a0c", "\x00\x07",
 ]  # fmt: skip
 
 
@@ -57,5 +58,5 @@ def test_any_text_gives_77_ids(text: str) -> None:
 
 
 def test_a_folder_without_files_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="the tokenizer can't be read: .*No such file"):
+    with pytest.raises(BundleError, match=r"the tokenizer can't be read: .*No such file"):
         ClipTokenizer(tmp_path)

@@ -57,7 +57,11 @@ def _start_as_identity(vae: AutoencoderKL) -> None:
 def edge_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """L1 on pixels plus L1 on differences between neighbours, both axes."""
     d = a - b
-    return d.abs().mean() + 0.5 * (d[..., 1:] - d[..., :-1]).abs().mean() + 0.5 * (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+    return (
+        d.abs().mean()
+        + 0.5 * (d[..., 1:] - d[..., :-1]).abs().mean()
+        + 0.5 * (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+    )
 
 
 def _crops(pixels: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
@@ -65,7 +69,9 @@ def _crops(pixels: torch.Tensor, size: int, rng: np.random.Generator) -> torch.T
     return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(pixels, spots.tolist(), strict=True)])
 
 
-def reconstruction_loss(vae: AutoencoderKL, pool: torch.Tensor, batch: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+def reconstruction_loss(
+    vae: AutoencoderKL, pool: torch.Tensor, batch: int, rng: np.random.Generator, progress: float
+) -> torch.Tensor:
     # Small crops first; the last part on whole pictures, whose normalisation statistics are those of use.
     size, n = (64, batch) if progress < 0.8 else (128, batch // 4)
     crops = _crops(pool[torch.from_numpy(rng.integers(len(pool), size=n))], size, rng)
@@ -81,12 +87,57 @@ def pixel_pool(seed: int, n: int) -> tuple[torch.Tensor]:
 
 
 def train_autoencoder(out: Path, steps: int, seed: int = 1, processes: int = 2) -> None:
-    job = Job("autoencoder", new_autoencoder, reconstruction_loss, partial(pixel_pool, seed, 6000), steps, batch=8, peak_lr=2e-3, seed=seed)  # fmt: skip
+    job = Job(
+        "autoencoder",
+        new_autoencoder,
+        reconstruction_loss,
+        partial(pixel_pool, seed, 6000),
+        steps,
+        batch=8,
+        peak_lr=2e-3,
+        seed=seed,
+    )
     vae = train(job, processes)
     whiten(vae, pictures(sample_scenes(seed, 512)))
     vae.to(memory_format=torch.contiguous_format).save_pretrained(out)
     held = to_model_range(pictures(sample_scenes(seed + 1000, 64)))
     print(f"autoencoder: PSNR {psnr(vae, held):.2f} dB on 64 held-out pictures")
+
+
+def load_for_decoder(folder: Path) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(folder)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return vae
+
+
+def decoder_loss(
+    vae: AutoencoderKL, pool: torch.Tensor, batch: int, rng: np.random.Generator, progress: float
+) -> torch.Tensor:
+    """Whole pictures, and latents a little off, as a denoiser's are."""
+    x = to_model_range(pool[torch.from_numpy(rng.integers(len(pool), size=batch))])
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean
+        z = z + 0.03 / SCALING_FACTOR * torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))
+    return edge_loss(vae.decode(z).sample, x)
+
+
+def train_decoder(folder: Path, steps: int, seed: int = 11, processes: int = 2) -> None:
+    """Trains the decoder alone further: the latents, and all that was trained on them, stay what they are."""
+    job = Job(
+        "decoder",
+        partial(load_for_decoder, folder),
+        decoder_loss,
+        partial(pixel_pool, seed, 6000),
+        steps,
+        batch=2,
+        peak_lr=1e-3,
+        seed=seed,
+    )
+    vae = train(job, processes)
+    vae.save_pretrained(folder)
+    held = to_model_range(pictures(sample_scenes(1001, 64)))
+    print(f"decoder: PSNR {psnr(vae, held):.2f} dB on 64 held-out pictures")
 
 
 @torch.no_grad()

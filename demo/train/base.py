@@ -17,7 +17,9 @@ def context(vae: Path, cache: Path, tokenizers: list[Path], pool: int, pool_seed
     return make_pool(vae, pool, pool_seed, cache / "latents.pt"), Tokens(tokenizers)
 
 
-def train_base(name: str, vae: Path, cache: Path, out: Path, steps: int, pool: int = 24_000, processes: int = 2, seed: int = 3) -> TextToNoise:
+def train_base(
+    name: str, vae: Path, cache: Path, out: Path, steps: int, pool: int = 20_000, processes: int = 2, seed: int = 3
+) -> TextToNoise:
     """`name` is 'demo-vega', 'demo-small-sd' or 'demo-tiny-sd'."""
     kind = "vega" if name == "demo-vega" else "sd"
     new = new_vega if kind == "vega" else partial(new_sd, name.split("-")[1])
@@ -25,7 +27,7 @@ def train_base(name: str, vae: Path, cache: Path, out: Path, steps: int, pool: i
     tokenizers = write_tokenizers(cache / name, kind)
     make_context = partial(context, vae, cache, tokenizers, pool)
     make_context()  # encodes the pool once, before the workers start
-    job = Job(name, new, loss_on, make_context, steps, batch=32, peak_lr=1e-3, seed=seed)
+    job = Job(name, new, loss_on, make_context, steps, batch=32, peak_lr=2e-3, seed=seed)
 
     def snapshot(model: nn.Module) -> None:
         write_checkpoint(cache / f"{name}-snapshot", kind, model, vae)

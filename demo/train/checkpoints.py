@@ -53,21 +53,25 @@ def write_checkpoint(folder: Path, kind: str, model: TextToNoise, vae: Path) -> 
         index["force_zeros_for_empty_prompt"] = True
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "scheduler": ["diffusers", SCHEDULERS[kind]["_class_name"]]}
+    index |= {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", SCHEDULERS[kind]["_class_name"]],
+    }
     for i, name in enumerate(encoders):
         suffix = "_2" if i else ""
         index[f"text_encoder{suffix}"] = ["transformers", name]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-        _save_half(model.encoders[i], folder / f"text_encoder{suffix}")
+        save_half(model.encoders[i], folder / f"text_encoder{suffix}")
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    _save_half(model.unet, folder / "unet")
+    save_half(model.unet, folder / "unet")
     write_tokenizers(folder, kind)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[kind])
-    _save_half(AutoencoderKL.from_pretrained(vae), folder / "vae")
+    save_half(AutoencoderKL.from_pretrained(vae), folder / "vae")
     write_json(folder / "model_index.json", index)
 
 
-def _save_half(module: nn.Module, folder: Path) -> None:
+def save_half(module: nn.Module, folder: Path) -> None:
     copied = copy.deepcopy(module).to(torch.float16)
     copied.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

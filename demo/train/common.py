@@ -14,7 +14,9 @@ from torch import nn
 from ..render import render
 from ..scenes import Scene, sample_scene
 
-SCALING_FACTOR = 0.5  # latents are whitened to standard deviation 2, so a runtime that forgets the factor is seen at once
+SCALING_FACTOR = (
+    0.5  # latents are whitened to standard deviation 2, so a runtime that forgets the factor is seen at once
+)
 
 
 def sample_scenes(seed: int, n: int, width: int = 128, height: int = 128) -> list[Scene]:

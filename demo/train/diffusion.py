@@ -62,7 +62,10 @@ class Tokens:
     def __call__(self, captions: list[str]) -> list[torch.Tensor]:
         new = sorted(set(captions) - self.cache.keys())
         if new:
-            ids = [t(new, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids for t in self.tokenizers]
+            ids = [
+                t(new, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+                for t in self.tokenizers
+            ]
             self.cache.update({c: [i[k] for i in ids] for k, c in enumerate(new)})
         return [torch.stack([self.cache[c][k] for c in captions]) for k in range(len(self.tokenizers))]
 
@@ -73,7 +76,9 @@ def sample_timesteps(n: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(rng.integers(low, 1000))
 
 
-def loss_on(model: TextToNoise, pool: Pool, tokens: Tokens, batch: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+def loss_on(
+    model: TextToNoise, pool: Pool, tokens: Tokens, batch: int, rng: np.random.Generator, progress: float
+) -> torch.Tensor:
     abar = alphas_cumprod()
     x0, captions = pool.batch(batch, rng)
     text, pooled = model.encode(tokens(captions))

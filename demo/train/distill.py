@@ -8,6 +8,7 @@ than a small model on a CPU is given (tried in a prototype: it made pictures wor
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,23 @@ from .diffusion import Pool, Tokens, alphas_cumprod
 from .hogwild import Job, train
 from .models import TextToNoise, new_vega
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
-RANK, ALPHA = 16, 8
+TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+RANK, ALPHA = 8, 4
 GUIDANCE = 3.0
 TIMESTEPS = (999, 879, 759, 639, 499, 379, 259, 139)  # LCM's eight; its four and two are among them
 SHARE = (0.28, 0.06, 0.18, 0.06, 0.18, 0.06, 0.12, 0.06)
@@ -47,14 +63,16 @@ def new_student(folder: Path) -> TextToNoise:
 
 
 @torch.no_grad()
-def trajectory_end(model: TextToNoise, x: torch.Tensor, t: int, text: torch.Tensor, pooled: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+def trajectory_end(
+    model: TextToNoise, x: torch.Tensor, t: int, text: torch.Tensor, pooled: torch.Tensor, abar: torch.Tensor
+) -> torch.Tensor:
     """Where the guided teacher's ODE leads from x at t: DPM-Solver++(2M) (arXiv:2211.01095), steps uniform in log-SNR."""
     log_snr = 0.5 * (abar / (1 - abar)).log()
     grid = torch.linspace(float(log_snr[t]), float(log_snr[0]), TEACHER_STEPS[t] + 1)
     times = [int((log_snr - g).abs().argmin()) for g in grid]
     doubled, doubled_pooled = torch.cat([text, 0 * text]), torch.cat([pooled, 0 * pooled])
     previous = None
-    for s, u in zip(times[:-1], times[1:], strict=True):
+    for s, u in itertools.pairwise(times):
         eps, uncond = model.predict(torch.cat([x, x]), torch.full((2 * len(x),), s), doubled, doubled_pooled).chunk(2)
         eps = uncond + GUIDANCE * (eps - uncond)
         x0 = (x - (1 - abar[s]).sqrt() * eps) / abar[s].sqrt()
@@ -82,7 +100,15 @@ class Replay:
         return self.items[int(rng.integers(len(self.items)))]
 
 
-def distill_loss(model: TextToNoise, pool: Pool, tokens: Tokens, replay: Replay, batch: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+def distill_loss(
+    model: TextToNoise,
+    pool: Pool,
+    tokens: Tokens,
+    replay: Replay,
+    batch: int,
+    rng: np.random.Generator,
+    progress: float,
+) -> torch.Tensor:
     abar = alphas_cumprod()
 
     def make() -> tuple:
@@ -120,8 +146,19 @@ def save_lora(unet: nn.Module, file: Path) -> None:
     save_file(tensors, file)
 
 
-def distill(base: Path, vae: Path, cache: Path, out: Path, steps: int, pool: int = 24_000, processes: int = 2, seed: int = 5) -> None:
+def distill(
+    base: Path, vae: Path, cache: Path, out: Path, steps: int, pool: int = 20_000, processes: int = 2, seed: int = 5
+) -> None:
     tokenizers = write_tokenizers(cache / "demo-vega", "vega")
-    job = Job("demo-vegart", partial(new_student, base), distill_loss, partial(distill_context, vae, cache, tokenizers, pool), steps, batch=32, peak_lr=1e-3, seed=seed)  # fmt: skip
+    job = Job(
+        "demo-vegart",
+        partial(new_student, base),
+        distill_loss,
+        partial(distill_context, vae, cache, tokenizers, pool),
+        steps,
+        batch=32,
+        peak_lr=2e-3,
+        seed=seed,
+    )
     model = train(job, processes, snapshot=lambda m: save_lora(m.unet, cache / "lora-snapshot.safetensors"))
     save_lora(model.unet, out / "pytorch_lora_weights.safetensors")

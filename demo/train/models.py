@@ -49,7 +49,17 @@ def write_tokenizer(folder: Path, pad: str) -> None:
     lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     dump("special_tokens_map.json", special)
-    dump("tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special})  # fmt: skip
+    dump(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            "errors": "replace",
+            **special,
+        },
+    )
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -144,7 +154,10 @@ class TextToNoise(nn.Module):
 
 
 def new_vega() -> TextToNoise:
-    encoders = [new_text_encoder(TEXT_WIDTH_1, 3, "quick_gelu"), new_text_encoder(TEXT_WIDTH_2, 4, "gelu", TEXT_WIDTH_2)]
+    encoders = [
+        new_text_encoder(TEXT_WIDTH_1, 3, "quick_gelu"),
+        new_text_encoder(TEXT_WIDTH_2, 4, "gelu", TEXT_WIDTH_2),
+    ]
     return TextToNoise(new_vega_unet(), encoders)
 
 

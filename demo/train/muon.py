@@ -27,20 +27,23 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
 class Muon:
     """Muon for matrices, AdamW for the rest. `lr` is Adam's; Muon's is `ratio` times that, scaled by the matrix's shape."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, ratio: float = 10.0, weight_decay: float = 0.01) -> None:  # fmt: skip
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], lr: float, ratio: float = 10.0, weight_decay: float = 0.01
+    ) -> None:
         named = [(n, p) for n, p in named if p.requires_grad]
         self.matrices = [p for n, p in named if p.ndim >= 2 and "embedding" not in n]
         chosen = {id(p) for p in self.matrices}
         rest = [p for _, p in named if id(p) not in chosen]
-        self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0) if rest else None
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         self.ratio, self.weight_decay = ratio, weight_decay
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
+        if self.adam:
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
         for p, m in zip(self.matrices, self.momenta, strict=True):
             if p.grad is None:
                 continue
@@ -51,6 +54,7 @@ class Muon:
             p.sub_(update, alpha=lr * self.ratio * 0.2 * max(rows, columns) ** 0.5 / 10)
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad()
+        if self.adam:
+            self.adam.zero_grad()
         for p in self.matrices:
             p.grad = None

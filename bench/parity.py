@@ -1,0 +1,141 @@
+"""The same checkpoint, seed, scheduler and steps through diffusers and through vega-edge, in fp32.
+
+    python -m vega_edge.bench.parity -o bench/results/parity.json
+
+exports the demo models (weights as they are, in fp32) and compares final latents and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models import recipes
+from ..runtime.pipeline import Pipeline
+from ..runtime.schedulers import SCHEDULERS, get_scheduler
+from .machine import facts, markdown
+
+PROMPT, NEGATIVE = "a big red star above a small blue house on a yellow background", "a green circle"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """error: largest difference of the latents over their largest value. psnr_db: of the uint8 pictures, 99 where equal."""
+
+    model: str
+    scheduler: str
+    steps: int
+    guidance: float
+    error: float
+    psnr_db: float
+
+
+def reference_pipeline(name: str) -> Any:
+    """diffusers' own pipeline of a demo model, its LoRA fused by diffusers."""
+    import diffusers
+    import torch
+
+    recipe = recipes()[name]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        recipe.checkpoint_path, local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for path, strength in recipe.lora_paths:
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+        pipe.fuse_lora(lora_scale=strength)
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def draw_reference(
+    pipe: Any, scheduler: str, steps: int, guidance: float, negative: str | None, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Final latents [1, c, h, w] and the uint8 picture [h, w, 3]."""
+    import diffusers
+    import torch
+
+    row = get_scheduler(scheduler)
+    config = pipe.scheduler.config
+    pipe.scheduler = getattr(diffusers, row.diffusers).from_config(config, **row.forced)
+    with torch.no_grad():
+        latents = pipe(
+            PROMPT, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, height=128, width=128,
+            generator=torch.Generator().manual_seed(seed), output_type="latent",
+        ).images  # fmt: skip
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    pipe.scheduler = pipe.scheduler.from_config(config)
+    picture = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+    return latents.numpy(), np.asarray(picture)
+
+
+def compare(
+    ours: Pipeline,
+    theirs: Any,
+    scheduler: str,
+    steps: int,
+    guidance: float,
+    negative: str | None = NEGATIVE,
+    seed: int = 1234567890123,
+) -> Parity:
+    latents, picture = draw_reference(theirs, scheduler, steps, guidance, negative, seed)
+    got = ours(
+        PROMPT,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        negative=negative if guidance > 1 else None,
+        seed=seed,
+        width=128,
+        height=128,
+    )
+    error = float(np.abs(got.latents - latents).max() / np.abs(latents).max())
+    return Parity(ours.name, scheduler, steps, guidance, error, psnr(np.asarray(got.images[0]), picture))
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    mse = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return 99.0 if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+def main() -> None:
+    from ..export import export_bundle
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in recipes().items():
+            bundle = Path(folder) / name
+            export_bundle(
+                recipe.checkpoint_path,
+                bundle,
+                loras=recipe.lora_paths,
+                name=name,
+                defaults=recipe.defaults,
+                limits=recipe.limits,
+            )
+            ours, theirs = Pipeline.open(bundle, "onnxruntime-cpu"), reference_pipeline(name)
+            for scheduler in SCHEDULERS:
+                steps = 4 if scheduler == "LCM" else 25
+                rows += [compare(ours, theirs, scheduler, steps, guidance) for guidance in (0.0, 3.0)]
+            ours.close()
+    print(
+        markdown(
+            ["model", "scheduler", "steps", "guidance", "relative error of the latents", "PSNR of the picture"],
+            [(r.model, r.scheduler, r.steps, f"{r.guidance:g}", f"{r.error:.1e}", f"{r.psnr_db:.0f} dB") for r in rows],
+        )
+    )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({**facts(), "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Trains the embedded models from nothing: `python -m vega_edge.demo.train --out demo/weights`.
+
+Two to three hours on two cores; every stage can be run alone once those before it are done. On Linux, first
+
+    export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.arena_max=1
+
+or up to half the time goes into giving memory back to the system and asking for it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .autoencoder import train_autoencoder, train_decoder
+from .base import train_base
+from .distill import distill
+from .tiny_autoencoder import train_tiny_autoencoder
+
+STEPS = {
+    "autoencoder": 4600,
+    "decoder": 2000,
+    "demo-vega": 4400,
+    "demo-vegart-lora": 1500,
+    "demo-small-sd": 2200,
+    "demo-tiny-sd": 2200,
+    "tiny-autoencoder": 1500,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"which; default: all of {', '.join(STEPS)}")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoints' folder, such as demo/weights")
+    parser.add_argument("--cache", type=Path, default=Path("build/training"), help="latents and snapshots")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one a core")
+    parser.add_argument("--steps", type=int, help="another number of updates, for trying out")
+    arguments = parser.parse_args()
+    for stage in arguments.stages:
+        if stage not in STEPS:
+            parser.error(f"unknown stage {stage!r}; there are: {', '.join(STEPS)}")
+    torch.set_num_threads(arguments.processes)
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    out, cache, n = arguments.out, arguments.cache, arguments.processes
+    vae = cache / "autoencoder"
+    runs: dict[str, Callable[[int], object]] = {
+        "autoencoder": lambda steps: train_autoencoder(vae, steps, processes=n),
+        "decoder": lambda steps: train_decoder(vae, steps, processes=n),
+        "demo-vegart-lora": lambda s: distill(out / "demo-vega", vae, cache, out / "demo-vegart-lora", s, processes=n),
+        "tiny-autoencoder": lambda s: train_tiny_autoencoder(vae, out / "demo-tiny-vae", s, processes=n),
+    }
+    for stage in arguments.stages or STEPS:
+        steps = arguments.steps or STEPS[stage]
+        if stage in runs:
+            runs[stage](steps)
+        else:
+            train_base(stage, vae, cache, out / stage, steps, processes=n)
+
+
+if __name__ == "__main__":
+    main()

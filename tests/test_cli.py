@@ -1,0 +1,231 @@
+"""The command line as its users meet it: in a process of its own, by exit status, stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vega_edge.models import find_bundle
+
+STAR = "a big red star on a blue background"
+
+
+def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vega_edge", *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env={**os.environ, "PYTHONUTF8": "1", **env},
+        timeout=300,
+    )
+
+
+def generate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("generate", *arguments, "--engine", "onnxruntime-cpu", cwd=folder)
+
+
+def test_generate_writes_a_picture_and_prints_its_name(tmp_path: Path) -> None:
+    done = generate(tmp_path, STAR, "--seed", "7", "-o", "star.png")
+    assert (done.returncode, done.stdout) == (0, "star.png\n")
+    with Image.open(tmp_path / "star.png") as picture:
+        assert picture.size == (128, 128)
+        assert picture.text["parameters"].splitlines() == [
+            STAR,
+            "Steps: 4, Sampler: LCM, CFG scale: 0, Seed: 7, Size: 128x128, Model: demo-vegart, Version: vega-edge 0.1.0",
+        ]
+
+
+def test_same_seed_same_bytes_and_samples_are_the_next_seeds(tmp_path: Path) -> None:
+    assert generate(tmp_path, STAR, "--seed", "8", "-o", "one.png").returncode == 0
+    done = generate(tmp_path, STAR, "--seed", "7", "--samples", "2", "-o", "two.png")
+    assert done.stdout.split() == ["two-7.png", "two-8.png"]
+    one, two = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("one.png", "two-8.png"))
+    assert np.abs(one - two).max() <= 1  # a batch rounds a little differently
+
+
+def test_json_names_what_was_done(tmp_path: Path) -> None:
+    done = generate(
+        tmp_path, "", "--json", "--samples", "2", "--size", "192x128", "--scheduler", "euler a", "--steps", "2"
+    )
+    told = json.loads(done.stdout)
+    assert told["pictures"][0]["file"] == f"picture-{told['pictures'][0]['seed']}.png"
+    assert (told["scheduler"], told["steps"], told["width"], told["height"]) == ("Euler a", 2, 192, 128)
+    assert all((tmp_path / p["file"]).is_file() for p in told["pictures"])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "🌟 étoile\nrouge\t", "نجمة حمراء على خلفية زرقاء", "star " * 10_000, "../../etc/passwd", "-"]
+)
+def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
+    done = generate(tmp_path, "--seed", "3", "--steps", "1", prompt)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / done.stdout.strip()).parent == tmp_path
+    assert len(done.stdout.strip()) < 80
+
+
+BAD = [
+    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-small-sd, demo-tiny-sd, demo-vega, demo-vegart"),
+    (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
+    (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, DPM Multi, DPM Multi Karras, Euler, Euler a, LCM"),
+    (["--size", "130x128"], 2, "vega-edge: width must be a multiple of 32 px, got 130; nearest: 128 or 160"),
+    (["--size", "8x128"], 2, "vega-edge: width must be a whole number from 64 to 256, got 8"),
+    (["--size", "big"], 2, "vega-edge generate: argument --size: must be WIDTHxHEIGHT in pixels, such as 128x128, got 'big'; see vega-edge generate --help"),
+    (["--steps", "0"], 2, "vega-edge: steps must be a whole number from 1 to 50, got 0"),
+    (["--steps", "many"], 2, "vega-edge generate: argument --steps: invalid int value: 'many'; see vega-edge generate --help"),
+    (["--guidance", "nan"], 2, "vega-edge: guidance must be a number from 0 to 20, got nan"),
+    (["--samples", "5"], 2, "vega-edge: samples must be a whole number from 1 to 4, got 5"),
+    (["--seed", "-2"], 2, "vega-edge: seed must be a whole number from -1 to 999999999999999, got -2"),
+    (["--seed", "1000000000000000"], 2, "vega-edge: seed must be a whole number from -1 to 999999999999999, got 1000000000000000"),
+    (["-o", "nowhere/star.png"], 2, f"vega-edge: {Path('nowhere/star.png')}: the folder nowhere does not exist; make it first"),
+    (["-o", "star.gif"], 2, "vega-edge: star.gif: unknown picture format '.gif'; use one of .png, .jpg, .jpeg, .webp"),
+    (["--model", "./nothing"], 1, "vega-edge: there is no bundle at nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_bad_input_gets_one_clear_line(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    engine = [] if "--engine" in arguments else ["--engine", "onnxruntime-cpu"]
+    done = run("generate", STAR, *arguments, *engine, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, "")
+    line, end = done.stderr.splitlines(), message.endswith("; ")
+    assert len(line) == 1, done.stderr
+    assert line[0].startswith(message) if end else line[0] == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_not_overwritten_silently(tmp_path: Path) -> None:
+    (tmp_path / "star.png").write_bytes(b"mine")
+    done = generate(tmp_path, STAR, "-o", "star.png")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vega-edge: star.png exists already; choose another name, or pass --overwrite\n",
+    )
+    assert (tmp_path / "star.png").read_bytes() == b"mine"
+    assert generate(tmp_path, STAR, "-o", "star.png", "--overwrite").returncode == 0
+    assert (tmp_path / "star.png").read_bytes() != b"mine"
+
+
+def test_a_long_prompt_says_what_was_cut(tmp_path: Path) -> None:
+    done = generate(tmp_path, "star " * 75 + "moon", "--steps", "1")
+    assert "vega-edge: the prompt has 76 tokens, CLIP reads 75; cut off: 'moon'" in done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_a_damaged_bundle_names_the_part(tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    target = bundle / "unet" / "model.onnx"
+    if damage == "missing":
+        target.unlink()
+    else:
+        content = bytearray(target.read_bytes())
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content if damage == "altered" else content[:-100])
+    done = run("generate", STAR, "--model", str(bundle), cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"bundle {bundle}, part unet: unet/model.onnx is {damage}" in done.stderr
+
+
+def test_a_newer_bundle_is_refused(tmp_path: Path) -> None:
+    import shutil
+
+    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    manifest = json.loads((bundle / "vega-edge.json").read_text())
+    (bundle / "vega-edge.json").write_text(json.dumps({**manifest, "format": 2, "colour": "blue"}))
+    done = run("generate", STAR, "--model", str(bundle), cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"vega-edge: {bundle / 'vega-edge.json'}: made by a newer vega-edge (format 2, this one reads up to 1): upgrade\n"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "vega_edge",
+        "generate",
+        STAR,
+        "--scheduler",
+        "Euler",
+        "--steps",
+        "50",
+        "--samples",
+        "4",
+        "--size",
+        "256x256",
+        "-o",
+        "star.png",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "vega-edge: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_lists_every_recipe() -> None:
+    rows = json.loads(run("models", "--json").stdout)
+    assert [r["name"] for r in rows] == ["demo-small-sd", "demo-tiny-sd", "demo-vega", "demo-vegart"]
+    assert rows[-1]["ready"] is True and rows[-1]["defaults"]["scheduler"] == "LCM"
+    assert "demo-vegart" in run("models").stdout
+
+
+def test_a_model_without_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    done = run("generate", STAR, "--model", "demo-vega", VEGA_EDGE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"vega-edge: demo-vega has no bundle at {tmp_path / 'bundles' / 'demo-vega'} yet; make it with: vega-edge export demo-vega\n"
+    )
+
+
+def test_doctor_tells_what_is_here() -> None:
+    told = json.loads(run("doctor", "--json").stdout)
+    assert {e["name"] for e in told["engines"]} >= {"onnxruntime-cpu", "openvino", "openvino-bf16", "onnxruntime-cuda"}
+    assert "onnxruntime-cpu" in run("doctor").stdout
+
+
+def test_help_names_every_option() -> None:
+    text = run("generate", "--help").stdout
+    for option in [
+        "--model",
+        "--negative",
+        "--steps",
+        "--guidance",
+        "--scheduler",
+        "--seed",
+        "--samples",
+        "--size",
+        "--engine",
+        "--output",
+        "--overwrite",
+        "--json",
+    ]:
+        assert option in text
+    assert all(verb in run("--help").stdout for verb in ("generate", "export", "models", "doctor"))
+    assert run("--version").stdout.startswith("vega-edge ")
+
+
+def test_no_verb_is_a_usage_error() -> None:
+    done = run()
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

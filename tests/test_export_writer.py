@@ -1,0 +1,114 @@
+"""A bundle appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from vega_edge.errors import BundleError, ExportError
+from vega_edge.export import export_bundle
+from vega_edge.manifest import MANIFEST
+
+from .test_export_checkpoint import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd", sdxl=False)
+
+
+def unwritten_manifest() -> BundleError:
+    failure = BundleError("vega-edge.json can't be written: No space left on device")
+    failure.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            ExportError,
+            "disk full while exporting to {out}; free some space: nothing was left behind",
+        ),
+        (
+            unwritten_manifest(),
+            ExportError,
+            "disk full while exporting to {out}; free some space: nothing was left behind",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (ExportError("unet: differs"), ExportError, "unet: differs"),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_leaves_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    raised: type[BaseException],
+    message: str,
+    overwrite: bool,
+) -> None:
+    """And what was there before stays as it was."""
+    out = tmp_path / "bundle"
+    if overwrite:
+        out.mkdir()
+        (out / MANIFEST).write_text("old")
+
+    def run(exporter: Any) -> None:
+        (exporter.folder / "unet").mkdir()
+        (exporter.folder / "unet" / "model.onnx").write_bytes(b"half a graph")
+        raise failure
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    with pytest.raises(raised) as caught:
+        export_bundle(checkpoint, out, overwrite=overwrite)
+    assert str(caught.value) == message.format(out=out)
+    assert [p.name for p in tmp_path.rglob("*")] == (["bundle", MANIFEST] if overwrite else [])
+
+
+def test_overwrite_replaces(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / MANIFEST).write_text("old")
+
+    def run(exporter: Any) -> dict[str, Any]:
+        for part in ("text_encoder", "vae_decoder", "unet"):
+            (exporter.folder / part).mkdir()
+        return {}
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    export_bundle(checkpoint, tmp_path / "bundle", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / MANIFEST).read_text() != "old"
+    assert (tmp_path / "bundle" / "unet" / "config.json").exists()
+
+
+def test_only_bundles_are_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    """Not the folder of one's holiday pictures, nor the checkpoint itself."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file", checkpoint):
+        with pytest.raises(ExportError) as caught:
+            export_bundle(checkpoint, out, overwrite=True)
+        assert str(caught.value) == (
+            f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder"
+        )
+    assert (tmp_path / "file").read_text() == "mine" and (checkpoint / "unet" / "config.json").exists()
+
+
+def test_a_folder_that_can_not_be_made(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(path: Path, *_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(ExportError) as caught:
+        export_bundle(checkpoint, tmp_path / "bundle")
+    assert str(caught.value) == (
+        f"{tmp_path / 'bundle'} can't be made (Permission denied); choose a folder that you may write to"
+    )

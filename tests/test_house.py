@@ -1,0 +1,100 @@
+"""The house's own rules: who may import whom, what importing loads, and that nothing happens on import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vega_edge
+
+ROOT = Path(vega_edge.__file__).parent
+TORCH_ISLAND = {"torch", "diffusers", "transformers", "optimum", "peft", "onnxscript", "safetensors"}
+# What each floor may import of the project. Files at the root are floors of their own.
+MAY_IMPORT = {
+    "errors": set(),
+    "records": set(),
+    "manifest": {"errors", "records"},
+    "bundle": {"errors", "manifest"},
+    "models": {"errors", "records"},
+    "engines": {"errors"},
+    "runtime": {"errors", "bundle", "models", "engines"},
+    "doctor": {"", "errors", "manifest", "engines"},
+    "export": {"", "errors", "bundle", "manifest", "models", "engines"},
+    "cli": {"", "errors", "bundle", "manifest", "models", "engines", "runtime", "export", "doctor"},
+    "demo": {"errors", "bundle", "models", "engines", "runtime"},
+    "bench": {"", "errors", "bundle", "models", "engines", "runtime", "export", "demo"},
+}
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """Every file with the floor it stands on."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in ("tests", "build") or any(p.startswith(".") for p in parts):
+            continue
+        yield path, parts[0] if len(parts) > 1 else path.stem
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of all that a file imports, `vega_edge.x.y` for the project's own."""
+    package = ("vega_edge", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize(("path", "floor"), list(modules()), ids=lambda v: str(v) if isinstance(v, str) else v.name)
+def test_imports_point_down(path: Path, floor: str) -> None:
+    if floor in ("__init__", "__main__"):
+        return
+    for name in imports(path):
+        pieces = name.split(".")
+        if pieces[0] == "vega_edge":
+            other = (
+                pieces[1]
+                if len(pieces) > 1 and ((ROOT / pieces[1]).is_dir() or (ROOT / f"{pieces[1]}.py").exists())
+                else ""
+            )
+            assert other == floor or other in MAY_IMPORT[floor], f"{path.name} imports {name}"
+            if floor == "runtime" and other == "engines":
+                assert len(pieces) <= 3 and pieces[-1] not in ("onnxruntime", "openvino"), (
+                    f"{path.name} knows a backend: {name}"
+                )
+        elif floor not in ("export", "demo", "bench"):
+            assert pieces[0] not in TORCH_ISLAND, f"{path.name} imports {name}"
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not loaded_by("import vega_edge") & {"numpy", "PIL", "tokenizers", "onnxruntime", "openvino", "torch"}
+
+
+def test_drawing_a_picture_loads_no_torch() -> None:
+    loaded = loaded_by(
+        "import vega_edge\nvega_edge.Pipeline.open('demo-vegart', engine='onnxruntime-cpu')('a star', steps=1)"
+    )
+    assert "onnxruntime" in loaded
+    assert not loaded & TORCH_ISLAND
+
+
+def test_public_names() -> None:
+    assert vega_edge.Pipeline.__name__ == "Pipeline"
+    assert issubclass(vega_edge.VegaEdgeError, Exception)
+    with pytest.raises(AttributeError, match="has no attribute 'Pipelin'"):
+        vega_edge.Pipelin  # noqa: B018

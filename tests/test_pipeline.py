@@ -1,0 +1,133 @@
+"""The pipeline's own behaviour, on the embedded few-step model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vega_edge.demo.check import read
+from vega_edge.errors import EngineError, UsageError
+from vega_edge.models import find_bundle
+from vega_edge.runtime.pipeline import Pipeline
+
+STAR = "a big red star on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.open("demo-vegart", engine="onnxruntime-cpu")
+
+
+@pytest.mark.parametrize("prompt", [STAR, "a yellow moon in the night sky", "a small white house in a meadow"])
+def test_it_draws_what_it_is_told(pipe: Pipeline, prompt: str) -> None:
+    seen = [read(np.asarray(pipe(prompt, seed=s).images[0])) for s in range(4)]
+    words = prompt.split()
+    right = [len(r.things) == 1 and r.things[0].color in words and r.things[0].shape in words for r in seen]
+    assert sum(right) >= 3  # nine in ten are; at most one of four may be off
+
+
+def test_streaming_counts_previews_and_ends_where_a_call_ends(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(STAR, steps=4, seed=7))
+    assert [(s.index, s.total) for s in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps[0].preview()[0].size == (128, 128)
+    assert np.array_equal(steps[-1].latents, pipe(STAR, steps=4, seed=7).latents)
+
+
+def test_stopping_early_changes_nothing_for_the_next(pipe: Pipeline) -> None:
+    expected = pipe(STAR, seed=7).latents
+    next(pipe.stream(STAR, seed=9))
+    two = pipe.stream(STAR, seed=7), pipe.stream(STAR, seed=8)
+    last = list(zip(*two, strict=True))[-1]
+    assert np.array_equal(last[0].latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["Euler", "Euler a", "LCM"])
+def test_a_batch_is_the_pictures_of_its_seeds(pipe: Pipeline, scheduler: str) -> None:
+    options = {"steps": 3, "scheduler": scheduler, "guidance": 2.0}
+    batch = pipe(STAR, seed=40, samples=3, **options).latents
+    for i in range(3):
+        assert np.abs(batch[i] - pipe(STAR, seed=40 + i, **options).latents[0]).max() < 1e-4
+
+
+def test_other_sizes(pipe: Pipeline) -> None:
+    assert pipe(STAR, width=192, height=128).images[0].size == (192, 128)
+    with pytest.raises(UsageError) as error:
+        pipe(STAR, width=144)
+    assert str(error.value) == "width must be a multiple of 32 px, got 144; nearest: 128 or 160"
+
+
+def test_random_seeds_differ_and_are_told(pipe: Pipeline) -> None:
+    first, second = (pipe(STAR, steps=1).request.seed for _ in range(2))
+    assert first != second and first >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"stepss": 3},
+            "unknown option 'stepss'; there are: guidance, height, negative, prompt, samples, scheduler, seed, ",
+        ),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to 50, got 2.5"),
+        ({"steps": True}, "steps must be a whole number from 1 to 50, got True"),
+        ({"guidance": "7"}, "guidance must be a number from 0 to 20, got '7'"),
+        ({"guidance": float("inf")}, "guidance must be a number from 0 to 20, got inf"),
+        ({"negative": 3}, "negative must be text, got int"),
+        ({"scheduler": "DDIMM"}, "unknown scheduler 'DDIMM'; did you mean 'DDIM'? there are: "),
+    ],
+)
+def test_options_are_checked(pipe: Pipeline, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        pipe(STAR, **options)
+    assert str(error.value).startswith(message)
+
+
+def test_a_negative_prompt_needs_guidance(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        pipe(STAR, steps=1, negative="a circle")
+    assert caplog.messages == ["the negative prompt has no effect without guidance (guidance is 0)"]
+    plain, pushed = (pipe(STAR, steps=2, seed=1, guidance=3.0, negative=n).latents for n in (None, "a circle"))
+    assert np.abs(plain - pushed).max() > 1e-2
+
+
+def test_a_foreign_bundle_without_our_files_draws_the_same(tmp_path: Path, pipe: Pipeline) -> None:
+    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    (bundle / "vega-edge.json").unlink()
+    (bundle / "vae_decoder" / "pixels.onnx").unlink()
+    foreign = Pipeline.open(bundle, engine="onnxruntime-cpu")
+    assert (foreign.defaults["scheduler"], foreign.defaults["width"]) == ("Euler", 128)
+    options = {"steps": 4, "scheduler": "LCM", "guidance": 0.0, "seed": 7}
+    ours, theirs = (np.asarray(p(STAR, **options).images[0]).astype(int) for p in (pipe, foreign))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_nan_is_an_error_and_no_black_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        inputs, outputs = pipe._unet.inputs, pipe._unet.outputs
+
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"out_sample": np.full_like(feeds["sample"], np.nan)}
+
+    monkeypatch.setattr(pipe, "_unet", Broken())
+    with pytest.raises(EngineError, match=r"the network's call 1 \(sigma 14\.6\d\) gave values that are not finite"):
+        pipe(STAR)
+
+
+def test_a_model_by_name_or_path() -> None:
+    assert Pipeline.open(find_bundle("demo-vegart"), "onnxruntime-cpu").name == "demo-vegart"
+    with pytest.raises(UsageError, match="unknown model 'demo-vegar'; did you mean 'demo-vegart'"):
+        Pipeline.open("demo-vegar")
+
+
+def test_recipes_and_manifest_agree() -> None:
+    manifest = json.loads((find_bundle("demo-vegart") / "vega-edge.json").read_text())
+    from vega_edge.models import recipes
+
+    recipe = recipes()["demo-vegart"]
+    assert (manifest["defaults"], manifest["limits"]) == (recipe.defaults, recipe.limits)
+    assert [lora["strength"] for lora in manifest["source"]["loras"]] == [lora.strength for lora in recipe.loras]
