@@ -39,6 +39,8 @@ image.images[0].save(out)
 
 def measure(command: Sequence[str]) -> tuple[float, float]:
     """Wall seconds and peak resident MB of one run; raises if it fails."""
+    if sys.platform == "win32":
+        raise SystemExit("this measurement needs a POSIX system: peak memory is read as wait4 tells it")
     start = time.perf_counter()
     pid = os.posix_spawn(command[0], list(command), os.environ)
     _, status, usage = os.wait4(pid, 0)

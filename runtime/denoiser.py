@@ -49,7 +49,7 @@ class Denoiser:
         if self._prediction_type == "epsilon":
             x0 = x - np.float32(sigma) * out
         elif self._prediction_type == "v_prediction":
-            x0 = (network_x - np.float32(sigma) * out) / np.float32(scale)
+            x0 = network_x / np.float32(scale) - np.float32(sigma / scale) * out
         return x0
 
     def _run(self, network_x: Array, t: float) -> Array:

@@ -11,19 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vega_edge.errors import BundleError
-from vega_edge.models import recipes
+from vega_edge.models import find_bundle
 from vega_edge.runtime.text import TOKENS, ClipTokenizer
 
-BUNDLE = recipes()["demo-vegart"].bundle_path
 PROMPTS = [
     "", " ", "a big red star on a blue background", "A  BIG\n\tred STAR", "it's the dog's, they're 42nd! (wow) [x:1.3]", "naïve café ﬁ Ǆ İ",
     "🌟 a star 👩‍🚀", "نجمة حمراء", "赤い星", "<|endoftext|> star <|startoftext|>", "...---...", "a star!!! !wow", "star" * 40, "a\u200bb\u00a0c", "\x00\x07",
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return find_bundle("demo-vegart")
+
+
 @pytest.fixture(scope="module", params=["tokenizer", "tokenizer_2"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return BUNDLE / request.param
+def folder(request: pytest.FixtureRequest, bundle: Path) -> Path:
+    return bundle / request.param
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -33,8 +37,8 @@ def test_same_ids_as_transformers(folder: Path, prompt: str) -> None:
     assert ClipTokenizer(folder)(prompt).tolist() == [expected]
 
 
-def test_the_two_tokenizers_pad_differently() -> None:
-    first, second = (ClipTokenizer(BUNDLE / name)("star")[0] for name in ("tokenizer", "tokenizer_2"))
+def test_the_two_tokenizers_pad_differently(bundle: Path) -> None:
+    first, second = (ClipTokenizer(bundle / name)("star")[0] for name in ("tokenizer", "tokenizer_2"))
     assert first[2] == first[-1] == first.max()  # the end token
     assert second[2] == first.max() and second[-1] == 0  # '!'
 
@@ -52,8 +56,8 @@ def test_ten_thousand_words(folder: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=120))
-def test_any_text_gives_77_ids(text: str) -> None:
-    ids = ClipTokenizer(BUNDLE / "tokenizer")(text)
+def test_any_text_gives_77_ids(bundle: Path, text: str) -> None:
+    ids = ClipTokenizer(bundle / "tokenizer")(text)
     assert ids.shape == (1, TOKENS) and ids.dtype == np.int64 and ids.min() >= 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import nn
 
 from .models import BETAS, TextToNoise, write_tokenizer
@@ -69,6 +70,14 @@ def write_checkpoint(folder: Path, kind: str, model: TextToNoise, vae: Path) -> 
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[kind])
     save_half(AutoencoderKL.from_pretrained(vae), folder / "vae")
     write_json(folder / "model_index.json", index)
+
+
+def load_weights(model: TextToNoise, folder: Path) -> TextToNoise:
+    """The network's and the encoders' weights from a checkpoint's folder, into float32."""
+    model.unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    for encoder, name in zip(model.encoders, ("text_encoder", "text_encoder_2"), strict=False):
+        encoder.load_state_dict(load_file(folder / name / "model.safetensors"))
+    return model
 
 
 def save_half(module: nn.Module, folder: Path) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .base import context
-from .checkpoints import write_tokenizers
+from .checkpoints import load_weights, write_tokenizers
 from .diffusion import Pool, Tokens, alphas_cumprod
 from .hogwild import Job, train
 from .models import TextToNoise, new_vega
@@ -47,16 +47,8 @@ SHARE = (0.28, 0.06, 0.18, 0.06, 0.18, 0.06, 0.12, 0.06)
 TEACHER_STEPS = {999: 10, 879: 9, 759: 8, 639: 7, 499: 6, 379: 5, 259: 4, 139: 3}
 
 
-def load_base(folder: Path) -> TextToNoise:
-    model = new_vega()
-    model.unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
-    for encoder, name in zip(model.encoders, ("text_encoder", "text_encoder_2"), strict=True):
-        encoder.load_state_dict(load_file(folder / name / "model.safetensors"))
-    return model
-
-
 def new_student(folder: Path) -> TextToNoise:
-    model = load_base(folder)
+    model = load_weights(new_vega(), folder)
     model.requires_grad_(False)
     model.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
     return model
