@@ -210,7 +210,7 @@ def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
         else:
             import diffusers
 
-            options |= {"torch_dtype": torch.float32, "output_loading_info": True, "low_cpu_mem_usage": False}
+            options |= {"dtype": torch.float32, "output_loading_info": True}
             module, info = getattr(diffusers, _CLASSES[part][0]).from_pretrained(folder, **options)
             missing = info["missing_keys"]
     if missing:

@@ -71,14 +71,13 @@ def recipes() -> dict[str, Recipe]:
 
 
 def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
-    """The bundle's folder for a recipe's name or a path. What looks like a path is one; a name that has no bundle says how to make it."""
+    """The bundle's folder for a recipe's name, or a path to one; a name without a bundle says how to make it."""
     text = os.fspath(name_or_path)
-    if os.path.isdir(text) or any(s in text for s in ("/", "\\", os.sep)):
-        return Path(text)
-    known = recipes()
-    if text not in known:
-        raise unknown("model", text, known)
-    recipe = known[text]
+    recipe = recipes().get(text)
+    if recipe is None:
+        if os.path.isdir(text) or "/" in text or os.sep in text:
+            return Path(text)
+        raise unknown("model", text, recipes())
     if not recipe.ready:
         raise BundleError(f"{text} has no bundle at {recipe.bundle_path} yet; make it with: vega-edge export {text}")
     return recipe.bundle_path

@@ -69,7 +69,7 @@ def pipeline(source: Path) -> Any:
     kind = json.loads((source / "model_index.json").read_text())["_class_name"]
     cls = StableDiffusionXLPipeline if "XL" in kind else StableDiffusionPipeline
     extra = {} if "XL" in kind else {"safety_checker": None, "feature_extractor": None}
-    pipe = cls.from_pretrained(source, torch_dtype=torch.float32, **extra)
+    pipe = cls.from_pretrained(source, dtype=torch.float32, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,86 @@
+"""The embedded model's pictures and its checker: what all of its figures rest on."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy", reason="the checker needs scipy (the test extra)")
+
+from vega_edge.demo import check, scenes
+from vega_edge.demo.render import render
+from vega_edge.demo.scenes import COLORS, SHAPES, Scene, Thing
+
+
+def drawn(n: int, two: float, seed: int = 0) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [scenes.sample_scene(rng, two=two) for _ in range(n)]
+
+
+@pytest.mark.parametrize("two", [0.0, 1.0])
+def test_the_checker_reads_clean_pictures(two: float) -> None:
+    right = [check.score(render(s), s).all for s in drawn(200, two)]
+    assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (Thing("blue", "star", "big", 64, 64, 36, 0), "color"),
+        (Thing("red", "heart", "big", 64, 64, 36, 0), "shape"),
+    ],
+)
+def test_the_checker_tells_a_wrong_picture(wrong: Thing, field: str) -> None:
+    asked = Scene((Thing("red", "star", "big", 64, 64, 36, 0),), "gray", 1)
+    score = check.score(render(Scene((wrong,), "gray", 1)), asked)
+    assert not score.all and not getattr(score, field)
+    assert score.background
+    assert not check.score(render(Scene((*asked.things,), "pink", 1)), asked).background
+    nothing = check.score(render(Scene((), "gray", 1)), asked)
+    assert (nothing.color, nothing.shape, nothing.background) == (False, False, True)
+
+
+def test_the_checker_tells_a_relation() -> None:
+    moon, house = Thing("yellow", "moon", "", 64, 35, 20, 0), Thing("green", "house", "", 64, 92, 20, 0)
+    picture = render(Scene((moon, house), "gray", 1))
+    assert check.score(picture, Scene((moon, house), "gray", 1, relation="above")).all
+    assert not check.score(picture, Scene((moon, house), "gray", 1, relation="below")).relation
+    assert not check.score(picture, Scene((moon, house), "gray", 1, relation="left of")).relation
+
+
+def test_what_is_unseen_is_never_drawn_nor_named() -> None:
+    rng = np.random.default_rng(3)
+    for scene in drawn(3000, 0.35, seed=1):
+        text = scenes.caption(scene, rng)
+        for thing in scene.things:
+            assert not scenes.unseen(thing.color, thing.shape, scene.background)
+        for color, shape in scenes.UNSEEN_PAIRS:
+            assert not re.search(rf"\b{color} {shape}\b", text)
+
+
+def test_there_is_enough_to_draw() -> None:
+    seen, held_out = scenes.combinations(False), scenes.combinations(True)
+    assert len(COLORS) >= 8 and len(SHAPES) >= 8 and len(scenes.BACKGROUNDS) >= 8
+    assert not set(seen) & set(held_out)
+    triples = [c for c in held_out if c[:2] not in scenes.UNSEEN_PAIRS]
+    rest = len(seen) + len(triples)
+    assert 0.07 < len(triples) / rest < 0.13  # a tenth of the triples
+    assert {c for c, _, _ in seen} == set(COLORS) and {s for _, s, _ in seen} == set(SHAPES)
+
+
+def test_pictures_repeat_and_differ() -> None:
+    scene = drawn(1, 0.0)[0]
+    assert np.array_equal(render(scene), render(scene))
+    assert render(scene).shape == (128, 128, 3) and render(scene).dtype == np.uint8
+    assert not np.array_equal(render(drawn(1, 0.0, seed=9)[0]), render(scene))
+
+
+def test_captions_are_sometimes_short_and_sometimes_empty() -> None:
+    rng = np.random.default_rng(2)
+    texts = [scenes.caption(s, rng) for s in drawn(2000, 0.35)]
+    assert "" in texts
+    assert sum(len(t.split()) <= 2 for t in texts) > 100
+    words = set(scenes.vocabulary())
+    assert all(set(t.replace(",", " , ").split()) <= words for t in texts)
