@@ -20,7 +20,9 @@ class Decoder:
         config = bundle.config("vae_decoder")
         channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
         self.scale = 2 ** (len(channels) - 1)
-        self._scaling_factor = float(config["scaling_factor"])
+        # Configurations older than these keys mean diffusers' defaults.
+        default = 1.0 if "decoder_block_out_channels" in config else 0.18215
+        self._scaling_factor = float(config.get("scaling_factor", default))
         self._shift_factor = float(config.get("shift_factor") or 0.0)
         self._bakes_pixels = bundle.has(_PIXELS)
         graph = bundle.file(_PIXELS) if self._bakes_pixels else bundle.graph("vae_decoder")
