@@ -1,6 +1,6 @@
 """Trains the embedded models from nothing: `python -m vega_edge.demo.train --out demo/weights`.
 
-Two to three hours on two cores; every stage can be run alone once those before it are done. On Linux, first
+About three hours on two cores; every stage can be run alone once those before it are done. On Linux, first
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.arena_max=1
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ...models import bundles_folder
 from .autoencoder import train_autoencoder, train_decoder
 from .base import train_base
 from .distill import distill
@@ -24,7 +25,7 @@ from .tiny_autoencoder import train_tiny_autoencoder
 STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
-    "demo-vega": 4400,
+    "demo-vega": 9000,
     "demo-vegart-lora": 1500,
     "demo-small-sd": 2200,
     "demo-tiny-sd": 2200,
@@ -36,8 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"which; default: all of {', '.join(STEPS)}")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoints' folder, such as demo/weights")
-    parser.add_argument("--cache", type=Path, default=Path("build/training"), help="latents and snapshots")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=bundles_folder().parent / "training",
+        help="autoencoder, latents, snapshots; default: %(default)s",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one a core")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint (one stage, not the autoencoder)")
+    parser.add_argument("--peak-lr", type=float, default=2e-3, help="with --start, half of it is enough")
     parser.add_argument("--steps", type=int, help="another number of updates, for trying out")
     arguments = parser.parse_args()
     for stage in arguments.stages:
@@ -58,7 +66,8 @@ def main() -> None:
         if stage in runs:
             runs[stage](steps)
         else:
-            train_base(stage, vae, cache, out / stage, steps, processes=n)
+            start, lr = arguments.start, arguments.peak_lr
+            train_base(stage, vae, cache, out / stage, steps, start=start, peak_lr=lr, processes=n)
 
 
 if __name__ == "__main__":
