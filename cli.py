@@ -243,9 +243,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from .export import Progress, export_bundle, format_report
 
     recipe = models.recipes().get(arguments.source)
-    source, loras = Path(arguments.source), list(arguments.lora)
-    if recipe:
-        source, loras = _checkpoint(recipe), recipe.lora_paths + loras
+    source = _checkpoint(recipe) if recipe else Path(arguments.source)
+    options = recipe.export_options() if recipe else {"name": None, "loras": []}
+    options["loras"] += arguments.lora
+    options["name"] = arguments.name or options["name"]
     output = arguments.output or (models.bundles_folder() / recipe.name if recipe else None)
     if output is None:
         raise UsageError(f"say where the bundle goes: vega-edge export {arguments.source} -o BUNDLE")
@@ -257,9 +258,8 @@ def _export(arguments: argparse.Namespace) -> None:
             advance(f"{at.part}: {at.phase} ({at.index} of {at.total})", 0)
 
         report = export_bundle(
-            source, output, loras=loras, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
-            name=arguments.name or (recipe.name if recipe else None), defaults=recipe.defaults if recipe else None,
-            limits=recipe.limits if recipe else None, progress=progress, overwrite=arguments.overwrite,
+            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
+            progress=progress, overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     print(format_report(report), file=sys.stderr)
     print(output)

@@ -114,14 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes().items():
             bundle = Path(folder) / name
-            export_bundle(
-                recipe.checkpoint_path,
-                bundle,
-                loras=recipe.lora_paths,
-                name=name,
-                defaults=recipe.defaults,
-                limits=recipe.limits,
-            )
+            export_bundle(recipe.checkpoint_path, bundle, **recipe.export_options())
             ours, theirs = Pipeline.open(bundle, "onnxruntime-cpu"), reference_pipeline(name)
             for scheduler in SCHEDULERS:
                 steps = 4 if scheduler == "LCM" else 25

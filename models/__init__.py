@@ -44,6 +44,10 @@ class Recipe:
     def lora_paths(self) -> list[tuple[Path, float]]:
         return [(_PACKAGE / lora.file, lora.strength) for lora in self.loras]
 
+    def export_options(self) -> dict[str, Any]:
+        """What `export_bundle` is told of the recipe beside its checkpoint."""
+        return {"name": self.name, "loras": self.lora_paths, "defaults": self.defaults, "limits": self.limits}
+
     @property
     def bundle_path(self) -> Path:
         """Where the bundle is, or where `vega-edge export NAME` puts it."""

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from vega_edge.bundle import Bundle  # noqa: E402
+from vega_edge.demo.train.distill import TARGETS  # noqa: E402
 from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import ExportError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
@@ -35,23 +36,6 @@ from vega_edge.export.lora import match_lora, read_lora  # noqa: E402
 
 from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
-# What an LCM-LoRA touches, as diffusers' training script lists it; VegaRT's has all of them.
-LCM_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 RANK, ALPHA, STRENGTH = 4, 10, 0.8
 STYLES = ("kohya", "peft", "diffusers")
@@ -89,7 +73,7 @@ def loras(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     torch.manual_seed(1)
     pipe = pipeline(checkpoints["xl"])
     layers, metadata = {}, {}
-    for part, targets in (("unet", LCM_TARGETS), ("text_encoder", CLIP_TARGETS), ("text_encoder_2", CLIP_TARGETS)):
+    for part, targets in (("unet", TARGETS), ("text_encoder", CLIP_TARGETS), ("text_encoder_2", CLIP_TARGETS)):
         module = getattr(pipe, part)
         module.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False))
         layers[f"{part}_lora_layers"] = {k: v * 0.3 for k, v in get_peft_model_state_dict(module).items()}
@@ -449,7 +433,7 @@ def test_map_finds_every_weight_a_lora_may_touch(request: pytest.FixtureRequest,
             )
     if which == "xl":
         unet: Mapping[str, Any] = made.bundle.manifest.parts["unet"].parameters or {}
-        assert [t for t in LCM_TARGETS if not any(name.endswith(f".{t}.weight") for name in unet)] == []
+        assert [t for t in TARGETS if not any(name.endswith(f".{t}.weight") for name in unet)] == []
         assert any(place.transposed for place in unet.values()) and not all(place.transposed for place in unet.values())
 
 

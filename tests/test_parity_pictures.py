@@ -28,8 +28,6 @@ from vega_edge.export import export_bundle
 from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.export.lora import match_lora, read_lora
 
-from .conftest import needs_training
-
 MAX_ERROR, MIN_PSNR_DB = 5e-4, 60.0
 STEPS = {"LCM": 4}
 
@@ -47,26 +45,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         recipe = recipes()[name]
         bundle = folder / name
         if not bundle.exists():
-            export_bundle(
-                recipe.checkpoint_path,
-                bundle,
-                loras=recipe.lora_paths,
-                name=name,
-                defaults=recipe.defaults,
-                limits=recipe.limits,
-            )
+            export_bundle(recipe.checkpoint_path, bundle, **recipe.export_options())
         return bundle
 
     return export
 
 
-def trained(name: str) -> Any:
-    """A recipe as a test's parameter, skipped while its checkpoint is not trained."""
-    missing = not recipes()[name].checkpoint_path.is_dir()
-    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"{name} is not trained in this checkout yet"))
-
-
-@pytest.fixture(scope="module", params=[trained(name) for name in sorted(recipes())])
+@pytest.fixture(scope="module", params=sorted(recipes()))
 def both(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> tuple[Pipeline, Any]:
     return Pipeline.open(exported(request.param), "onnxruntime-cpu"), reference_pipeline(request.param)
 
@@ -89,7 +74,6 @@ def vega(exported: Callable[[str], Path]) -> tuple[Path, Any]:
     return exported("demo-vega"), reference_pipeline("demo-vega")
 
 
-@needs_training
 def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(model: schedules.NoiseModel, n: int) -> schedules.Schedule:
         schedule = schedules.euler(model, n)
@@ -99,7 +83,6 @@ def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.M
     assert not good(compare(Pipeline.open(vega[0], "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
 
 
-@needs_training
 def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(vega[0], tmp_path / "bundle"))
     (bundle / "vega-edge.json").unlink()  # it would notice by itself
@@ -108,7 +91,6 @@ def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) ->
     assert not good(compare(Pipeline.open(bundle, "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
 
 
-@needs_training
 def test_the_lora_is_fused_as_diffusers_fuses_it() -> None:
     recipe = recipes()["demo-vegart"]
     checkpoint = open_checkpoint(recipe.checkpoint_path)

@@ -15,8 +15,6 @@ from vega_edge.errors import EngineError, UsageError
 from vega_edge.models import find_bundle
 from vega_edge.runtime.pipeline import Pipeline
 
-from .conftest import needs_training
-
 STAR = "a big red star on a blue background"
 
 
@@ -25,7 +23,6 @@ def pipe() -> Pipeline:
     return Pipeline.open("demo-vegart", engine="onnxruntime-cpu")
 
 
-@needs_training
 @pytest.mark.parametrize("prompt", [STAR, "a yellow moon in the night sky", "a small white house in a meadow"])
 def test_it_draws_what_it_is_told(pipe: Pipeline, prompt: str) -> None:
     seen = [read(np.asarray(pipe(prompt, seed=s).images[0])) for s in range(4)]
@@ -127,7 +124,6 @@ def test_a_model_by_name_or_path() -> None:
         Pipeline.open("demo-vegar")
 
 
-@needs_training
 def test_recipes_and_manifest_agree() -> None:
     manifest = json.loads((find_bundle("demo-vegart") / "vega-edge.json").read_text())
     from vega_edge.models import recipes

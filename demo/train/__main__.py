@@ -26,8 +26,8 @@ STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
     "demo-vega": 9000,
-    "demo-vegart-lora": 1500,
-    "demo-small-sd": 2200,
+    "demo-vegart-lora": 1800,
+    "demo-small-sd": 4200,
     "demo-tiny-sd": 2200,
     "tiny-autoencoder": 1500,
 }
@@ -44,7 +44,9 @@ def main() -> None:
         help="autoencoder, latents, snapshots; default: %(default)s",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one a core")
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint (one stage, not the autoencoder)")
+    parser.add_argument(
+        "--start", type=Path, help="go on from this checkpoint; demo-tiny-sd starts from demo-small-sd otherwise"
+    )
     parser.add_argument("--peak-lr", type=float, default=2e-3, help="with --start, half of it is enough")
     parser.add_argument("--steps", type=int, help="another number of updates, for trying out")
     arguments = parser.parse_args()
@@ -67,6 +69,8 @@ def main() -> None:
             runs[stage](steps)
         else:
             start, lr = arguments.start, arguments.peak_lr
+            if stage == "demo-tiny-sd" and not start:
+                start = out / "demo-small-sd"
             train_base(stage, vae, cache, out / stage, steps, start=start, peak_lr=lr, processes=n)
 
 

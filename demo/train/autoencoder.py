@@ -87,16 +87,8 @@ def pixel_pool(seed: int, n: int) -> tuple[torch.Tensor]:
 
 
 def train_autoencoder(out: Path, steps: int, seed: int = 1, processes: int = 2) -> None:
-    job = Job(
-        "autoencoder",
-        new_autoencoder,
-        reconstruction_loss,
-        partial(pixel_pool, seed, 6000),
-        steps,
-        batch=8,
-        peak_lr=2e-3,
-        seed=seed,
-    )
+    pool = partial(pixel_pool, seed, 6000)
+    job = Job("autoencoder", new_autoencoder, reconstruction_loss, pool, steps, batch=8, peak_lr=2e-3, seed=seed)
     vae = train(job, processes)
     whiten(vae, pictures(sample_scenes(seed, 512)))
     vae.to(memory_format=torch.contiguous_format).save_pretrained(out)
@@ -114,27 +106,19 @@ def load_for_decoder(folder: Path) -> AutoencoderKL:
 def decoder_loss(
     vae: AutoencoderKL, pool: torch.Tensor, batch: int, rng: np.random.Generator, progress: float
 ) -> torch.Tensor:
-    """Whole pictures, and latents a little off, as a denoiser's are."""
+    """Whole pictures, and latents off by up to a twelfth of their deviation, as a denoiser's are."""
     x = to_model_range(pool[torch.from_numpy(rng.integers(len(pool), size=batch))])
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
-        z = z + 0.03 / SCALING_FACTOR * torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))
+        off = rng.uniform(0, 0.08) / SCALING_FACTOR * rng.standard_normal(z.shape)
+        z = z + torch.from_numpy(off.astype(np.float32))
     return edge_loss(vae.decode(z).sample, x)
 
 
 def train_decoder(folder: Path, steps: int, seed: int = 11, processes: int = 2) -> None:
     """Trains the decoder alone further: the latents, and all that was trained on them, stay what they are."""
-    job = Job(
-        "decoder",
-        partial(load_for_decoder, folder),
-        decoder_loss,
-        partial(pixel_pool, seed, 6000),
-        steps,
-        batch=2,
-        peak_lr=1e-3,
-        seed=seed,
-    )
-    vae = train(job, processes)
+    new, pool = partial(load_for_decoder, folder), partial(pixel_pool, seed, 6000)
+    vae = train(Job("decoder", new, decoder_loss, pool, steps, batch=2, peak_lr=1e-3, seed=seed), processes)
     vae.save_pretrained(folder)
     held = to_model_range(pictures(sample_scenes(1001, 64)))
     print(f"decoder: PSNR {psnr(vae, held):.2f} dB on 64 held-out pictures")

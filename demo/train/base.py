@@ -1,4 +1,4 @@
-"""The three text-to-image models, trained from nothing: demo-vega, demo-small-sd and demo-tiny-sd."""
+"""The three text-to-image models: demo-vega and demo-small-sd trained from nothing, demo-tiny-sd from demo-small-sd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def context(vae: Path, cache: Path, tokenizers: list[Path], pool: int, pool_seed
 
 
 def new_model(name: str, start: Path | None = None) -> TextToNoise:
-    """`name` is 'demo-vega', 'demo-small-sd' or 'demo-tiny-sd'; its weights from the checkpoint `start`, if given."""
+    """`name` is 'demo-vega', 'demo-small-sd' or 'demo-tiny-sd'; its weights from the checkpoint `start`, if given.
+
+    A tiny model may start from a small one's.
+    """
     model = new_vega() if name == "demo-vega" else new_sd(name.split("-")[1])
     return load_weights(model, start) if start else model
 

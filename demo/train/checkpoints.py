@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,19 @@ def write_checkpoint(folder: Path, kind: str, model: TextToNoise, vae: Path) -> 
     write_json(folder / "model_index.json", index)
 
 
+def without_innermost(small: dict[str, torch.Tensor], wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A small U-Net's weights for a tiny one: the same blocks less the middle and the innermost level, as BK-SDM's Tiny
+    is made from its Small (arXiv:2305.15798). The upward blocks, counted from the inside, move down by one."""
+    moved = {re.sub(r"^up_blocks\.(\d)", lambda m: f"up_blocks.{int(m[1]) - 1}", k): v for k, v in small.items()}
+    return {k: moved[k] for k in wanted}
+
+
 def load_weights(model: TextToNoise, folder: Path) -> TextToNoise:
-    """The network's and the encoders' weights from a checkpoint's folder, into float32."""
-    model.unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    """The network's and the encoders' weights from a checkpoint's folder, into float32; a small model's into a tiny one."""
+    weights, wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), model.unet.state_dict()
+    if len(weights) > len(wanted):
+        weights = without_innermost(weights, wanted)
+    model.unet.load_state_dict(weights)
     for encoder, name in zip(model.encoders, ("text_encoder", "text_encoder_2"), strict=False):
         encoder.load_state_dict(load_file(folder / name / "model.safetensors"))
     return model
