@@ -26,8 +26,8 @@ STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
     "demo-vega": 9000,
-    "demo-vegart-lora": 1800,
-    "demo-small-sd": 4200,
+    "demo-vegart-lora": 2500,
+    "demo-small-sd": 3600,
     "demo-tiny-sd": 2200,
     "tiny-autoencoder": 1500,
 }
@@ -45,7 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one a core")
     parser.add_argument(
-        "--start", type=Path, help="go on from this checkpoint; demo-tiny-sd starts from demo-small-sd otherwise"
+        "--start",
+        type=Path,
+        help="go on from this checkpoint (or LoRA file); demo-tiny-sd starts from demo-small-sd otherwise",
     )
     parser.add_argument("--peak-lr", type=float, default=2e-3, help="with --start, half of it is enough")
     parser.add_argument("--steps", type=int, help="another number of updates, for trying out")
@@ -60,9 +62,12 @@ def main() -> None:
     runs: dict[str, Callable[[int], object]] = {
         "autoencoder": lambda steps: train_autoencoder(vae, steps, processes=n),
         "decoder": lambda steps: train_decoder(vae, steps, processes=n),
-        "demo-vegart-lora": lambda s: distill(out / "demo-vega", vae, cache, out / "demo-vegart-lora", s, processes=n),
+        "demo-vegart-lora": lambda steps: distill(
+            out / "demo-vega", vae, cache, out / "demo-vegart-lora", steps,
+            start=arguments.start, peak_lr=arguments.peak_lr, processes=n,
+        ),
         "tiny-autoencoder": lambda s: train_tiny_autoencoder(vae, out / "demo-tiny-vae", s, processes=n),
-    }
+    }  # fmt: skip
     for stage in arguments.stages or STEPS:
         steps = arguments.steps or STEPS[stage]
         if stage in runs:

@@ -2,8 +2,9 @@
 
 The form is LCM-LoRA's (arXiv:2311.05556): the same target modules, LCM's parametrisation and timesteps. The objective
 is the consistency function itself, learned directly: from a noised latent to the end of the guided teacher's
-ODE trajectory, which the teacher walks with DPM-Solver++(2M). LCM's own one-step bootstrapping needs far more updates
-than a small model on a CPU is given (tried in a prototype: it made pictures worse than no LoRA).
+ODE trajectory, which the teacher walks with DPM-Solver++(2M). Most of those latents are the student's own, noised
+again as LCM's sampler does, so that it learns to mend what it will meet. LCM's own one-step bootstrapping needs far
+more updates than a small model on a CPU is given (tried in a prototype: it made pictures worse than no LoRA).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .base import context
@@ -43,15 +44,51 @@ TARGETS = (
 RANK, ALPHA = 8, 4
 GUIDANCE = 3.0
 TIMESTEPS = (999, 879, 759, 639, 499, 379, 259, 139)  # LCM's eight; its four and two are among them
-SHARE = (0.28, 0.06, 0.18, 0.06, 0.18, 0.06, 0.12, 0.06)
+SHARE = (0.26, 0.05, 0.19, 0.05, 0.19, 0.05, 0.16, 0.05)
+WALKS = (TIMESTEPS, TIMESTEPS[::2], TIMESTEPS[::4])
+OWN = 0.7  # of the latents below pure noise are the student's
 TEACHER_STEPS = {999: 10, 879: 9, 759: 8, 639: 7, 499: 6, 379: 5, 259: 4, 139: 3}
 
 
-def new_student(folder: Path) -> TextToNoise:
+def new_student(folder: Path, lora: Path | None) -> TextToNoise:
     model = load_weights(new_vega(), folder)
     model.requires_grad_(False)
     model.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
+    if lora:
+        load_lora(model.unet, lora)
     return model
+
+
+def noised(x0: torch.Tensor, t: int, abar: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+    return noise if t == TIMESTEPS[0] else abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * noise
+
+
+def estimate(
+    model: TextToNoise, x: torch.Tensor, t: int, text: torch.Tensor, pooled: torch.Tensor, abar: torch.Tensor
+) -> torch.Tensor:
+    """The model's x0 from x at t."""
+    eps = model.predict(x, torch.full((len(x),), t), text, pooled)
+    return (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+
+
+@torch.no_grad()
+def own_latents(
+    model: TextToNoise,
+    like: torch.Tensor,
+    t: int,
+    text: torch.Tensor,
+    pooled: torch.Tensor,
+    abar: torch.Tensor,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """What the student meets at t: LCM's walk from noise, in 8, 4 or 2 steps, whichever have t."""
+    walks = [w for w in WALKS if t in w]
+    walk = walks[int(rng.integers(len(walks)))]
+    x = noised(like, walk[0], abar, rng)
+    for s, u in itertools.pairwise(walk[: walk.index(t) + 1]):
+        x = noised(estimate(model, x, s, text, pooled, abar), u, abar, rng)
+    return x
 
 
 @torch.no_grad()
@@ -106,18 +143,19 @@ def distill_loss(
     def make() -> tuple:
         latents, captions = pool.batch(batch, rng)
         t = int(rng.choice(TIMESTEPS, p=SHARE))
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        x = noise if t == 999 else abar[t].sqrt() * latents + (1 - abar[t]).sqrt() * noise
         with torch.no_grad():
             text, pooled = model.encode(tokens(captions))
+        if rng.random() < OWN:
+            x = own_latents(model, latents, t, text, pooled, abar, rng)
+        else:
+            x = noised(latents, t, abar, rng)
         model.unet.disable_adapters()
         end = trajectory_end(model, x, t, text, pooled, abar)
         model.unet.enable_adapters()
         return x, t, text, pooled, end
 
     x, t, text, pooled, end = replay.next(make, rng)
-    eps = model.predict(x, torch.full((len(x),), t), text, pooled)
-    x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+    x0 = estimate(model, x, t, text, pooled, abar)
     return (((x0 - end) ** 2 + 0.01).sqrt() - 0.1).mean()  # pseudo-Huber: sharp where L2 would blur
 
 
@@ -138,18 +176,39 @@ def save_lora(unet: nn.Module, file: Path) -> None:
     save_file(tensors, file)
 
 
+def load_lora(unet: nn.Module, file: Path) -> None:
+    """`save_lora`'s inverse, into a U-Net that has the adapters."""
+    tensors = load_file(file)
+    for name, module in unet.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            key = "lora_unet_" + name.replace(".", "_")
+            module.lora_A["default"].weight.data.copy_(tensors[f"{key}.lora_down.weight"])
+            module.lora_B["default"].weight.data.copy_(tensors[f"{key}.lora_up.weight"])
+
+
 def distill(
-    base: Path, vae: Path, cache: Path, out: Path, steps: int, pool: int = 20_000, processes: int = 2, seed: int = 5
+    base: Path,
+    vae: Path,
+    cache: Path,
+    out: Path,
+    steps: int,
+    *,
+    start: Path | None = None,
+    peak_lr: float = 2e-3,
+    pool: int = 20_000,
+    processes: int = 2,
+    seed: int = 5,
 ) -> None:
+    """Trains the LoRA and writes it into the folder `out`; with `start`, a LoRA's file, goes on from that one."""
     tokenizers = write_tokenizers(cache / "demo-vega", "vega")
     job = Job(
         "demo-vegart",
-        partial(new_student, base),
+        partial(new_student, base, start),
         distill_loss,
         partial(distill_context, vae, cache, tokenizers, pool),
         steps,
         batch=32,
-        peak_lr=2e-3,
+        peak_lr=peak_lr,
         seed=seed,
     )
     model = train(job, processes, snapshot=lambda m: save_lora(m.unet, cache / "lora-snapshot.safetensors"))
