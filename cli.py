@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
     from .runtime.request import Request
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says a wrong argument in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,20 +42,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     level = logging.INFO if getattr(arguments, "verbose", False) else logging.WARNING
     logging.basicConfig(level=level, format="vega-edge: %(message)s", stream=sys.stderr, force=True)
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name that the output's encoding lacks must not end the program
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments.verb(arguments)
         sys.stdout.flush()
     except VegaEdgeError as error:
-        print(f"vega-edge: {error}", file=sys.stderr)
+        print(f"vega-edge: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("vega-edge: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout went away: nothing is left to say, not even at exit
-        with contextlib.suppress(OSError):
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if error.errno not in _NO_ROOM:
+                raise
+            print(f"vega-edge: the output can't be written: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(
+            OSError
+        ):  # the reader of stdout went away, or it is full: nothing more, not even at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _one_line(text: object) -> str:
+    """An error quotes what it was given, which may have lines of its own."""
+    return " ".join(str(text).split("\n"))
 
 
 def _parser() -> _Parser:
@@ -109,7 +127,11 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
         help="what runs the graphs (see: vega-edge doctor); default: auto, the best one found",
     )
     p.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=".png, .jpg or .webp; default: PROMPT-SEED.png in this folder"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".png, .jpg or .webp; several samples get their seed into the name; default: PROMPT-SEED.png in this folder",
     )
     p.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
     p.add_argument("--json", action="store_true", help="print files, parameters and timings as JSON")
@@ -139,6 +161,7 @@ def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny to decode with")
     p.add_argument("--name", help="the bundle's name; default: that of the model or of the folder")
     p.add_argument("--overwrite", action="store_true", help="replace BUNDLE where it exists")
+    p.add_argument("--json", action="store_true", help="print the bundle, its parts, sizes and differences as JSON")
     p.add_argument("-v", "--verbose", action="store_true", help="say more")
     p.set_defaults(verb=_export)
 
@@ -152,8 +175,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def _lora(text: str) -> tuple[Path, float]:
     file, colon, strength = text.rpartition(":")
-    if colon and re.fullmatch(r"-?\d*\.?\d+", strength):
-        return Path(file), float(strength)
+    if colon:
+        with contextlib.suppress(ValueError):
+            return Path(file), float(strength)
     return Path(text), 1.0
 
 
@@ -171,12 +195,14 @@ def _generate(arguments: argparse.Namespace) -> None:
         height=height, scheduler=arguments.scheduler, seed=arguments.seed, samples=arguments.samples,
     )  # fmt: skip
     files = _targets(request, arguments.output, arguments.overwrite)
-    with _bar(request.steps) as advance:
-        result = pipe.run(request, lambda step: advance())
-    for i, (image, file) in enumerate(zip(result.images, files, strict=True)):
-        pictures.save(image, file, request.parameters(pipe.name, __version__, i))
+    with _bar(request.steps) as bar:
+        result = pipe.run(request, lambda step: bar.update())
+    for i, image in enumerate(result.images):
+        if not arguments.output:
+            files[i] = pictures.free_name(files[i])  # another process may have taken it meanwhile
+        pictures.save(image, files[i], request.parameters(pipe.name, __version__, i), arguments.overwrite)
     if arguments.json:
-        print(json.dumps(_describe(pipe, result, files), indent=2, ensure_ascii=False))
+        print(json.dumps(_describe(pipe, result, files), indent=2))
         return
     stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
     print(
@@ -188,11 +214,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _targets(request: Request, output: Path | None, overwrite: bool) -> list[Path]:
     """One file a picture, checked before anything is drawn. Several pictures get their seed into their name."""
-    from .runtime.pictures import check_target
+    from .runtime.pictures import check_target, free_name
 
     if output is None:
-        words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-")[:60].strip("-") or "picture"
-        files = [_free(Path(f"{words}-{seed}.png")) for seed in request.seeds]
+        words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-").encode()[:60].decode(errors="ignore")
+        words = words.strip("-") or "picture"  # 60 bytes: file systems count those, and stop at 255
+        files = [free_name(Path(f"{words}-{seed}.png")) for seed in request.seeds]
     elif request.samples == 1:
         files = [output]
     else:
@@ -200,14 +227,6 @@ def _targets(request: Request, output: Path | None, overwrite: bool) -> list[Pat
     for file in files:
         check_target(file, overwrite)
     return files
-
-
-def _free(path: Path) -> Path:
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.stem}-{n}{path.suffix}")
-    return candidate
 
 
 def _describe(pipe: Pipeline, result: Result, files: list[Path]) -> dict[str, Any]:
@@ -221,18 +240,12 @@ def _describe(pipe: Pipeline, result: Result, files: list[Path]) -> dict[str, An
 
 
 @contextlib.contextmanager
-def _bar(total: int, text: str = "") -> Iterator[Any]:
-    """A progress bar on stderr, where that is a terminal; yields a function that advances it."""
+def _bar(total: int) -> Iterator[Any]:
+    """A progress bar on stderr, where that is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=text or None, disable=None, leave=False, file=sys.stderr) as bar:
-
-        def advance(note: str = "", n: int = 1) -> None:
-            if note:
-                bar.set_description_str(note, refresh=False)
-            bar.update(n)
-
-        yield advance
+    with tqdm(total=total, disable=None, leave=False, file=sys.stderr) as bar:
+        yield bar
 
 
 # -- export, models, doctor -------------------------------------------------------------------------------------------
@@ -251,16 +264,25 @@ def _export(arguments: argparse.Namespace) -> None:
     if output is None:
         raise UsageError(f"say where the bundle goes: vega-edge export {arguments.source} -o BUNDLE")
     if not arguments.output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with _bar(0) as advance:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
+    with _bar(0) as bar:
 
         def progress(at: Progress) -> None:
-            advance(f"{at.part}: {at.phase} ({at.index} of {at.total})", 0)
+            bar.total = at.total
+            bar.set_description_str(f"{at.part}: {at.phase}", refresh=False)
+            bar.update(at.index - 1 - bar.n)
+            bar.refresh()
 
         report = export_bundle(
             source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
             progress=progress, overwrite=arguments.overwrite, **options,
         )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2, default=str))
+        return
     print(format_report(report), file=sys.stderr)
     print(output)
 

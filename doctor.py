@@ -62,7 +62,7 @@ def examine(bundle_folders: Iterable[Path] = ()) -> Report:
         version=_version("vega-edge"),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=_cpu(),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         gpus=gpus,
         why_no_gpu=why_no_gpu,
@@ -143,7 +143,7 @@ def _auto() -> tuple[str, list[str]]:
         return "", [str(failure)]
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name. On Linux it is in /proc only; platform.processor() is empty or the architecture there."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

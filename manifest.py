@@ -59,6 +59,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a request is taken to say where it says nothing; sizes in px."""
+
+    scheduler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Least and most that a request may ask for; sizes in px."""
+
+    steps: tuple[int, ...] | None = None
+    guidance: tuple[float, ...] | None = None
+    size_px: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`dtype` is the arithmetic of the graphs, `weights` how their numbers are stored.
 
@@ -82,6 +102,7 @@ class Manifest:
             _check_format(values)
             del values["format"]
             manifest = records.decode(cls, values)
+            check_options(manifest.defaults, manifest.limits)
             _check_files(manifest)
         except records.RecordError as failure:
             raise BundleError(f"{path}: {failure}") from failure
@@ -89,6 +110,18 @@ class Manifest:
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **records.encode(self)}, indent=2, allow_nan=False) + "\n"
+
+
+def check_options(defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+    """Raises RecordError unless they are what `Defaults` and `Limits` say."""
+    for cls, name, given in ((Defaults, "defaults", defaults), (Limits, "limits", limits)):
+        try:
+            records.decode(cls, dict(given))
+        except records.RecordError as failure:
+            raise records.RecordError(f"{name}: {failure}") from failure
+    for name, ends in limits.items():
+        if len(ends) != 2 or not ends[0] <= ends[1]:
+            raise records.RecordError(f"limits: {name} must be [least, most], not {json.dumps(ends)}")
 
 
 def _check_format(values: Any) -> None:

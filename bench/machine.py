@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..doctor import cpu_name
+
 PACKAGES = ("numpy", "onnxruntime", "openvino", "tokenizers", "torch", "diffusers", "transformers")
 
 
@@ -24,7 +26,7 @@ def facts() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -37,15 +39,6 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return git.stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

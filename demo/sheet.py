@@ -7,6 +7,8 @@ import time
 
 from PIL import Image
 
+from ..errors import VegaEdgeError
+
 PROMPTS = (
     "a big red star on a blue background", "a yellow moon in the night sky", "a small white house in a meadow",
     "a purple heart at sunset", "a green tree in the desert", "a small pink circle above a big blue square on a white background",
@@ -25,6 +27,13 @@ def sheet(images: list[Image.Image], columns: int = 3, gap: int = 8) -> Image.Im
 
 
 def main(path: str) -> None:
+    try:
+        draw(path)
+    except (VegaEdgeError, OSError) as error:
+        sys.exit(f"vega-edge: {error}")
+
+
+def draw(path: str) -> None:
     start = time.perf_counter()
     from ..runtime.pipeline import Pipeline
 

@@ -100,7 +100,10 @@ def read_lora(path: Path) -> Lora:
         if match is None or role is None:
             strange.append(key)
         else:
-            found.setdefault(_module(match), {})[_ROLES[role]] = value
+            roles = found.setdefault(_module(match), {})
+            if _ROLES[role] in roles:
+                raise ExportError(f"LoRA {path}: {key} is given twice, in two spellings")
+            roles[_ROLES[role]] = value
     if strange or not found:
         raise ExportError(
             f"LoRA {path}: {len(strange)} of its {len(tensors)} keys are of an unknown kind"
@@ -108,7 +111,13 @@ def read_lora(path: Path) -> Lora:
             "lora_A/lora_B and lora.down/lora.up (no DoRA, LoHa, LoKr)"
         )
     scales = _Scales(path, metadata, raw_peft=any(m.startswith(_RAW_PEFT) for m in found))
-    return Lora(path, {module_key(m): _layer(path, m, roles, scales) for m, roles in found.items()})
+    layers: dict[ModuleKey, LoraLayer] = {}
+    for module, roles in found.items():
+        key, layer = module_key(module), _layer(path, module, roles, scales)
+        if key in layers:
+            raise ExportError(f"LoRA {path}: {module} and {layers[key].label} are the same module, spelled twice")
+        layers[key] = layer
+    return Lora(path, layers)
 
 
 def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, LoraLayer]]:
@@ -131,8 +140,12 @@ def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]])
             missing.append(layer.label)
         elif not layer.fits(weights[part][name]):
             misshapen.append(f"{layer.label} ({_x(layer.shape)} here, {_x(weights[part][name])} in the checkpoint)")
+        elif name in matched.setdefault(part, {}):
+            raise ExportError(
+                f"LoRA {lora.path}: {layer.label} and {matched[part][name].label} are the same module, spelled twice"
+            )
         else:
-            matched.setdefault(part, {})[name] = layer
+            matched[part][name] = layer
     if missing or misshapen:
         raise ExportError(
             f"LoRA {lora.path}: {len(missing) + len(misshapen)} of its {len(lora.layers)} modules fit nothing in this "
@@ -160,11 +173,13 @@ def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scale
     down, up = roles.get("down"), roles.get("up")
     if down is None or up is None:
         raise ExportError(f"LoRA {path}: {module} lacks its {'down' if down is None else 'up'} weight; fetch it again")
-    rank = down.shape[0] if down.ndim >= 2 else -1
-    if up.ndim < 2 or up.size != up.shape[0] * rank:
+    rank = down.shape[0] if down.ndim >= 2 else 0
+    if rank < 1 or up.ndim < 2 or up.size != up.shape[0] * rank:
         raise ExportError(
             f"LoRA {path}: {module} has down {_x(down.shape)} and up {_x(up.shape)}, which do not multiply"
         )
+    if "alpha" in roles and roles["alpha"].size != 1:
+        raise ExportError(f"LoRA {path}: the alpha of {module} has {roles['alpha'].size} values; it must be one number")
     alpha = float(roles["alpha"].item()) if "alpha" in roles else None
     return LoraLayer(module, down, up, scales.of(module, rank) if alpha is None else alpha / rank)
 
@@ -175,14 +190,14 @@ class _Scales:
     def __init__(self, path: Path, metadata: Mapping[str, str], raw_peft: bool) -> None:
         self._config: dict[str, Any] = {}
         if "lora_adapter_metadata" in metadata:  # diffusers' save_lora_weights: {'unet.lora_alpha': 8, ...}
-            self._config = json.loads(metadata["lora_adapter_metadata"])
+            self._config = _config(path, metadata["lora_adapter_metadata"])
         elif raw_peft:
             beside = path.with_name("adapter_config.json")
             if not beside.is_file():
                 raise ExportError(
                     f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it"
                 )
-            self._config = json.loads(beside.read_text(encoding="utf-8"))
+            self._config = _config(beside, beside.read_text(encoding="utf-8", errors="replace"))
 
     def of(self, module: str, rank: int) -> float:
         prefix = next((p for p in ("unet.", "text_encoder.", "text_encoder_2.") if module.startswith(p)), "")
@@ -193,6 +208,16 @@ class _Scales:
                 alpha = value
         rank_stabilised = self._config.get(f"{prefix}use_rslora", False)  # Kalajdzievski 2023, arXiv:2312.03732
         return float(alpha) / (rank**0.5 if rank_stabilised else rank)
+
+
+def _config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ExportError(f"LoRA: the configuration in {path} is no JSON object; fetch it again")
+    return config
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:

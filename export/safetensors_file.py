@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format. Knows no torch, so that LoRA 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,9 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The names, dtypes and shapes a file holds, without its weights. ExportError if it is damaged."""
+    """The names, dtypes and shapes a file holds, without its weights. ExportError if it is missing or damaged."""
+    if not path.is_file():
+        raise ExportError(f"{path} is missing; fetch it again")
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -46,7 +49,7 @@ def read_header(path: Path) -> Header:
     try:
         parsed: dict[str, Any] = json.loads(raw)
         metadata = parsed.pop("__metadata__", {})
-        entries = {k: Entry(v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in parsed.items()}
+        entries = {k: Entry(v["dtype"], _whole(v["shape"]), *_whole(v["data_offsets"])) for k, v in parsed.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ExportError(f"{path} is no safetensors file, or its header is damaged; fetch it again") from None
     data_start = _LENGTH_BYTES + length
@@ -54,6 +57,12 @@ def read_header(path: Path) -> Header:
     if wanted_bytes != size_bytes:
         raise ExportError(f"{path} has {size_bytes} bytes, its header says {wanted_bytes}; fetch it again")
     return Header(entries, metadata, data_start)
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
+        raise ValueError(values)
+    return tuple(values)
 
 
 def read_float32(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
@@ -68,7 +77,10 @@ def read_float32(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, 
 def _as_float32(path: Path, name: str, entry: Entry, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     if entry.dtype not in _DTYPES:
         raise ExportError(f"{path}: {name} is stored as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
-    values = np.frombuffer(data.tobytes(), np.dtype(_DTYPES[entry.dtype]).newbyteorder("<")).reshape(entry.shape)
+    dtype = np.dtype(_DTYPES[entry.dtype]).newbyteorder("<")
+    if data.size != math.prod(entry.shape) * dtype.itemsize:
+        raise ExportError(f"{path}: {name} has {data.size} bytes, which are not {entry.shape} of {entry.dtype}")
+    values = np.frombuffer(data.tobytes(), dtype).reshape(entry.shape)
     if entry.dtype == "BF16":  # bfloat16 is the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)

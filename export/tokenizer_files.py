@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from .checkpoint import read_json
 from .quiet import quiet
 
 TOKENS = 77  # CLIP's context, start and end token included
@@ -33,8 +32,9 @@ def load_tokenizer(folder: Path) -> Any:
 def write_tokenizer(source: Path, target: Path, tokenizer: Any) -> None:
     """Fill `target` with vocab.json, merges.txt, special_tokens_map.json, tokenizer_config.json and tokenizer.json."""
     target.mkdir()
-    tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
-    model = read_json(target / "tokenizer.json")["model"]
+    text = tokenizer.backend_tokenizer.to_str(pretty=True)
+    (target / "tokenizer.json").write_text(text, encoding="utf-8")
+    model = json.loads(text)["model"]
     special = {key: getattr(tokenizer, key) for key in _SPECIAL}
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     made = {  # transformers 5 writes neither of the first two, version 4 writes all

@@ -126,7 +126,7 @@ def _require_packages() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"export needs {', '.join(missing)}, not installed here; install: pip install 'vega-edge[export]'"
+            f'export needs {", ".join(missing)}, not installed here; install: pip install "vega-edge[export]"'
         )
 
 
@@ -146,25 +146,32 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
         _move_into_place(folder, out, overwrite)
     except (OSError, BundleError) as failure:
         cause = failure if isinstance(failure, OSError) else failure.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"disk full while exporting to {out}; free some space: nothing was left behind"
-            ) from failure
+        if isinstance(cause, OSError):
+            raise ExportError(_why_not_written(out, cause)) from failure
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already if it became `out`
 
 
+def _why_not_written(out: Path, failure: OSError) -> str:
+    # numpy's tofile says "3 requested and 0 written", without an errno
+    full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or (failure.errno is None and shutil.disk_usage(out.parent).free < 1 << 20):
+        return f"disk full while exporting to {out}; free some space: nothing was left behind"
+    return f"{out} can't be written: {failure.strerror or failure}; nothing was left behind"
+
+
 def _move_into_place(folder: Path, out: Path, overwrite: bool) -> None:
-    if not (overwrite and out.exists()):
-        folder.rename(out)
-        return
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} was made by another process meanwhile; choose another folder, or ask to overwrite it")
     old = folder.with_suffix(".old")
-    out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         folder.rename(out)
     except BaseException:
-        old.rename(out)
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -51,8 +51,9 @@ class Recipe:
     @property
     def bundle_path(self) -> Path:
         """Where the bundle is, or where `vega-edge export NAME` puts it."""
-        packaged = _PACKAGE / self.bundle if self.bundle else None
-        return packaged if packaged and packaged.is_dir() else bundles_folder() / self.name
+        exported = bundles_folder() / self.name  # the user's own export goes before the one that came with the package
+        packaged = _PACKAGE / self.bundle if self.bundle else exported
+        return packaged if packaged.is_dir() and not exported.is_dir() else exported
 
     @property
     def ready(self) -> bool:

@@ -23,7 +23,10 @@ class Decoder:
         # Configurations older than these keys mean diffusers' defaults.
         default = 1.0 if "decoder_block_out_channels" in config else 0.18215
         self._scaling_factor = float(config.get("scaling_factor", default))
-        self._shift_factor = float(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not (mean and std):  # only some fine-tuned SDXL autoencoders have them, one a channel, both or none
+            mean, std = config.get("shift_factor") or 0.0, 1.0
+        self._mean, self._std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
         self._bakes_pixels = bundle.has(_PIXELS)
         graph = bundle.file(_PIXELS) if self._bakes_pixels else bundle.graph("vae_decoder")
         self._engine = open_engine(graph, engine)
@@ -34,7 +37,7 @@ class Decoder:
         if self._bakes_pixels:
             pixels: NDArray[np.uint8] = self._engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"]
             return pixels
-        unscaled = latents / np.float32(self._scaling_factor) + np.float32(self._shift_factor)
+        unscaled = latents * (self._std / np.float32(self._scaling_factor)) + self._mean
         sample = self._engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
         if not np.isfinite(sample).all():
             raise EngineError("the decoder gave values that are not finite; it may overflow in fp16: export it in fp32")

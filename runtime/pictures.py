@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from PIL import Image
@@ -12,39 +13,80 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import UsageError, VegaEdgeError
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_EXIF, _USER_COMMENT = 0x8769, 0x9286  # tags of the EXIF standard (CIPA DC-008)
+_LONGEST_COMMENT = 32_000  # UTF-16 units: a JPEG segment holds 64 KiB
+_log = logging.getLogger(__name__)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raises UsageError unless a picture can be written to `path`; called before the work starts, not after."""
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"{path}: unknown picture format {path.suffix!r}; use one of {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file in it")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already; choose another name, or pass --overwrite")
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists already; choose another name, or pass --overwrite")
+        path.lstat()  # a name that is too long is said here only
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as failure:
+        raise UsageError(f"{path} can't be used: {getattr(failure, 'strerror', None) or failure}") from failure
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: the folder {path.parent} can't be written to")
 
 
-def save(image: Image.Image, path: Path, parameters: str) -> None:
-    """Saves by the name's ending; PNG carries `parameters`, JPEG and WebP carry them as an EXIF user comment."""
-    options: dict[str, object] = {"format": _FORMATS[path.suffix.lower()]}
-    if options["format"] == "PNG":
-        info = PngInfo()
-        info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
-        options["pnginfo"] = info
-    else:
-        exif = Image.Exif()
-        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + parameters.encode("utf-16-be")
-        options |= {"exif": exif, "quality": 95}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+def free_name(path: Path) -> Path:
+    """`path`, or with a number behind its name, such that no file is there yet."""
+    candidate, n = path, 1
+    while os.path.lexists(candidate):
+        n += 1
+        candidate = path.with_name(f"{path.stem}-{n}{path.suffix}")
+    return candidate
+
+
+def save(image: Image.Image, path: Path, parameters: str, overwrite: bool = False) -> None:
+    """Saves by the name's ending; PNG carries `parameters`, JPEG and WebP carry them as an EXIF user comment.
+
+    Raises VegaEdgeError if it can't be written, or if the file exists and `overwrite` is not set; nothing is left then.
+    """
+    taken = False
     try:
-        with os.fdopen(handle, "wb") as file:
+        if not overwrite:  # the name is taken at once, so that of two processes one gets it and the other is told
+            path.open("xb").close()
+            taken = True
+        _replace(path, image, _options(path, parameters))
+        taken = False
+    except FileExistsError as failure:
+        raise UsageError(f"{path} exists already; choose another name, or pass --overwrite") from failure
+    except OSError as failure:
+        raise VegaEdgeError(f"{path} could not be written: {failure.strerror or failure}") from failure
+    finally:
+        if taken:
+            path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, image: Image.Image, options: dict[str, object]) -> None:
+    temporary = path.with_name(f".vega-edge-{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
             image.save(file, **options)  # type: ignore[arg-type]
         os.replace(temporary, path)
-    except OSError as error:
-        raise VegaEdgeError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _options(path: Path, parameters: str) -> dict[str, object]:
+    kind = _FORMATS[path.suffix.lower()]
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
+        return {"format": kind, "pnginfo": info}
+    if len(parameters) > _LONGEST_COMMENT:
+        _log.warning("%s can't hold so long a prompt; its end is left out of the file's comment", path)
+        parameters = parameters[: _LONGEST_COMMENT // 2]
+    exif = Image.Exif()
+    exif[_EXIF] = {_USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}
+    return {"format": kind, "exif": exif, "quality": 95}

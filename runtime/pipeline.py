@@ -44,7 +44,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures with the request that made them, the final latents and the seconds of each stage."""
+    """Pictures with the request that made them, the seconds of each stage, and the final latents: float32 [n, c, h, w],
+    as the network sees them (the decoder's input times its scaling factor)."""
 
     images: list[Image.Image]
     request: Request
@@ -67,11 +68,16 @@ class Pipeline:
         # A U-Net halves the latents between its levels and must meet itself again on the way up.
         multiple = self._decoder.scale * 2 ** (len(unet["block_out_channels"]) - 1)
         self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
-        self.defaults: Mapping[str, Any] = bundle.manifest.defaults if bundle.manifest else self._foreign_defaults(unet)
+        written = bundle.manifest.defaults if bundle.manifest else {}
+        self.defaults: Mapping[str, Any] = {**self._foreign_defaults(unet), **written}
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], engine: str = "auto", verify: bool = True) -> Pipeline:
-        """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto"."""
+        """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto".
+
+        `verify=False` trusts the files' hashes and looks at their sizes only. Raises UsageError for an unknown model or
+        engine, BundleError for a bundle that is missing or damaged, EngineError for an engine that can't open it.
+        """
         bundle = Bundle.open(find_bundle(model), verify)
         if engine == "auto":
             engine = choose_engine(sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*")))
@@ -79,13 +85,17 @@ class Pipeline:
 
     def request(self, prompt: str, **options: Any) -> Request:
         """Checks the options (negative, steps, guidance, scheduler, seed, samples, width, height); UsageError says what is allowed."""
-        return make_request({"prompt": prompt, **options}, self.defaults, self.limits)
+        defaults = self.defaults
+        if not (options.get("scheduler") or "scheduler" in defaults):
+            defaults = {**defaults, "scheduler": scheduler_named_in(self._scheduler_config)}
+        return make_request({"prompt": prompt, **options}, defaults, self.limits)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
         """Yields each `Step` as it is done; to cancel, stop iterating."""
         return self._walk(self.request(prompt, **options), {})
 
     def __call__(self, prompt: str, **options: Any) -> Result:
+        """`request` and `run` in one."""
         return self.run(self.request(prompt, **options))
 
     def run(self, request: Request, progress: Any = None) -> Result:
@@ -131,17 +141,13 @@ class Pipeline:
         return self._text.feeds(texts, request.samples, request.width, request.height)
 
     def _foreign_defaults(self, unet: Mapping[str, Any]) -> dict[str, Any]:
-        """For a folder without our manifest: what diffusers' own pipelines assume."""
-        scheduler = scheduler_named_in(self._scheduler_config)
+        """What diffusers' own pipelines assume, for a folder without our manifest or without defaults in it.
+
+        No scheduler: it is looked for when a request names none, since the configuration's may not be implemented.
+        """
         side = int(unet["sample_size"]) * self._decoder.scale
-        few = scheduler == "LCM"
-        return {
-            "scheduler": scheduler,
-            "steps": 4 if few else 25,
-            "guidance": 0.0 if few else 7.5,
-            "width": side,
-            "height": side,
-        }
+        few = self._scheduler_config.get("_class_name") == "LCMScheduler"
+        return {"steps": 4 if few else 25, "guidance": 0.0 if few else 7.5, "width": side, "height": side}
 
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""

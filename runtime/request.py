@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +33,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation. seed -1 picks one; sample i has seed + i. guidance <= 1 means none. negative None is the model's own default."""
+    """One generation, checked: sample i of 1 to 4 has seed + i (0 to 999999999999999); width and height in px.
+
+    guidance 1 and less means none. negative None is the model's own default, which may differ from an empty text.
+    """
 
     prompt: str
     negative: str | None
@@ -50,7 +55,7 @@ class Request:
     def parameters(self, model: str, version: str, sample: int = 0) -> str:
         """The text that AUTOMATIC1111's web UI writes into a picture and that other tools read."""
         lines = [self.prompt]
-        if self.negative:
+        if self.negative is not None:
             lines.append(f"Negative prompt: {self.negative}")
         lines.append(
             f"Steps: {self.steps}, Sampler: {self.scheduler}, CFG scale: {self.guidance:g}, Seed: {self.seeds[sample]}, "
@@ -66,21 +71,26 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         if name not in known:
             raise UsageError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
-    for name in ("prompt", "negative", "scheduler"):
-        if value.get(name) is not None and not isinstance(value[name], str):
-            raise UsageError(f"{name} must be text, got {type(value[name]).__name__}")
-    seed = _whole("seed", value.get("seed", -1), -1, MAX_SEED)
+    prompt, negative, name = _text("prompt", value.get("prompt")), value.get("negative"), value["scheduler"]
+    samples = _whole("samples", value.get("samples", 1), 1, MAX_SAMPLES)
+    seed = _whole("seed", value.get("seed", -1), -1, MAX_SEED - samples + 1)
     return Request(
-        prompt=value["prompt"],
-        negative=value.get("negative"),
+        prompt=prompt,
+        negative=None if negative is None else _text("negative", negative),
         steps=_whole("steps", value["steps"], *limits.steps),
         guidance=_number("guidance", value["guidance"], *limits.guidance),
-        scheduler=get_scheduler(value["scheduler"]).name,
+        scheduler=get_scheduler(_text("scheduler", name)).name,
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
-        samples=_whole("samples", value.get("samples", 1), 1, MAX_SAMPLES),
+        samples=samples,
         width=_side("width", value["width"], limits),
         height=_side("height", value["height"], limits),
     )
+
+
+def _text(name: str, got: Any) -> str:
+    if not isinstance(got, str):
+        raise UsageError(f"{name} must be text, got {type(got).__name__}")
+    return re.sub("[\ud800-\udfff]", "\ufffd", got)  # half a surrogate pair, which no encoder and no file takes
 
 
 def _number(name: str, got: Any, low: float, high: float) -> float:
@@ -90,9 +100,13 @@ def _number(name: str, got: Any, low: float, high: float) -> float:
 
 
 def _whole(name: str, got: Any, low: int, high: int) -> int:
-    if isinstance(got, bool) or not isinstance(got, int) or not low <= got <= high:
+    try:
+        whole = operator.index(got)  # numpy's whole numbers too
+    except TypeError:
+        whole = low - 1
+    if isinstance(got, bool) or not low <= whole <= high:
         raise UsageError(f"{name} must be a whole number from {low} to {high}, got {got!r}")
-    return got
+    return whole
 
 
 def _side(name: str, got: Any, limits: Limits) -> int:

@@ -25,6 +25,7 @@ class TorchGenerator:
         self._spare: float | None = None  # the second of a pair that a short draw left over
 
     def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """`torch.randn(shape, generator=...)`, float32."""
         n = math.prod(shape)
         flat = self._long(n) if n >= 16 else np.array([self._single() for _ in range(n)], np.float32)
         return flat.reshape(shape)

@@ -53,15 +53,19 @@ class ClipTokenizer:
         self._pad = vocab[token["pad_token"]]
 
     def __call__(self, text: str) -> NDArray[np.int64]:
-        """int64 [1, 77]; what does not fit is cut off at the end, with a warning that names it."""
+        """int64 [1, 77]; what does not fit is cut off at the end."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = [self._start, *ids[: TOKENS - 2], self._end]
+        return np.array([ids + [self._pad] * (TOKENS - len(ids))], np.int64)
+
+    def warn_of_cut(self, text: str, name: str) -> None:
+        """Logs a warning that says what of `text`, called `name`, does not fit."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = TOKENS - 2
         if len(encoding.ids) > room:
             cut = text[encoding.offsets[room][0] :].strip()
             shown = cut if len(cut) <= 60 else f"{cut[:57]}..."
-            _log.warning("the prompt has %d tokens, CLIP reads %d; cut off: %r", len(encoding.ids), room, shown)
-        ids = [self._start, *encoding.ids[:room], self._end]
-        return np.array([ids + [self._pad] * (TOKENS - len(ids))], np.int64)
+            _log.warning("%s has %d tokens, CLIP reads %d; cut off: %r", name, len(encoding.ids), room, shown)
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,13 @@ class TextEncoder:
         self._sdxl = "text_encoder_2" in bundle.model_index
         suffixes = ("", "_2") if self._sdxl else ("",)
         self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self._sdxl))
-        self._tokenizers = [ClipTokenizer(bundle.path / f"tokenizer{s}") for s in suffixes]
+        self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
         self._layers = [int(bundle.config(f"text_encoder{s}")["num_hidden_layers"]) for s in suffixes]
         self._engines: list[Engine] = [open_engine(bundle.graph(f"text_encoder{s}"), engine) for s in suffixes]
 
-    def encode(self, text: str) -> TextInputs:
+    def encode(self, text: str, name: str = "the prompt") -> TextInputs:
+        """`name` is what a warning calls the text, should it be too long."""
+        self._tokenizers[0].warn_of_cut(text, name)
         outs = [e.run({"input_ids": t(text)}) for t, e in zip(self._tokenizers, self._engines, strict=True)]
         if not self._sdxl:
             return TextInputs(outs[0]["last_hidden_state"].astype(np.float32), None)
@@ -101,7 +107,7 @@ class TextEncoder:
         """What guidance moves away from. None is diffusers' default: zeros where the model asks for them, else ''."""
         if text is None and self._sdxl and self._force_zeros:
             return like.zeros()
-        return self.encode(text or "")
+        return self.encode(text or "", "the negative prompt")
 
     def feeds(self, texts: list[TextInputs], samples: int, width: int, height: int) -> dict[str, NDArray[np.float32]]:
         """The network's feeds, each text repeated for every sample: [len(texts) * samples, ...]."""

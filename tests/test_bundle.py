@@ -294,6 +294,13 @@ NEEDED = "name, created_by, dtype, weights, source, defaults, limits"
             lambda v: v["parts"]["unet"]["files"].update({"tokenizer/x": {"sha256": "0" * 64, "bytes": 1}}),
             "parts.unet: 'tokenizer/x' belongs to part 'tokenizer'",
         ),
+        (lambda v: v.update(limits={"steps": 5}), "limits: steps: must be a list, not 5"),
+        (lambda v: v.update(limits={"steps": [5]}), "limits: steps must be [least, most], not [5]"),
+        (lambda v: v.update(limits={"steps": [8, 1]}), "limits: steps must be [least, most], not [8, 1]"),
+        (
+            lambda v: v.update(defaults={"step": 4}),
+            "defaults: unknown key 'step'; known keys: scheduler, steps, guidance, width, height",
+        ),
         (lambda v: v["parts"].pop("config"), "parts.config: model_index.json is not listed"),
     ],
 )

@@ -47,7 +47,13 @@ def test_generate_writes_a_picture_and_prints_its_name(tmp_path: Path) -> None:
         ]
 
 
-def test_same_seed_same_bytes_and_samples_are_the_next_seeds(tmp_path: Path) -> None:
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        assert generate(tmp_path, STAR, "--seed", "8", "-o", name).returncode == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_samples_are_the_next_seeds(tmp_path: Path) -> None:
     assert generate(tmp_path, STAR, "--seed", "8", "-o", "one.png").returncode == 0
     done = generate(tmp_path, STAR, "--seed", "7", "--samples", "2", "-o", "two.png")
     assert done.stdout.split() == ["two-7.png", "two-8.png"]
@@ -90,6 +96,8 @@ BAD = [
     (["--seed", "1000000000000000"], 2, "vega-edge: seed must be a whole number from -1 to 999999999999999, got 1000000000000000"),
     (["-o", "nowhere/star.png"], 2, f"vega-edge: {Path('nowhere/star.png')}: the folder nowhere does not exist; make it first"),
     (["-o", "star.gif"], 2, "vega-edge: star.gif: unknown picture format '.gif'; use one of .png, .jpg, .jpeg, .webp"),
+    (["star\nmoon"], 2, "vega-edge: unrecognized arguments: star moon; see vega-edge --help"),
+    (["--model", "./no\nthing"], 1, "vega-edge: there is no bundle at no thing"),
     (["--model", "./nothing"], 1, "vega-edge: there is no bundle at nothing"),
 ]  # fmt: skip
 
@@ -173,14 +181,36 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
         "256x256",
         "-o",
         "star.png",
+        "--verbose",
     ]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1.5)
+        assert process.stderr and "chosen automatically" in process.stderr.readline()  # what follows takes seconds
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "vega-edge: interrupted"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_can_not_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vega_edge", "models"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "vega-edge: the output can't be written: No space left on device\n")
+
+
+def test_a_name_that_the_output_lacks_letters_for(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vega_edge", "generate", "نجمة", "--steps", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"\\u0646\\u062c") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_models_lists_every_recipe() -> None:
@@ -218,6 +248,19 @@ def test_help_names_every_option() -> None:
         "--size",
         "--engine",
         "--output",
+        "--overwrite",
+        "--json",
+    ]:
+        assert option in text
+    text = run("export", "--help").stdout
+    for option in [
+        "SOURCE",
+        "--output",
+        "--lora",
+        "--dtype",
+        "--weights",
+        "--tiny-vae",
+        "--name",
         "--overwrite",
         "--json",
     ]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,16 @@ pytest.importorskip("scipy", reason="the checker needs scipy (the test extra)")
 from vega_edge.demo import check, scenes
 from vega_edge.demo.render import render
 from vega_edge.demo.scenes import COLORS, SHAPES, Scene, Thing
+
+
+def megabytes(folder: str) -> float:
+    return sum(f.stat().st_size for f in (Path(scenes.__file__).parent / folder).rglob("*") if f.is_file()) / 1e6
+
+
+def test_sizes() -> None:
+    """What the wheel carries, and what a clone does."""
+    assert 1 < megabytes("bundles/demo-vegart") <= 12
+    assert 1 < megabytes("weights") + megabytes("bundles") <= 28
 
 
 def drawn(n: int, two: float, seed: int = 0) -> list[Scene]:

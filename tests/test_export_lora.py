@@ -201,6 +201,16 @@ def test_other_adapters_are_refused(tmp_path: Path, strange: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "other", [f"lora_unet_{TO_OUT.replace('.', '_')}.lora_", f"{TO_OUT}.lora.", f"unet.{TO_OUT}.lora."]
+)
+def test_a_module_in_two_spellings_is_refused(tmp_path: Path, other: str) -> None:
+    keys = [f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"{other}down.weight", f"{other}up.weight"]
+    path = write_safetensors(tmp_path / "l.safetensors", dict(zip(keys, [DOWN, UP, DOWN, UP], strict=True)))
+    with pytest.raises(ExportError, match=r"are the same module, spelled twice|given twice, in two spellings"):
+        read_lora(path)
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "l.safetensors", {f"unet.{TO_OUT}.lora_A.weight": DOWN})
     with pytest.raises(ExportError, match=rf"unet\.{TO_OUT} lacks its up weight; fetch it again"):
@@ -228,6 +238,22 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_lora(path)
     write_safetensors(path, {"x.alpha": np.array(1.0)}, dtype="I32")
     with pytest.raises(ExportError, match=r"x\.alpha is stored as I32; allowed: F64, F32, F16, BF16"):
+        read_lora(path)
+    names = [f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"unet.{TO_OUT}.alpha"]
+    write_safetensors(path, dict(zip(names, [DOWN[:0], UP[:, :0], np.array(1.0)], strict=True)))
+    with pytest.raises(ExportError, match="has down 0x5 and up 6x0, which do not multiply"):
+        read_lora(path)
+    write_safetensors(path, dict(zip(names, [DOWN, UP, np.array([1.0, 2.0])], strict=True)))
+    with pytest.raises(ExportError, match=r"the alpha of unet\..* has 2 values; it must be one number"):
+        read_lora(path)
+    write_safetensors(path, dict(zip(names, [DOWN, UP], strict=False)), {"lora_adapter_metadata": "{"})
+    with pytest.raises(ExportError, match="is no JSON object; fetch it again"):
+        read_lora(path)
+    path.write_bytes(whole.replace(b"[2, 5]", b"[2, 4]"))
+    with pytest.raises(ExportError, match=r"has 40 bytes, which are not \(2, 4\) of F32"):
+        read_lora(path)
+    path.write_bytes(whole.replace(b"[0, 40]", b'["a",4]'))
+    with pytest.raises(ExportError, match="its header is damaged"):
         read_lora(path)
     write_safetensors(path, {})
     with pytest.raises(ExportError, match="0 of its 0 keys are of an unknown kind; known are"):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vega_edge.cli import main
 from vega_edge.models import recipes
 from vega_edge.runtime import schedules
 from vega_edge.runtime.pipeline import Pipeline
@@ -24,7 +25,6 @@ from vega_edge.runtime.schedulers import SCHEDULERS
 pytest.importorskip("torch", reason="compares with diffusers, which needs torch (the export extra)")
 
 from vega_edge.bench.parity import Parity, compare, reference_pipeline
-from vega_edge.export import export_bundle
 from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.export.lora import match_lora, read_lora
 
@@ -38,14 +38,13 @@ def good(parity: Parity) -> bool:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Exports a recipe in fp32 once, when first asked for."""
+    """Exports a recipe in fp32 once, when first asked for, as a user would."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def export(name: str) -> Path:
-        recipe = recipes()[name]
         bundle = folder / name
         if not bundle.exists():
-            export_bundle(recipe.checkpoint_path, bundle, **recipe.export_options())
+            assert main(["export", name, "-o", str(bundle)]) == 0
         return bundle
 
     return export

@@ -26,9 +26,9 @@ STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
     "demo-vega": 9000,
-    "demo-vegart-lora": 2500,
+    "demo-vegart-lora": 3200,
     "demo-small-sd": 3600,
-    "demo-tiny-sd": 2200,
+    "demo-tiny-sd": 1500,
     "tiny-autoencoder": 1500,
 }
 

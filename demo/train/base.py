@@ -14,7 +14,7 @@ from .models import TextToNoise, new_sd, new_vega
 
 
 def context(vae: Path, cache: Path, tokenizers: list[Path], pool: int, pool_seed: int = 2) -> tuple[Pool, Tokens]:
-    return make_pool(vae, pool, pool_seed, cache / "latents.pt"), Tokens(tokenizers)
+    return make_pool(vae, pool, pool_seed, cache), Tokens(tokenizers)
 
 
 def new_model(name: str, start: Path | None = None) -> TextToNoise:

@@ -27,7 +27,7 @@ _SCHEDULER = {
 SCHEDULERS: dict[str, dict[str, Any]] = {
     # as published for Segmind-Vega, but for the version
     "vega": {"_class_name": "EulerDiscreteScheduler", **_SCHEDULER, "clip_sample": False, "interpolation_type": "linear", "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True, "use_karras_sigmas": False},
-    "sd": {"_class_name": "DPMSolverMultistepScheduler", **_SCHEDULER, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "use_karras_sigmas": False},
+    "sd": {"_class_name": "DPMSolverMultistepScheduler", **_SCHEDULER, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "clip_sample": False, "set_alpha_to_one": False, "use_karras_sigmas": False},
 }  # fmt: skip
 _PARTS = {
     "vega": ("StableDiffusionXLPipeline", ("CLIPTextModel", "CLIPTextModelWithProjection")),

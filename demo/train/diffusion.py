@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from ..scenes import Scene, caption
 from .common import SCALING_FACTOR, pictures, sample_scenes, to_model_range
@@ -37,18 +39,25 @@ class Pool:
         return self.latents[which][index].float(), [caption(self.scenes[which][i], rng) for i in index]
 
 
+def _fingerprint(vae: AutoencoderKL) -> str:
+    weights = nn.utils.parameters_to_vector([*vae.encoder.parameters(), *vae.quant_conv.parameters()])
+    return hashlib.sha256(weights.detach().numpy().tobytes()).hexdigest()[:12]
+
+
 @torch.no_grad()
-def make_pool(vae_folder: Path, n: int, seed: int, file: Path) -> Pool:
-    """Renders and encodes `n` pictures (fewer of the long formats), once: `file` keeps the latents."""
+def make_pool(vae_folder: Path, n: int, seed: int, cache: Path) -> Pool:
+    """Renders and encodes `n` pictures (fewer of the long formats), once: `cache` keeps the latents of this encoder."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    file = cache / f"latents-{n}-{seed}-{_fingerprint(vae)}.pt"
     counts = [n if share > 0.5 else n // 12 for _, share in SIZES]
     scenes = [sample_scenes(seed, k, w, h) for ((w, h), _), k in zip(SIZES, counts, strict=True)]
     if not file.exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder)
         latents = [
             torch.cat([vae.encode(to_model_range(pictures(group[i : i + 32]))).latent_dist.mean.half() * SCALING_FACTOR for i in range(0, len(group), 32)])
             for group in scenes
         ]  # fmt: skip
-        torch.save(latents, file)
+        torch.save(latents, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
     return Pool(scenes, torch.load(file))
 
 

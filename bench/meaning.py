@@ -1,30 +1,30 @@
 """Do the embedded models draw what they are told? Their own pictures, read by the checker.
 
-    python -m vega_edge.demo.evaluate -o demo/results.json
+    python -m vega_edge.bench.meaning -o bench/results/meaning.json
 
-draws with the exported bundles (see `vega-edge export`) and prints the table of `demo/README.md`.
+draws with the exported bundles (see `vega-edge export`) and prints the table of `demo/README.md`. Exit status 1 where a
+goal is missed, or where the base without its LoRA is not clearly worse than with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..demo.check import read, score
+from ..demo.render import render
+from ..demo.scenes import Scene, Thing, combinations, full_caption, sample_scene
 from ..runtime.pipeline import Pipeline
-from .check import read, score
-from .render import render
-from .scenes import Scene, Thing, combinations, full_caption, sample_scene
+from .machine import facts, markdown
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Row:
     background: float
     all: float
     goal: float | None
-    fit: float  # mean overlap with the ideal outline, where the shape was right
+    fit: float  # mean overlap with the ideal outline, 0 where the shape is wrong
     teacher_rms: float | None  # distance from the 25-step guided picture of the same seed, of 255
     seconds_a_picture: float
 
@@ -119,7 +119,7 @@ def evaluate(setting: Setting, count: int, engine: str, teacher: dict[str, list[
     if setting.bundle == "demo-vega" and setting.options == BASE:
         teacher[setting.prompts] = images
     scores = [score(image, scene) for image, scene in zip(images, drawn, strict=True)]
-    fits = [read(i).things[0].fit for i, s in zip(images, scores, strict=True) if s.shape]
+    fits = [read(i).things[0].fit if s.shape else 0.0 for i, s in zip(images, scores, strict=True)]
     rms = None
     if setting.options["scheduler"] == "LCM" and setting.prompts in teacher:
         rms = float(
@@ -140,24 +140,47 @@ def evaluate(setting: Setting, count: int, engine: str, teacher: dict[str, list[
         count,
         **percent,
         goal=setting.goal,
-        fit=round(float(np.mean(fits)) if fits else 0.0, 3),
+        fit=round(float(np.mean(fits)), 3),
         teacher_rms=rms and round(rms, 2),
         seconds_a_picture=round(seconds / count, 3),
     )
 
 
 def table(rows: list[Row]) -> str:
+    head = (
+        "setting",
+        "prompts",
+        "all right",
+        "goal",
+        "colour",
+        "shape",
+        "background",
+        "outline fit",
+        "rms from teacher",
+    )
     lines = [
-        "| setting | prompts | all right | goal | colour | shape | background | outline fit | rms from teacher |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        goal = f"≥ {r.goal:g}" if r.goal else ""
-        rms = "" if r.teacher_rms is None else f"{r.teacher_rms:.1f}"
-        lines.append(
-            f"| {r.title} | {r.count} {r.prompts} | **{r.all:.1f} %** | {goal} | {r.color:.1f} | {r.shape:.1f} | {r.background:.1f} | {r.fit:.3f} | {rms} |"
-        )
-    return "\n".join(lines)
+        (r.title, f"{r.count} {r.prompts}", f"**{r.all:.1f} %**", f"≥ {r.goal:g}" if r.goal else "", f"{r.color:.1f}",
+         f"{r.shape:.1f}", f"{r.background:.1f}", f"{r.fit:.3f}", "" if r.teacher_rms is None else f"{r.teacher_rms:.1f}")
+        for r in rows
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def shortfalls(rows: list[Row]) -> list[str]:
+    """What the rows do not show that they should, in words."""
+    found = [f"{r.title}, {r.prompts}: {r.all} %, goal {r.goal:g}" for r in rows if r.goal and r.all < r.goal]
+    by_title = {(r.title, r.prompts): r for r in rows}
+    for steps in (2, 4):
+        ours = by_title.get((f"demo-vegart, LCM, {steps} steps", "seen"))
+        control = by_title.get((f"control: demo-vega without the LoRA, LCM, {steps} steps", "seen"))
+        if ours and control and not (ours.all > control.all + 3 and _nearer(ours, control)):
+            found.append(f"{steps} steps without the LoRA are not clearly worse than with it")
+    return found
+
+
+def _nearer(ours: Row, control: Row) -> bool:
+    assert ours.teacher_rms and control.teacher_rms
+    return ours.fit > control.fit and ours.teacher_rms < control.teacher_rms
 
 
 def main() -> None:
@@ -177,20 +200,15 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.output:
-        facts = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("numpy", "onnxruntime")},
+        told = {
+            **facts(),
             "engine": arguments.engine,
+            "checker_on_renderings": {"one": one, "two": two},
+            "rows": [asdict(r) for r in rows],
         }
-        arguments.output.write_text(
-            json.dumps(
-                {**facts, "checker_on_renderings": {"one": one, "two": two}, "rows": [asdict(r) for r in rows]},
-                indent=1,
-            )
-            + "\n"
-        )
+        arguments.output.write_text(json.dumps(told, indent=1) + "\n")
+    if missed := shortfalls(rows):
+        sys.exit("\n".join(missed))
 
 
 if __name__ == "__main__":
