@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ..demo.check import read, score
 from ..demo.render import render
 from ..demo.scenes import Scene, Thing, combinations, full_caption, sample_scene
+from ..models import recipes
 from ..runtime.pipeline import Pipeline
 from .machine import facts, markdown
 
@@ -194,8 +195,11 @@ def main() -> None:
     rows = []
     one, two = ceiling(arguments.count)
     print(f"the checker on clean renderings: {one:.1f} % (one thing), {two:.1f} % (two)", flush=True)
+    known = recipes()
     for setting in SETTINGS:
-        if arguments.only in ("", setting.bundle):
+        if setting.bundle not in known:
+            print(f"{setting.title}: not in this checkout", file=sys.stderr, flush=True)
+        elif arguments.only in ("", setting.bundle):
             rows.append(evaluate(setting, arguments.count, arguments.engine, teacher))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))

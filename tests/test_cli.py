@@ -82,7 +82,7 @@ def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
 
 
 BAD = [
-    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-small-sd, demo-tiny-sd, demo-vega, demo-vegart"),
+    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-vega, demo-vegart"),
     (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
     (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, DPM Multi, DPM Multi Karras, Euler, Euler a, LCM"),
     (["--size", "130x128"], 2, "vega-edge: width must be a multiple of 32 px, got 130; nearest: 128 or 160"),
@@ -215,7 +215,7 @@ def test_a_name_that_the_output_lacks_letters_for(tmp_path: Path) -> None:
 
 def test_models_lists_every_recipe() -> None:
     rows = json.loads(run("models", "--json").stdout)
-    assert [r["name"] for r in rows] == ["demo-small-sd", "demo-tiny-sd", "demo-vega", "demo-vegart"]
+    assert [r["name"] for r in rows] == ["demo-vega", "demo-vegart"]
     assert rows[-1]["ready"] is True and rows[-1]["defaults"]["scheduler"] == "LCM"
     assert "demo-vegart" in run("models").stdout
 
