@@ -1,22 +1,39 @@
-"""The schedulers by name: one row each of sampler, grid, and the options of the diffusers class it equals."""
+"""The schedulers by name, in two families: what diffusers' classes do, and what AUTOMATIC1111's web UI does.
+
+Eight names are in both lists and mean different things there. A row is a sampler, a grid, and their options; a new
+scheduler is one function and one row. Rows are in `_diffusers_rows` and `_a1111_rows`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..errors import UsageError, unknown
-from . import samplers, schedules
+from . import names
+from .noise_model import NoiseModel
 from .samplers import Sampler
-from .schedules import Grid, NoiseModel, Schedule
+from .schedules import Grid, Schedule
+from .spacings import SPACINGS, spacing_name
 
 Options = Mapping[str, Any]
+FAMILIES = ("diffusers", "a1111")
+SCHEDULES = tuple(SPACINGS)
+
+
+def _as_many(steps: int) -> int:
+    return steps
 
 
 @dataclass(frozen=True)
 class Scheduler:
     """A named scheduler.
+
+    order: of convergence, None where the sampler chooses its own steps. calls: of the model, a step. total: how many
+    steps it takes where n are asked for. least_steps: the fewest it can take. any_schedule: whether it can walk the
+    named ones. random: draws noise whatever eta is. brownian: wants that noise from a Brownian path.
 
     diffusers: the class whose numbers it gives. defaults: that class's own, where a `scheduler_config.json` is silent.
     forced: what the name itself says, whatever the file says. fixed: options that are implemented for these values
@@ -24,15 +41,44 @@ class Scheduler:
     """
 
     name: str
-    diffusers: str
+    family: str
     sampler: Sampler
     grid: Grid
+    order: int | None
+    calls: float | None = 1
+    least_steps: int = 1
+    total_of: Callable[[int], int | None] = _as_many
+    any_schedule: bool = True
+    random: bool = False
+    brownian: bool = False
+    diffusers: str | None = None
     defaults: Options = field(default_factory=dict)
     forced: Options = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
+    @property
+    def eta(self) -> float | None:
+        """How much of each step's noise is fresh, 0 to 1; None where that can't be chosen."""
+        eta = self.sampler.keywords.get("eta") if isinstance(self.sampler, partial) else None
+        return None if eta is None else float(eta)
+
+    @property
+    def stochastic(self) -> bool:
+        return self.random or bool(self.eta)
+
+    def with_eta(self, eta: float) -> Scheduler:
+        if self.eta is None:
+            raise UsageError(f"{self.name} has no eta")
+        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+            raise UsageError(f"eta must be a number from 0 to 1, got {eta!r}")
+        return replace(self, sampler=partial(self.sampler, eta=float(eta)))
+
+    def total(self, steps: int) -> int | None:
+        """How many `Step`s its own schedule yields; None where the sampler decides on the way."""
+        return self.total_of(steps)
+
     def noise_model(self, config: Options) -> NoiseModel:
-        """The model's `scheduler_config.json` read as diffusers' `from_config` of this class reads it."""
+        """The model's `scheduler_config.json` read as this scheduler reads it; UsageError for what it can't do."""
         written = {k: v for k, v in config.items() if not k.startswith("_")}
         merged = {**_DEFAULTS, **self.defaults, **written, **self.forced}
         for key, allowed in {**_FIXED, **self.fixed}.items():
@@ -43,74 +89,54 @@ class Scheduler:
                 )
         return NoiseModel(merged)
 
-    def schedule(self, config: Options, steps: int) -> Schedule:
-        return self.grid(self.noise_model(config), steps)
+    def schedule(self, model: NoiseModel, steps: int, named: str | None = None) -> Schedule:
+        """Its own schedule, or one of `SCHEDULES`."""
+        if not self.least_steps <= steps <= model.train_steps:
+            raise UsageError(f"{self.name} takes {self.least_steps} to {model.train_steps} steps, got {steps}")
+        if named is None:
+            return self.grid(model, steps, None)
+        if not self.any_schedule:
+            raise UsageError(f"{self.name} makes its own schedule and can't use {named!r}")
+        return self.grid(model, steps, spacing_name(named))
 
 
 _DEFAULTS: Options = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0,
 }  # fmt: skip
-_FIXED: Mapping[str, tuple[Any, ...]] = {
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "rescale_betas_zero_snr": (False, None),
-}
-_NO_OTHER_GRID = dict.fromkeys(
-    ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"), (False, None)
-)
-_NO_CLIPPING = {"clip_sample": (False, None), "thresholding": (False, None)}
-_EULER = {"interpolation_type": ("linear",), "timestep_type": ("discrete",), **_NO_OTHER_GRID}
-_DPM = {
-    "algorithm_type": ("dpmsolver++",), "solver_order": (2,), "solver_type": ("midpoint",),
-    "lower_order_final": (True,), "euler_at_final": (False, None), "thresholding": (False, None), **_NO_OTHER_GRID,
-}  # fmt: skip
-_LCM_DEFAULTS = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading",
-    "original_inference_steps": 50,
-}  # fmt: skip
-_DDIM_DEFAULTS = {"timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": True}
-
-SCHEDULERS: dict[str, Scheduler] = {
-    s.name: s
-    for s in (
-        Scheduler("Euler", "EulerDiscreteScheduler", samplers.euler, schedules.euler, fixed=_EULER),
-        Scheduler(
-            "Euler a",
-            "EulerAncestralDiscreteScheduler",
-            samplers.euler_ancestral,
-            schedules.euler,
-            forced={"use_karras_sigmas": False},
-        ),
-        Scheduler("DDIM", "DDIMScheduler", samplers.ddim, schedules.ddim, _DDIM_DEFAULTS, fixed=_NO_CLIPPING),
-        Scheduler("DPM Multi", "DPMSolverMultistepScheduler", samplers.dpm_multi, schedules.dpm_multi, fixed=_DPM),
-        Scheduler(
-            "DPM Multi Karras",
-            "DPMSolverMultistepScheduler",
-            samplers.dpm_multi,
-            schedules.dpm_multi,
-            forced={"use_karras_sigmas": True},
-            fixed=_DPM,
-        ),
-        Scheduler("LCM", "LCMScheduler", samplers.lcm, schedules.lcm, _LCM_DEFAULTS, fixed=_NO_CLIPPING),
-    )
-}
+_FIXED: Mapping[str, tuple[Any, ...]] = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 
 
-def get_scheduler(name: str) -> Scheduler:
-    """By name, upper or lower case; UsageError lists what there is."""
-    for scheduler in SCHEDULERS.values():
-        if name.lower() == scheduler.name.lower():
-            return scheduler
-    raise unknown("scheduler", name, SCHEDULERS)
+def all_schedulers() -> list[Scheduler]:
+    """Of both families; the few-step ones are in both."""
+    from .scheduler_rows import ROWS
+
+    return list(ROWS)
+
+
+def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
+    """By name, however it is spelled, first in `family`, then in the other; UsageError lists what there is."""
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    rows = sorted(all_schedulers(), key=lambda row: row.family != family)
+    wanted = names.key(name)
+    for row in rows:
+        if names.key(row.name) == wanted:
+            return row
+    for row in rows:
+        if row.diffusers and wanted in (names.key(row.diffusers), names.key(row.diffusers.removesuffix("Scheduler"))):
+            return row
+    raise unknown("scheduler", name, dict.fromkeys(row.name for row in rows))
 
 
 def scheduler_named_in(config: Options) -> str:
-    """The name of the scheduler that a `scheduler_config.json` was written for."""
+    """The name of the scheduler that a `scheduler_config.json` was written for, in the diffusers family."""
     written = config.get("_class_name")
-    for scheduler in SCHEDULERS.values():
-        if scheduler.diffusers == written:
-            return scheduler.name
-    known = sorted({s.diffusers for s in SCHEDULERS.values()})
+    rows = [row for row in all_schedulers() if row.diffusers and row.family == "diffusers"]
+    for row in rows:
+        if row.diffusers == written:
+            return row.name
+    known = sorted({str(row.diffusers) for row in rows})
     raise UsageError(
-        f"scheduler_config.json names {written!r}, which is not implemented; name one with --scheduler ({', '.join(SCHEDULERS)}). Implemented: {', '.join(known)}"
+        f"scheduler_config.json names {written!r}, which is not implemented; name one with --scheduler ({', '.join(row.name for row in rows)}). Implemented: {', '.join(known)}"
     )

@@ -1,31 +1,32 @@
-"""Noise levels and timesteps: which sigmas a sampler walks, and which t the network is told at each.
+"""Schedules: which noise levels a sampler walks, and which timestep the network is told at each.
 
-Latents are in sigma units throughout, x = x0 + sigma * noise (Karras et al. 2022, arXiv:2206.00364), where
-sigma = sqrt((1 - abar) / abar). The grids are diffusers' own, with its rounding, so that a model's
-`scheduler_config.json` gives here the steps it gives there.
+`Schedule`, and the grids of diffusers' scheduler classes with their rounding, so that a model's
+`scheduler_config.json` gives here the steps it gives there. AUTOMATIC1111's grids are in `a1111_grids.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UsageError
-
-Array = NDArray[np.float64]
+from . import spacings
+from .noise_model import Array, NoiseModel
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a sampler walks.
+    """What a sampler walks. `Scheduler.schedule` makes one.
 
     sigmas: n + 1 falling noise levels, the last where the walk ends. timesteps: n, what the network is told at
-    sigmas[:-1]. landings: n, the level each step lands on where that is not the next sigma (None: it is). scale: the
-    first x is noise times this. `train_sigmas` are the model's own, one a training timestep.
+    sigmas[:-1]. scale: the first x is noise times this. train_sigmas: the model's own, one a training timestep.
+
+    The rest is what some samplers' grids decide. landings: n, the level each step lands on where that is not the next
+    sigma. orders: n, the order of each step. retake: from where to where PLMS takes its first step a second time.
+    velocity: PLMS's history is of v. detours: falling levels that are walked again on reaching the last of them.
     """
 
     sigmas: Array
@@ -33,10 +34,16 @@ class Schedule:
     scale: float
     train_sigmas: Array
     landings: Array | None = None
+    orders: tuple[int, ...] | None = None
+    retake: tuple[float, float] | None = None
+    velocity: bool = False
+    detours: tuple[Array, ...] = ()
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
+    _logs: Array = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_exact", dict(zip(self.sigmas[:-1].tolist(), self.timesteps.tolist(), strict=True)))
+        object.__setattr__(self, "_logs", np.log(self.train_sigmas))
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -48,130 +55,157 @@ class Schedule:
         """t of sigma: the grid's own on the grid, else interpolated in log sigma."""
         if sigma in self._exact:
             return self._exact[sigma]
-        logs = np.log(self.train_sigmas)
-        return float(np.interp(np.log(sigma), logs, np.arange(len(logs), dtype=np.float64)))
+        return float(np.interp(np.log(sigma), self._logs, np.arange(len(self._logs), dtype=np.float64)))
 
 
-@dataclass(frozen=True)
-class NoiseModel:
-    """The forward process a model was trained on, and the options its `scheduler_config.json` carries.
-
-    `config` is that file's content over the defaults of the diffusers class that will read it (see `schedulers.py`).
-    """
-
-    config: Mapping[str, Any]
-
-    @property
-    def train_steps(self) -> int:
-        return int(self.config["num_train_timesteps"])
-
-    @property
-    def alphas_cumprod(self) -> Array:
-        """abar, float64 [train_steps], computed from float32 betas as torch does."""
-        c, n = self.config, self.train_steps
-        start, end = c["beta_start"], c["beta_end"]
-        if c.get("trained_betas") is not None:
-            betas = np.asarray(c["trained_betas"], np.float32)
-        elif c["beta_schedule"] == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, n, dtype=np.float32) ** 2
-        elif c["beta_schedule"] == "linear":
-            betas = np.linspace(start, end, n, dtype=np.float32)
-        else:
-            raise UsageError(f"beta_schedule {c['beta_schedule']!r} is not supported; use linear or scaled_linear")
-        return np.cumprod(1.0 - betas.astype(np.float32), dtype=np.float32).astype(np.float64)
-
-    @property
-    def sigmas(self) -> Array:
-        a = self.alphas_cumprod
-        return np.asarray(np.sqrt((1 - a) / a), np.float64)
-
-    def spaced(self, n: int, extra: int = 0) -> Array:
-        """n falling timesteps by the config's `timestep_spacing` (Lin et al. 2023, arXiv:2305.08891, table 2).
-
-        `extra` = 1 is DPM-Solver's habit of dividing by n + 1 and dropping the last, for leading and linspace.
-        """
-        total, spacing = self.train_steps, self.config["timestep_spacing"]
-        if spacing == "linspace":
-            return np.linspace(0, total - 1, n + extra)[::-1][:n]
-        if spacing == "leading":
-            t = np.arange(n + extra) * (total // (n + extra))
-            return np.asarray(t[::-1][:n] + self.config["steps_offset"], np.float64)
-        if spacing == "trailing":
-            # diffusers steps by total / n with arange, which for some n overshoots by one element; ours never does
-            return np.round(total - np.arange(n) * (total / n)) - 1.0
-        raise UsageError(f"timestep_spacing {spacing!r} is not known; use leading, trailing or linspace")
-
-    def sigma_at(self, timesteps: Array) -> Array:
-        sigmas = self.sigmas
-        return np.interp(timesteps, np.arange(len(sigmas), dtype=np.float64), sigmas)
-
-    def log_timestep(self, sigmas: Array) -> Array:
-        """The inverse, interpolated in log sigma."""
-        logs = np.log(self.sigmas)
-        return np.interp(np.log(sigmas), logs, np.arange(len(logs), dtype=np.float64))
-
-    def karras(self, n: int, low: float, high: float, rho: float = 7.0) -> Array:
-        """n sigmas from high to low, equation 5 of Karras et al. 2022 (arXiv:2206.00364)."""
-        ramp = np.linspace(0, 1, n)
-        return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho, np.float64)
+Grid = Callable[[NoiseModel, int, "str | None"], Schedule]
 
 
-Grid = Callable[[NoiseModel, int], Schedule]
+def vp_scale(sigma: float) -> float:
+    """Of the first x where the sampler's own form is variance-preserving: that form is then plain noise."""
+    return float(np.hypot(sigma, 1))
+
+
+def spaced_by(name: str, model: NoiseModel, n: int, **rest: Any) -> Schedule:
+    """A spacing's levels over the model's range, then zero, for samplers whose own grid is another."""
+    sigmas = spacings.levels(name, model, n)
+    return Schedule(
+        np.append(sigmas, 0.0), model.log_timestep(sigmas), vp_scale(float(sigmas[0])), model.sigmas, **rest
+    )
+
+
+def _spacing(model: NoiseModel, named: str | None) -> str | None:
+    """The spacing asked for, by name or else by the config's `use_..._sigmas`."""
+    flags = [name for name in ("karras", "exponential", "beta") if model.config.get(f"use_{name}_sigmas")]
+    return named or (flags[0] if flags else None)
 
 
 def _final_sigma(model: NoiseModel) -> float:
     return float(model.sigmas[0]) if model.config.get("final_sigmas_type", "zero") == "sigma_min" else 0.0
 
 
-def euler(model: NoiseModel, n: int) -> Schedule:
-    """diffusers' EulerDiscrete and EulerAncestralDiscrete: fractional timesteps, sigmas interpolated linearly."""
+def euler(model: NoiseModel, n: int, named: str | None = None, whole_karras: bool = False) -> Schedule:
+    """diffusers' EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, LMSDiscrete and both KDPM2: fractional
+    timesteps, sigmas interpolated linearly; Karras' and its like span what the timesteps span, not all of training.
+    """
     timesteps = model.spaced(n)
     if model.config["timestep_spacing"] != "linspace":
         timesteps = np.round(timesteps)
     sigmas = model.sigma_at(timesteps)
-    if model.config.get("use_karras_sigmas"):
-        sigmas = model.karras(n, float(sigmas[-1]), float(sigmas[0]))
+    spacing = _spacing(model, named)
+    if spacing:
+        inner = spacing in ("karras", "exponential", "beta")  # the three that diffusers has
+        ends = (float(sigmas[-1]), float(sigmas[0])) if inner else (None, None)
+        sigmas = spacings.levels(spacing, model, n, *ends)
         timesteps = model.log_timestep(sigmas)
+        if whole_karras and spacing == "karras":
+            timesteps = np.round(timesteps)
     top = float(sigmas.max())
-    scale = top if model.config["timestep_spacing"] in ("linspace", "trailing") else (top**2 + 1) ** 0.5
+    scale = top if model.config["timestep_spacing"] in ("linspace", "trailing") else vp_scale(top)
     return Schedule(np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas)
 
 
-def ddim(model: NoiseModel, n: int) -> Schedule:
+def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """diffusers' DDIM: whole timesteps; each step lands train_steps // n earlier, wherever the next one stands."""
+    if named:
+        return spaced_by(named, model, n)
     timesteps = np.round(model.spaced(n))
-    alphas, train = model.alphas_cumprod, model.sigmas
-    end = 0.0 if model.config["set_alpha_to_one"] else float(train[0])
-    back = timesteps.astype(np.int64) - model.train_steps // n
-    landings = np.where(back >= 0, train[np.maximum(back, 0)], end)
-    index = timesteps.astype(np.int64)
-    if index.max() >= len(alphas):
-        raise UsageError(
-            f"{n} steps with steps_offset {model.config['steps_offset']} ask for timestep {index.max()}; the model has {len(alphas)}"
-        )
-    sigmas = np.append(train[index], landings[-1])
-    return Schedule(sigmas, timesteps, float(np.hypot(sigmas[0], 1)), train, landings)
-
-
-def dpm_multi(model: NoiseModel, n: int) -> Schedule:
-    """diffusers' DPMSolverMultistep: whole timesteps; Karras sigmas span all of the training range."""
     train = model.sigmas
-    if model.config.get("use_karras_sigmas"):
-        sigmas = model.karras(n, float(train[0]), float(train[-1]))
-        timesteps = np.round(model.log_timestep(sigmas))
+    end = 0.0 if model.config["set_alpha_to_one"] else float(train[0])
+    index = timesteps.astype(np.int64)
+    back = index - model.train_steps // n
+    landings = np.where(back >= 0, train[np.maximum(back, 0)], end)
+    sigmas = np.append(train[index], landings[-1])
+    return Schedule(sigmas, timesteps, vp_scale(float(sigmas[0])), train, landings)
+
+
+def pndm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
+    """diffusers' PNDM with `skip_prk_steps`: DDIM's grid. The first step is taken again, from train_steps // n above
+    the second timestep, whether or not the first stands there.
+    """
+    velocity = model.config["prediction_type"] == "v_prediction"
+    if named:
+        grid = spaced_by(named, model, n)
+        retake = (float(grid.sigmas[0]), float(grid.sigmas[1])) if n > 1 else None
+        return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, None, None, retake, velocity)
+    grid, retake = ddim(model, n), None
+    if n > 1:
+        start = min(int(grid.timesteps[1]) + model.train_steps // n, model.train_steps - 1)
+        retake = (float(model.sigmas[start]), float(grid.sigmas[1]))
+    return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, grid.landings, None, retake, velocity)
+
+
+def ddpm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
+    """diffusers' DDPM: whole timesteps, down to zero."""
+    if named:
+        return spaced_by(named, model, n)
+    timesteps = np.round(model.spaced(n))
+    sigmas = model.sigmas[timesteps.astype(np.int64)]
+    return Schedule(np.append(sigmas, 0.0), timesteps, vp_scale(float(sigmas[0])), model.sigmas)
+
+
+Orders = Callable[[NoiseModel, int], "tuple[int, ...]"]
+
+
+def dpm(model: NoiseModel, n: int, named: str | None = None, *, orders: Orders) -> Schedule:
+    """diffusers' DPMSolverMultistep, DPMSolverSinglestep and UniPCMultistep: whole timesteps; Karras' and its like
+    span all of the training range.
+    """
+    spacing = _spacing(model, named)
+    if spacing:
+        sigmas = spacings.levels(spacing, model, n)
+        timesteps = model.log_timestep(sigmas)
+        if spacing == "karras":
+            timesteps = np.round(timesteps)
+        elif spacing in ("exponential", "beta"):  # kept there in a tensor of integers
+            timesteps = np.floor(timesteps)
     else:
         timesteps = np.round(model.spaced(n, extra=1))
         sigmas = model.sigma_at(timesteps)
-    return Schedule(np.append(sigmas, _final_sigma(model)), timesteps, float(np.hypot(sigmas[0], 1)), train)
+    scale = vp_scale(float(sigmas[0]))
+    return Schedule(
+        np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas, orders=orders(model, n)
+    )
 
 
-def lcm(model: NoiseModel, n: int) -> Schedule:
-    """Latent consistency models (arXiv:2310.04378): n of the `original_inference_steps` it was distilled on."""
+def multistep_orders(model: NoiseModel, n: int) -> tuple[int, ...]:
+    """Rising to `solver_order` at the start; lower at the end, always where that is zero, else as the config says."""
+    c, few = model.config, n < 15
+    ends_low = c["euler_at_final"] or (c["lower_order_final"] and few) or _final_sigma(model) == 0
+    orders = [min(int(c["solver_order"]), i + 1) for i in range(n)]
+    if n > 1 and c["lower_order_final"] and few:
+        orders[-2] = min(orders[-2], 2)
+    if ends_low:
+        orders[-1] = 1
+    return tuple(orders)
+
+
+def singlestep_orders(model: NoiseModel, n: int) -> tuple[int, ...]:
+    """Runs of 1, 2, ..., `solver_order`: the last of a run spans it all. What remains at the end is of lower order."""
+    order, to_zero = int(model.config["solver_order"]), _final_sigma(model) == 0
+    orders = [i % order + 1 for i in range(n)]
+    if to_zero or (model.config["lower_order_final"] and n % order == 0):
+        orders[-1] = 1
+    return tuple(orders)
+
+
+def unipc_orders(model: NoiseModel, n: int) -> tuple[int, ...]:
+    order = int(model.config["solver_order"])
+    return tuple(min(order, i + 1, n - i) for i in range(n))
+
+
+def few_steps(model: NoiseModel, n: int, named: str | None = None, to_zero: bool = True) -> Schedule:
+    """Latent and trajectory consistency (arXiv:2310.04378, 2402.19159): n of the `original_inference_steps` that the
+    model was distilled on; a trajectory ends at timestep 0, not at zero noise.
+    """
+    if named:
+        return spaced_by(named, model, n)
     original = int(model.config["original_inference_steps"])
     if n > original:
-        raise UsageError(f"LCM was distilled on {original} steps and can't take {n}; allowed: 1 to {original}")
+        raise UsageError(f"this model was distilled on {original} steps and can't take {n}; allowed: 1 to {original}")
     origin = np.arange(1, original + 1) * (model.train_steps // original) - 1
     pick = np.floor(np.linspace(0, original, n, endpoint=False)).astype(np.int64)
     timesteps = origin[::-1][pick].astype(np.float64)
     sigmas = model.sigma_at(timesteps)
-    return Schedule(np.append(sigmas, 0.0), timesteps, float(np.hypot(sigmas[0], 1)), model.sigmas)
+    end = 0.0 if to_zero else float(model.sigmas[0])
+    return Schedule(np.append(sigmas, end), timesteps, vp_scale(float(sigmas[0])), model.sigmas)

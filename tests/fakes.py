@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from vega_edge.runtime.schedulers import Scheduler
 VEGA = {
     "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False,
-    "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+    "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
 }  # fmt: skip
 
 
@@ -42,14 +43,17 @@ class NetworkEngine:
         pass
 
 
-def walk(scheduler: Scheduler, config: dict[str, Any], steps: int, noise: list[NDArray[np.float32]]) -> SimpleNamespace:
-    """Our walk with injected noise, in the form diffusers ends in: latents, timesteps, every x0."""
+def walk(
+    scheduler: Scheduler, config: dict[str, Any], steps: int, noise: Iterable[NDArray[np.float32]],
+    named: str | None = None,
+) -> SimpleNamespace:  # fmt: skip
+    """Our walk with injected noise, in the form diffusers ends in: latents, timesteps, every step."""
     model = scheduler.noise_model(config)
-    schedule = scheduler.grid(model, steps)
+    schedule = scheduler.schedule(model, steps, named)
     engine = NetworkEngine()
     denoise = Denoiser(engine, schedule, {}, 0.0, model.config["prediction_type"])
     draws = iter(noise)
     x = next(draws) * np.float32(schedule.scale)
-    done = list(scheduler.sampler(denoise, x, schedule, lambda: next(draws)))
+    done = list(scheduler.sampler(denoise, x, schedule, lambda sigma, sigma_next: next(draws)))
     last = done[-1]
     return SimpleNamespace(latents=last.x / np.float32(np.hypot(1, last.sigma)), timesteps=engine.timesteps, steps=done)

@@ -1,0 +1,216 @@
+"""Samplers that remember: each step looks back on what the network said before. See `samplers.py` for the terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .samplers import Array, Denoise, Noise, Step, add, toward
+from .schedules import Schedule
+
+_ADAMS_BASHFORTH = ((), (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, order: int = 4) -> Iterator[Step]:
+    """Linear multistep: the slopes' interpolating polynomial in sigma, integrated (k-diffusion's `sample_lms`)."""
+    scratch = np.empty_like(x)
+    levels = schedule.sigmas.tolist()
+    slopes: list[Array] = []
+    for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
+        x0 = denoise(x, sigma)
+        slope = x - x0
+        slope *= 1 / sigma
+        slopes = [slope, *slopes[: order - 1]]
+        out = x.copy()
+        for factor, d in zip(_lagrange_integrals(levels, i, len(slopes)), slopes, strict=True):
+            add(out, factor, d, scratch)
+        x = out
+        yield Step(x, x0, sigma_next)
+
+
+def _lagrange_integrals(levels: Sequence[float], i: int, count: int) -> list[float]:
+    """From level i to i + 1, of each of the `count` Lagrange polynomials through levels i, i - 1, ..."""
+    start, width = levels[i], levels[i + 1] - levels[i]
+    total = [0.0] * count
+    for node in (-1 / math.sqrt(3), 1 / math.sqrt(3)):  # two-point Gauss, exact for these cubics
+        at = start + width * (node + 1) / 2
+        for j in range(count):
+            others = (k for k in range(count) if k != j)
+            total[j] += math.prod((at - levels[i - k]) / (levels[i - j] - levels[i - k]) for k in others)
+    return [t * width / 2 for t in total]
+
+
+def plms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
+    """Pseudo linear multistep, Liu et al. 2022 (arXiv:2202.09778): Adams-Bashforth weights on the network's noise,
+    DDIM's step with that. The first step is taken twice, the second time with the mean of both ends' noise.
+
+    Where `schedule.velocity`, the weights are on v, as diffusers' PNDM has it. Landings as in `samplers.ancestral`.
+    """
+    landings = schedule.sigmas[1:] if schedule.landings is None else schedule.landings
+    history: list[Array] = []
+    for i, ((sigma, sigma_next), landing) in enumerate(zip(schedule.intervals(), landings.tolist(), strict=True)):
+        x0 = denoise(x, sigma)
+        said = _said(x, x0, sigma, schedule.velocity)
+        history = [said, *history[:3]]
+        if i == 0 and schedule.retake:
+            start, end = schedule.retake
+            guess = _reread(_go(x, said, sigma, landing, schedule.velocity), landing, end)
+            mean = _said(guess, denoise(guess, end), end, schedule.velocity)
+            mean += said
+            mean *= 0.5
+            x, landing = _go(_reread(x, sigma, start), mean, start, end, schedule.velocity), end
+        else:
+            weights = _ADAMS_BASHFORTH[len(history)]
+            mean = said * weights[0]
+            scratch = np.empty_like(x)
+            for weight, older in zip(weights[1:], history[1:], strict=True):
+                add(mean, weight, older, scratch)
+            x = _go(x, mean, sigma, landing, schedule.velocity)
+        x = _reread(x, landing, sigma_next)
+        yield Step(x, x0, sigma_next)
+
+
+def _said(x: Array, x0: Array, sigma: float, velocity: bool) -> Array:
+    """The network's noise, (x - x0) / sigma, or its v (Salimans & Ho 2022, arXiv:2202.00512) at that x0."""
+    if not velocity:
+        out = x - x0
+        out *= 1 / sigma
+        return out
+    scale = math.hypot(1, sigma)
+    out = x * (1 / (sigma * scale))
+    out -= x0 * (scale / sigma)
+    return out
+
+
+def _go(x: Array, said: Array, sigma: float, sigma_next: float, velocity: bool) -> Array:
+    """DDIM's step: along the noise."""
+    if not velocity:
+        out = said * (sigma_next - sigma)
+        out += x
+        return out
+    scale = math.hypot(1, sigma)
+    out = x * (1 + (sigma_next - sigma) * sigma / scale**2)
+    out += said * ((sigma_next - sigma) / scale)
+    return out
+
+
+def _reread(x: Array, sigma: float, other: float) -> Array:
+    """The x whose variance-preserving form at sigma `other` is that of this x at `sigma`."""
+    return x if sigma == other else x * math.sqrt((1 + other**2) / (1 + sigma**2))
+
+
+def dpm_multi(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
+    """DPM-Solver++ 2M and 3M, Lu et al. 2022 (arXiv:2211.01095, algorithm 2 and appendix B).
+
+    In sigma units the data's factor alpha is 1, and exp(-h), h the step in -log sigma, is sigma_next / sigma. Orders
+    are the schedule's, else 2 from the second step on but 1 for a step to zero (k-diffusion's `sample_dpmpp_2m`).
+    """
+    scratch = np.empty_like(x)
+    past: list[Array] = []
+    widths: list[float] = []  # of the steps between `past`, newest first
+    for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
+        x0 = denoise(x, sigma)
+        ratio = sigma_next / sigma
+        order = schedule.orders[i] if schedule.orders else min(i + 1, 2)
+        if ratio in (0, 1) or order == 1:
+            x = toward(x, x0, ratio)
+        elif order == 2:
+            x = toward(x, _extrapolated(x0, past[0], -math.log(ratio) / (2 * widths[0]), scratch), ratio)
+        else:
+            x = toward(x, x0, ratio)
+            _third_order(x, [x0, *past], -math.log(ratio), widths, scratch)
+        past = [x0, *past[:1]]
+        widths = [-math.log(ratio) if ratio > 0 else math.inf, *widths[:1]]
+        yield Step(x, x0, sigma_next)
+
+
+def _extrapolated(x0: Array, previous: Array, weight: float, scratch: Array) -> Array:
+    """x0 + (x0 - previous) * weight, in `scratch`."""
+    np.subtract(x0, previous, out=scratch)
+    scratch *= weight
+    scratch += x0
+    return scratch
+
+
+def _third_order(out: Array, x0s: list[Array], h: float, widths: list[float], scratch: Array) -> None:
+    """Adds the second and third order terms to a first-order step."""
+    for factor, x0 in zip(third_order_weights(h, h, widths[0], widths[1]), x0s, strict=True):
+        add(out, factor, x0, scratch)
+
+
+def third_order_weights(h: float, h_eta: float, last: float, older: float) -> tuple[float, float, float]:
+    """Of x0, the last and the one before in the terms of DPM-Solver++ 3M beyond the first order.
+
+    h: the step in -log sigma; last, older: the two before it. h_eta is h for the ODE, (1 + eta) h for the SDE.
+    """
+    r0, r1 = last / h, older / h
+    phi_2 = math.expm1(-h_eta) / h_eta + 1
+    phi_3 = phi_2 / h_eta - 0.5
+    # The differences d0 = (x0 - x1) / r0 and d1 = (x1 - x2) / r1; the first derivative is d0 + (d0 - d1) r0 / (r0 + r1),
+    # the second (d0 - d1) / (r0 + r1).
+    bend = (phi_2 * r0 - phi_3) / (r0 + r1)
+    of_d0, of_d1 = phi_2 + bend, -bend
+    return of_d0 / r0, of_d1 / r1 - of_d0 / r0, -of_d1 / r1
+
+
+def unipc(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, variant: str = "bh2") -> Iterator[Step]:
+    """UniPC, Zhao et al. 2023 (arXiv:2302.04867, algorithms 5 and 6), data prediction, variants B1 and B2.
+
+    What the network says where a step arrived also corrects that step, from where it started.
+    """
+    assert schedule.orders is not None
+    scratch = np.empty_like(x)
+    past: list[Array] = []
+    levels = schedule.sigmas.tolist()
+    started = x
+    for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
+        x0 = denoise(x, sigma)
+        if i:
+            x = _unipc_step(started, [x0, *past], levels, i - 1, schedule.orders[i - 1], variant, scratch, True)
+        started = x
+        past = [x0, *past[:2]]
+        x = _unipc_step(started, [None, *past], levels, i, schedule.orders[i], variant, scratch, False)
+        yield Step(x, x0, sigma_next)
+
+
+def _unipc_step(
+    x: Array, x0s: Sequence[Array | None], levels: list[float], i: int, order: int, variant: str,
+    scratch: Array, corrects: bool,
+) -> Array:  # fmt: skip
+    """From level i to the next. x0s: where it arrives (for correcting), at level i, and at those before."""
+    at_start, sigma, sigma_next = x0s[1], levels[i], levels[i + 1]
+    assert at_start is not None
+    out = toward(x, at_start, sigma_next / sigma)
+    if sigma_next == 0 or sigma_next == sigma or (order == 1 and not corrects):
+        return out
+    h = math.log(sigma / sigma_next)
+    nodes = [math.log(sigma / levels[i - k]) / h for k in range(1, order)]
+    weights = _unipc_weights(h, nodes, variant, corrects)
+    terms = [x0s[k + 1] for k in range(1, order)] + ([x0s[0]] if corrects else [])
+    add(out, -sum(weights), at_start, scratch)
+    for weight, x0 in zip(weights, terms, strict=True):
+        assert x0 is not None
+        add(out, weight, x0, scratch)
+    return out
+
+
+def _unipc_weights(h: float, nodes: list[float], variant: str, corrects: bool) -> list[float]:
+    """Of the differences to x0 at the start: first of those at `nodes` (in steps, negative), then at the end.
+
+    The system R rho = b of the paper's equation 10; order 1 and, for predicting, 2 take 1/2, as its authors do.
+    """
+    size = len(nodes) + corrects
+    scale = -h if variant == "bh1" else math.expm1(-h)
+    points = [*nodes, 1.0][:size]
+    if size == 1:
+        rho = [0.5]
+    else:
+        phi, b, factorial = math.expm1(-h) / -h - 1, [], 1
+        for k in range(1, size + 1):
+            b.append(phi * factorial / scale)
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        rho = np.linalg.solve(np.array([[p**k for p in points] for k in range(size)]), b).tolist()
+    return [-scale * r / p for r, p in zip(rho, points, strict=True)]

@@ -1,0 +1,30 @@
+"""Spellings: the many ways in which clients write a scheduler's name, brought to one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# What no rule below explains. Keys as `key` leaves them.
+_ALIASES: Mapping[str, str] = {
+    "dmpp2m": "dpmpp2m",  # sent by an official client
+    "dpmppsdea": "dpmppsde",  # likewise, as dpmpp_sde_ancestral
+    "eulertrailing": "eulerlightning",
+    "lightning": "eulerlightning",
+    "lmsdiscrete": "lms",
+    "unipcmultistep": "unipc",
+    "dpmad": "dpmadaptive",
+}
+
+
+def key(name: str) -> str:
+    """A name without case, punctuation and dialect: 'DPM++ 2M Karras', 'dpmpp_2m_karras' and 'k_dpmpp_2m_ka' are one.
+
+    `++` is also written `pp`; A1111's aliases start with k_ and end in _ka and _exp; k-diffusion writes `ancestral`.
+    """
+    text = name.strip().lower().replace("++", "pp").replace("plusplus", "pp").replace("ancestral", "a")
+    text = re.sub(r"^(k|sample)[_\s]", "", text)
+    text = re.sub(r"[_\s]ka$", "_karras", text)
+    text = re.sub(r"[_\s]exp$", "_exponential", text)
+    plain = re.sub(r"[^a-z0-9]", "", text)
+    return _ALIASES.get(plain, plain)

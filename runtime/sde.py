@@ -1,0 +1,102 @@
+"""Samplers of the reverse-time SDE: DPM-Solver++ with noise between steps (Lu et al. 2022, arXiv:2211.01095).
+
+As in k-diffusion's `sample_dpmpp_sde`, `sample_dpmpp_2m_sde` and `sample_dpmpp_3m_sde`, whose noise is a Brownian
+path's, so that more steps refine the same path. See `samplers.py` for the terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from .multistep import third_order_weights
+from .samplers import Array, Denoise, Noise, Step, add, split, toward
+from .schedules import Schedule
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
+) -> Iterator[Step]:
+    """Single step, second order, r 1/2: noise is added at the middle too."""
+    scratch = np.empty_like(x)
+    for sigma, sigma_next in schedule.intervals():
+        x0 = denoise(x, sigma)
+        if sigma_next == 0:
+            x = toward(x, x0, 0.0)
+        else:
+            middle = math.sqrt(sigma * sigma_next)
+            down, up = split(sigma, middle, eta)
+            guess = toward(x, x0, down / sigma)
+            if up > 0:
+                add(guess, up * s_noise, noise(sigma, middle), scratch)
+            down, up = split(sigma, sigma_next, eta)
+            x = toward(x, denoise(guess, middle), down / sigma)
+            if up > 0:
+                add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+        yield Step(x, x0, sigma_next)
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0,
+    variant: str = "midpoint",
+) -> Iterator[Step]:  # fmt: skip
+    """Multistep, second order; `variant` midpoint or heun."""
+    scratch = np.empty_like(x)
+    previous: Array | None = None
+    last = 0.0
+    for sigma, sigma_next in schedule.intervals():
+        x0 = denoise(x, sigma)
+        if sigma_next == 0:
+            x = toward(x, x0, 0.0)
+        else:
+            h = math.log(sigma / sigma_next)
+            h_eta = (1 + eta) * h
+            x = toward(x, x0, math.exp(-h_eta))
+            if previous is not None:
+                rise = -math.expm1(-h_eta) / 2 if variant == "midpoint" else 1 + math.expm1(-h_eta) / h_eta
+                add(x, rise * h / last, x0, scratch)
+                add(x, -rise * h / last, previous, scratch)
+            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+            last = h
+        previous = x0
+        yield Step(x, x0, sigma_next)
+
+
+def dpmpp_3m_sde(
+    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
+) -> Iterator[Step]:
+    """Multistep, third order."""
+    scratch = np.empty_like(x)
+    past: list[Array] = []
+    widths: list[float] = []
+    for sigma, sigma_next in schedule.intervals():
+        x0 = denoise(x, sigma)
+        if sigma_next == 0:
+            x = toward(x, x0, 0.0)
+        else:
+            h = math.log(sigma / sigma_next)
+            h_eta = (1 + eta) * h
+            x = toward(x, x0, math.exp(-h_eta))
+            if len(past) == 1:
+                rise = (1 + math.expm1(-h_eta) / h_eta) * h / widths[0]
+                add(x, rise, x0, scratch)
+                add(x, -rise, past[0], scratch)
+            elif len(past) == 2:
+                weights = third_order_weights(h, h_eta, widths[0], widths[1])
+                for weight, a in zip(weights, (x0, *past), strict=True):
+                    add(x, weight, a, scratch)
+            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+            widths = [h, *widths[:1]]
+        past = [x0, *past[:1]]
+        yield Step(x, x0, sigma_next)
+
+
+def _add_noise(
+    x: Array, sigma: float, sigma_next: float, eta: float, s_noise: float, noise: Noise, scratch: Array
+) -> None:
+    """What the SDE's noise of strength eta comes to over a step; exp(-h) is sigma_next / sigma."""
+    if eta > 0:
+        up = sigma_next * math.sqrt(-math.expm1(-2 * eta * math.log(sigma / sigma_next)))
+        add(x, up * s_noise, noise(sigma, sigma_next), scratch)
