@@ -86,8 +86,9 @@ def _parser() -> _Parser:
         )
     )
     models = verbs.add_parser("models", help="list the models", description="List the models this version knows.")
+    models.add_argument("--schedulers", action="store_true", help="list the schedulers instead")
     models.add_argument("--json", action="store_true", help="print JSON")
-    models.set_defaults(verb=_models)
+    models.set_defaults(verb=lambda arguments: (_schedulers if arguments.schedulers else _models)(arguments))
     doctor = verbs.add_parser(
         "doctor",
         help="say what works here, and why the rest does not",
@@ -110,11 +111,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--guidance", type=float, metavar="G", help="classifier-free guidance, 1 or less for none; default: the model's"
     )
-    p.add_argument(
-        "--scheduler",
-        metavar="NAME",
-        help="Euler, 'Euler a', DDIM, 'DPM Multi', 'DPM Multi Karras' or LCM; default: the model's",
-    )
+    _add_sampling(p)
     p.add_argument("--seed", type=int, default=-1, metavar="S", help="0 to 999999999999999; -1, the default, picks one")
     p.add_argument(
         "--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
@@ -137,6 +134,39 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print files, parameters and timings as JSON")
     p.add_argument("-v", "--verbose", action="store_true", help="say which engine was chosen, and why")
     p.set_defaults(verb=_generate)
+
+
+def _add_sampling(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="such as Euler, 'DPM++ 2M Karras' or LCM (see: vega-edge models --schedulers); default: the model's",
+    )
+    p.add_argument(
+        "--family",
+        metavar="NAME",
+        help="what a scheduler's name means where both have it: diffusers or a1111; default: the model's",
+    )
+    p.add_argument(
+        "--schedule",
+        metavar="NAME",
+        help="noise levels to walk with any scheduler, such as karras or sgm_uniform; default: the scheduler's own",
+    )
+    p.add_argument("--eta", type=float, metavar="E", help="share of fresh noise, 0 to 1; default: the scheduler's")
+    p.add_argument(
+        "--guidance-rescale",
+        type=float,
+        metavar="R",
+        help="0 to 1, how much of the contrast that guidance adds is taken back; default: 0",
+    )
+    p.add_argument(
+        "--rng",
+        metavar="NAME",
+        help="where noise comes from: torch, its CPU generator (default), or nv, AUTOMATIC1111's NV source",
+    )
+    p.add_argument(
+        "--noise-dtype", metavar="DTYPE", help="fp32 (default), or fp16 to draw as pipelines in half precision do"
+    )
 
 
 def _add_export(p: argparse.ArgumentParser) -> None:
@@ -193,9 +223,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     request = pipe.request(
         arguments.prompt, negative=arguments.negative, steps=arguments.steps, guidance=arguments.guidance, width=width,
         height=height, scheduler=arguments.scheduler, seed=arguments.seed, samples=arguments.samples,
+        family=arguments.family, schedule=arguments.schedule, eta=arguments.eta, rng=arguments.rng,
+        noise_dtype=arguments.noise_dtype, guidance_rescale=arguments.guidance_rescale,
     )  # fmt: skip
     files = _targets(request, arguments.output, arguments.overwrite)
-    with _bar(request.steps) as bar:
+    with _bar(pipe.total(request)) as bar:
         result = pipe.run(request, lambda step: bar.update())
     for i, image in enumerate(result.images):
         if not arguments.output:
@@ -233,15 +265,17 @@ def _describe(pipe: Pipeline, result: Result, files: list[Path]) -> dict[str, An
     r = result.request
     return {
         "model": pipe.name, "engine": pipe.engine, "prompt": r.prompt, "negative": r.negative, "steps": r.steps,
-        "guidance": r.guidance, "scheduler": r.scheduler, "width": r.width, "height": r.height,
+        "guidance": r.guidance, "guidance_rescale": r.guidance_rescale, "scheduler": r.scheduler, "family": r.family,
+        "schedule": r.schedule, "eta": r.eta, "rng": r.rng, "noise_dtype": r.noise_dtype,
+        "width": r.width, "height": r.height,
         "pictures": [{"file": str(f), "seed": s} for f, s in zip(files, r.seeds, strict=True)],
         "seconds": {k: round(v, 4) for k, v in result.timings.items()},
     }  # fmt: skip
 
 
 @contextlib.contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    """A progress bar on stderr, where that is a terminal."""
+def _bar(total: int | None) -> Iterator[Any]:
+    """A progress bar on stderr, where that is a terminal; total None: unknown."""
     from tqdm import tqdm
 
     with tqdm(total=total, disable=None, leave=False, file=sys.stderr) as bar:
@@ -320,6 +354,12 @@ def _models(arguments: argparse.Namespace) -> None:
         print(
             f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}  [{state}]"
         )
+
+
+def _schedulers(arguments: argparse.Namespace) -> None:
+    from .runtime import scheduler_list
+
+    print(json.dumps(scheduler_list.to_dict(), indent=2) if arguments.json else scheduler_list.render())
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

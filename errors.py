@@ -4,6 +4,7 @@
     ├── UsageError          a value that was given is not allowed (exit 2)
     ├── BundleError         a bundle is missing, damaged, altered, or from a newer version
     ├── EngineError         an engine is not installed, or could not open or run a graph
+    │   └── NotFiniteError  a network gave NaN or infinity; says at which step and on which engine
     └── ExportError         a checkpoint can't be exported, or a part differs from torch by too much
 
 An error says which thing it is about, what was got, what is allowed, and what to do. Anything else that is raised
@@ -29,6 +30,10 @@ class BundleError(VegaEdgeError):
 
 
 class EngineError(VegaEdgeError):
+    pass
+
+
+class NotFiniteError(EngineError):
     pass
 
 

@@ -24,7 +24,8 @@ class RecipeLora:
 class Recipe:
     """Paths are relative to the package. `checkpoint` is there in a clone of the project, `bundle` in every install.
 
-    defaults: scheduler, steps, guidance, width, height. limits: steps, guidance, size_px as [least, most].
+    defaults: scheduler, steps, guidance, width, height, and any other of `runtime.request.Request`, such as the family
+    that a scheduler's name is of (diffusers, if not said). limits: steps, guidance, size_px as [least, most].
     """
 
     name: str

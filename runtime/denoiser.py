@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines import Engine
-from ..errors import EngineError
+from ..errors import NotFiniteError
 from .schedules import Schedule
 
 Array = NDArray[np.float32]
@@ -19,32 +19,36 @@ class Denoiser:
 
     `conditioning` are the network's other feeds, [n, ...] each, or [2n, ...] with guidance: first what to move away
     from (the negative prompt), then the prompt. With guidance > 1 the two are evaluated in one batch and extrapolated
-    (classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598).
+    (classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598). rescale: how much of the contrast that this adds
+    is taken back, 0 to 1. `step` is the step that the calls are made for, counted on by whoever walks; with
+    engine_name it is what the error names.
     """
 
     def __init__(
-        self, engine: Engine, schedule: Schedule, conditioning: Mapping[str, NDArray[np.generic]], guidance: float, prediction_type: str
+        self, engine: Engine, schedule: Schedule, conditioning: Mapping[str, NDArray[np.generic]], guidance: float,
+        prediction_type: str, *, rescale: float = 0.0, engine_name: str = "the engine",
     ) -> None:  # fmt: skip
-        self._engine, self._schedule, self._guidance = engine, schedule, guidance
-        self._prediction_type = prediction_type
+        self._engine, self._schedule, self._guidance, self._rescale = engine, schedule, guidance, rescale
+        self._prediction_type, self._engine_name = prediction_type, engine_name
         self._feeds = {name: _constant(value, engine.inputs[name].dtype) for name, value in conditioning.items()}
         self._time = engine.inputs["timestep"]
         self._guided = guidance > 1
-        self.calls = 0
+        self.step = 1
 
     def __call__(self, x: Array, sigma: float) -> Array:
         scale = float(np.hypot(1.0, sigma))  # of the variance-preserving form the network was trained on
         network_x = x / np.float32(scale)
         out = self._run(network_x, self._schedule.timestep(sigma))
+        if not np.isfinite(out).all():
+            raise NotFiniteError(
+                f"{self._engine_name} gave values that are not finite at step {self.step} (sigma {sigma:.4g}); "
+                "a precision with more range may help: --engine onnxruntime-cpu"
+            )
         if self._guided:
             away, toward = np.split(out, 2)
             out = away + np.float32(self._guidance) * (toward - away)
-        self.calls += 1
-        if not np.isfinite(out).all():
-            cure = "a precision with more range may help: --engine onnxruntime-cpu"
-            raise EngineError(
-                f"the network's call {self.calls} (sigma {sigma:.4g}) gave values that are not finite; {cure}"
-            )
+            if self._rescale:
+                out = rescaled(out, toward, self._rescale)
         x0: Array = out  # "sample"
         if self._prediction_type == "epsilon":
             x0 = x - np.float32(sigma) * out
@@ -58,6 +62,16 @@ class Denoiser:
         time = np.full((1,) * len(self._time.shape), t, self._time.dtype)
         out = self._engine.run({"sample": batch.astype(spec.dtype, copy=False), "timestep": time, **self._feeds})
         return next(iter(out.values())).astype(np.float32, copy=False)
+
+
+def rescaled(guided: Array, prompted: Array, share: float) -> Array:
+    """Guidance rescale, Lin et al. 2023 (arXiv:2305.08891, equations 15 and 16), each sample by itself.
+
+    `guided` is given the standard deviation that the prediction for the prompt alone has, and mixed with itself.
+    """
+    axes = tuple(range(1, guided.ndim))
+    contrast = prompted.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+    return np.asarray(guided * (np.float32(share) * contrast + np.float32(1 - share)), np.float32)
 
 
 def _constant(value: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

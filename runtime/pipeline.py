@@ -1,9 +1,9 @@
-"""A bundle, opened: prompts in, pictures out, step by step if wanted. Knows no backend; the sampler does the walking."""
+"""A bundle, opened: prompts in, pictures out, step by step if wanted. Knows no backend; `walk.py` does the walking."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,21 +18,22 @@ from ..bundle import Bundle
 from ..engines import choose_engine, open_engine
 from ..models import find_bundle
 from .decoder import Decoder
-from .denoiser import Denoiser
 from .request import Limits, Request, make_request
-from .rng import NoiseSource
-from .schedulers import get_scheduler, scheduler_named_in
+from .schedulers import scheduler_named_in
 from .text import TextEncoder
+from .walk import Network, make_plan, walk
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step done of `total`; `index` counts from 1. `latents` float32 [n, c, h, w] are in sigma units, `x0` the estimate they were made with."""
+    """One step done of `total`, which is None where the sampler decides on the way; `index` counts from 1. `latents`
+    float32 [n, c, h, w] are in sigma units, `x0` the estimate they were made with.
+    """
 
     index: int
-    total: int
+    total: int | None
     latents: NDArray[np.float32]
     x0: NDArray[np.float32]
     decoder: Decoder = field(repr=False)
@@ -84,11 +85,13 @@ class Pipeline:
         return cls(bundle, engine)
 
     def request(self, prompt: str, **options: Any) -> Request:
-        """Checks the options (negative, steps, guidance, scheduler, seed, samples, width, height); UsageError says what is allowed."""
+        """Checks the options, which are the fields of `Request`; UsageError says what is allowed."""
         defaults = self.defaults
         if not (options.get("scheduler") or "scheduler" in defaults):
             defaults = {**defaults, "scheduler": scheduler_named_in(self._scheduler_config)}
-        return make_request({"prompt": prompt, **options}, defaults, self.limits)
+        request = make_request({"prompt": prompt, **options}, defaults, self.limits)
+        make_plan(request, self._scheduler_config)  # whether the scheduler can do it on this model
+        return request
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
         """Yields each `Step` as it is done; to cancel, stop iterating."""
@@ -112,25 +115,22 @@ class Pipeline:
         timings["decode"] = time.perf_counter() - start
         return Result(images, request, latents, timings)
 
+    def total(self, request: Request) -> int | None:
+        """How many steps a request will take; None where its sampler finds out on the way."""
+        return make_plan(request, self._scheduler_config).total
+
     def _walk(self, request: Request, timings: dict[str, float]) -> Iterator[Step]:
         clock = time.perf_counter()
         conditioning = self._conditioning(request)
         timings["text"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        scheduler = get_scheduler(request.scheduler)
-        model = scheduler.noise_model(self._scheduler_config)
-        schedule = scheduler.grid(model, request.steps)
-        denoise = Denoiser(self._unet, schedule, conditioning, request.guidance, model.config["prediction_type"])
+        plan = make_plan(request, self._scheduler_config)
         shape = (self._channels, request.height // self._decoder.scale, request.width // self._decoder.scale)
-        source = NoiseSource(request.seeds)
-        x = source(shape) * np.float32(schedule.scale)
-        walk = scheduler.sampler(denoise, x, schedule, lambda: source(shape))
-        for i, step in enumerate(walk, 1):
-            latents = step.x
-            if i == len(schedule) and step.sigma > 0:  # some walks end above zero: to the scale the decoder reads
-                latents = latents / np.float32(math.hypot(1, step.sigma))
-            timings["denoise"] = time.perf_counter() - clock
-            yield Step(i, len(schedule), latents, step.x0, self._decoder)
+        steps = walk(request, plan, Network(self._unet, self.engine, shape), conditioning)
+        with contextlib.closing(steps):
+            for i, step in enumerate(steps, 1):
+                timings["denoise"] = time.perf_counter() - clock
+                yield Step(i, plan.total, step.x, step.x0, self._decoder)
 
     def _conditioning(self, request: Request) -> dict[str, NDArray[np.float32]]:
         texts = [self._text.encode(request.prompt)]
@@ -138,6 +138,8 @@ class Pipeline:
             texts.insert(0, self._text.encode_negative(request.negative, like=texts[0]))
         elif request.negative:
             _log.warning("the negative prompt has no effect without guidance (guidance is %g)", request.guidance)
+        if request.guidance_rescale and request.guidance <= 1:
+            _log.warning("guidance rescale has no effect without guidance (guidance is %g)", request.guidance)
         return self._text.feeds(texts, request.samples, request.width, request.height)
 
     def _foreign_defaults(self, unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,8 +148,9 @@ class Pipeline:
         No scheduler: it is looked for when a request names none, since the configuration's may not be implemented.
         """
         side = int(unet["sample_size"]) * self._decoder.scale
-        few = self._scheduler_config.get("_class_name") == "LCMScheduler"
-        return {"steps": 4 if few else 25, "guidance": 0.0 if few else 7.5, "width": side, "height": side}
+        few = self._scheduler_config.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+        steps, guidance = (4, 0.0) if few else (25, 7.5)
+        return {"family": "diffusers", "steps": steps, "guidance": guidance, "width": side, "height": side}
 
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
-from .rng import MAX_SEED
-from .schedulers import get_scheduler
+from ..errors import UsageError, unknown
+from .rng import GENERATORS, MAX_SEED, NOISE_DTYPES
+from .schedulers import FAMILIES, Scheduler, get_scheduler
+from .spacings import spacing_name
 
 MAX_SAMPLES = 4
 
@@ -36,6 +37,9 @@ class Request:
     """One generation, checked: sample i of 1 to 4 has seed + i (0 to 999999999999999); width and height in px.
 
     guidance 1 and less means none. negative None is the model's own default, which may differ from an empty text.
+    family: what the scheduler's name means. schedule: the noise levels, by name; None for the scheduler's own. eta: how
+    much of the noise is drawn anew each step; None for the scheduler's own. rng, noise_dtype: see `NoiseSource`.
+    guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
     """
 
     prompt: str
@@ -47,21 +51,51 @@ class Request:
     samples: int
     width: int
     height: int
+    family: str = "diffusers"
+    schedule: str | None = None
+    eta: float | None = None
+    rng: str = "torch"
+    noise_dtype: str = "fp32"
+    guidance_rescale: float = 0.0
 
     @property
     def seeds(self) -> list[int]:
         return [self.seed + i for i in range(self.samples)]
 
+    @property
+    def sampling(self) -> Scheduler:
+        """The scheduler by name and family, with the eta that was asked for."""
+        scheduler = get_scheduler(self.scheduler, self.family)
+        return scheduler if self.eta is None else scheduler.with_eta(self.eta)
+
     def parameters(self, model: str, version: str, sample: int = 0) -> str:
-        """The text that AUTOMATIC1111's web UI writes into a picture and that other tools read."""
-        lines = [self.prompt]
-        if self.negative is not None:
-            lines.append(f"Negative prompt: {self.negative}")
-        lines.append(
-            f"Steps: {self.steps}, Sampler: {self.scheduler}, CFG scale: {self.guidance:g}, Seed: {self.seeds[sample]}, "
-            f"Size: {self.width}x{self.height}, Model: {model}, Version: vega-edge {version}"
-        )
-        return "\n".join(lines)
+        """The text that AUTOMATIC1111's web UI writes into a picture and that other tools read; keys of its own making
+        where it has them. What is as always is left out, but for the seed and the size.
+        """
+        facts = [f"Steps: {self.steps}", f"Sampler: {self.scheduler}"]
+        if self.schedule:
+            facts.append(f"Schedule type: {_TITLES.get(self.schedule, self.schedule.replace('_', ' ').title())}")
+        facts += [f"CFG scale: {self.guidance:g}", f"Seed: {self.seeds[sample]}", f"Size: {self.width}x{self.height}"]
+        facts.append(f"Model: {model}")
+        if self.eta is not None:
+            facts.append(f"{'Eta DDIM' if self.scheduler == 'DDIM' else 'Eta'}: {self.eta:g}")
+        if self.guidance_rescale:
+            facts.append(f"CFG Rescale: {self.guidance_rescale:g}")
+        if self.rng != "torch":
+            facts.append(f"RNG: {self.rng.upper()}")
+        if self.noise_dtype != "fp32":
+            facts.append(f"Noise dtype: {self.noise_dtype}")
+        if self.family != "diffusers":
+            facts.append(f"Family: {self.family}")
+        negative = [f"Negative prompt: {self.negative}"] if self.negative is not None else []
+        return "\n".join([self.prompt, *negative, ", ".join([*facts, f"Version: vega-edge {version}"])])
+
+
+_TITLES = {
+    "sgm_uniform": "SGM Uniform",
+    "ays": "Align Your Steps",
+    "ays_sdxl": "Align Your Steps",
+}  # as the web UI says
 
 
 def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits: Limits) -> Request:
@@ -71,19 +105,32 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         if name not in known:
             raise UsageError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
-    prompt, negative, name = _text("prompt", value.get("prompt")), value.get("negative"), value["scheduler"]
+    prompt, negative = _text("prompt", value.get("prompt")), value.get("negative")
+    for name in ("scheduler", "family", "schedule", "rng", "noise_dtype"):
+        if value.get(name) is not None:
+            _text(name, value[name])
     samples = _whole("samples", value.get("samples", 1), 1, MAX_SAMPLES)
     seed = _whole("seed", value.get("seed", -1), -1, MAX_SEED - samples + 1)
+    scheduler = _scheduler(value, options.get("family"))
+    eta = value.get("eta")
+    if eta is not None:
+        scheduler.with_eta(eta)  # knows its range, and whether there is one
     return Request(
         prompt=prompt,
         negative=None if negative is None else _text("negative", negative),
         steps=_whole("steps", value["steps"], *limits.steps),
         guidance=_number("guidance", value["guidance"], *limits.guidance),
-        scheduler=get_scheduler(_text("scheduler", name)).name,
+        scheduler=scheduler.name,
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
         samples=samples,
         width=_side("width", value["width"], limits),
         height=_side("height", value["height"], limits),
+        family=scheduler.family,
+        schedule=spacing_name(value["schedule"]) if value.get("schedule") else None,
+        eta=None if eta is None else float(eta),
+        rng=_one_of("rng", value.get("rng", "torch"), GENERATORS),
+        noise_dtype=_one_of("noise dtype", value.get("noise_dtype", "fp32"), NOISE_DTYPES),
+        guidance_rescale=_number("guidance rescale", value.get("guidance_rescale", 0.0), 0.0, 1.0),
     )
 
 
@@ -91,6 +138,20 @@ def _text(name: str, got: Any) -> str:
     if not isinstance(got, str):
         raise UsageError(f"{name} must be text, got {type(got).__name__}")
     return re.sub("[\ud800-\udfff]", "\ufffd", got)  # half a surrogate pair, which no encoder and no file takes
+
+
+def _scheduler(value: Mapping[str, Any], asked: str | None) -> Scheduler:
+    """By name in the model's family, or the only one that has it; a family that was asked for is kept to."""
+    scheduler = get_scheduler(value["scheduler"], value.get("family", FAMILIES[0]))
+    if asked and scheduler.family != asked:
+        raise UsageError(f"{scheduler.name} is not in the family {asked}; it is in {scheduler.family}")
+    return scheduler
+
+
+def _one_of(name: str, got: str, allowed: Iterable[str]) -> str:
+    if got not in allowed:
+        raise unknown(name, got, allowed)
+    return got
 
 
 def _number(name: str, got: Any, low: float, high: float) -> float:

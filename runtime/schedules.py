@@ -163,9 +163,7 @@ def dpm(model: NoiseModel, n: int, named: str | None = None, *, orders: Orders) 
         timesteps = np.round(model.spaced(n, extra=1))
         sigmas = model.sigma_at(timesteps)
     scale = vp_scale(float(sigmas[0]))
-    return Schedule(
-        np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas, orders=orders(model, n)
-    )
+    return Schedule(np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas, orders=orders(model, n))
 
 
 def multistep_orders(model: NoiseModel, n: int) -> tuple[int, ...]:

@@ -90,7 +90,9 @@ def k_diffusion(cell: Cell) -> np.ndarray:
     model = kind(lambda x, t: torch.from_numpy(fakes.network(x.numpy(), np.float32(t[0]))), alphas, quantize=False)
     low, high = model.sigma_min.item(), model.sigma_max.item()
     count = cell.steps + (plain in _DISCARDS)
-    sigmas = getattr(k.sampling, f"get_sigmas_{spacing.lower()}")(count, low, high) if spacing else model.get_sigmas(count)
+    sigmas = (
+        getattr(k.sampling, f"get_sigmas_{spacing.lower()}")(count, low, high) if spacing else model.get_sigmas(count)
+    )
     if plain in _DISCARDS:
         sigmas = torch.cat((sigmas[:-2], sigmas[-1:]))
     draws: Iterator[torch.Tensor] = map(torch.from_numpy, iter(noise_for(cell.steps)))

@@ -53,6 +53,32 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
+def test_what_is_not_the_default_is_written_into_the_picture(tmp_path: Path) -> None:
+    options = ["--scheduler", "dpmpp_2m_sde", "--schedule", "Karras", "--eta", "0.5", "--rng", "nv"]
+    options += ["--noise-dtype", "fp16", "--guidance", "3", "--guidance-rescale", "0.7"]
+    done = generate(tmp_path, STAR, "--seed", "7", *options, "-o", "star.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "star.png") as picture:
+        assert picture.text["parameters"].splitlines()[1] == (
+            "Steps: 4, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 3, Seed: 7, Size: 128x128, "
+            "Model: demo-vegart, Eta: 0.5, CFG Rescale: 0.7, RNG: NV, Noise dtype: fp16, Family: a1111, "
+            "Version: vega-edge 0.1.0"
+        )
+
+
+def test_a_seed_that_was_picked_is_in_the_file(tmp_path: Path) -> None:
+    told = json.loads(generate(tmp_path, STAR, "--steps", "1", "--json", "-o", "star.png").stdout)
+    with Image.open(tmp_path / "star.png") as picture:
+        assert f"Seed: {told['pictures'][0]['seed']}," in picture.text["parameters"]
+
+
+def test_steps_of_an_unknown_number(tmp_path: Path) -> None:
+    done = generate(tmp_path, STAR, "--scheduler", "DPM adaptive", "--json", "-o", "star.png")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["scheduler"], told["family"]) == ("DPM adaptive", "a1111")
+
+
 def test_samples_are_the_next_seeds(tmp_path: Path) -> None:
     assert generate(tmp_path, STAR, "--seed", "8", "-o", "one.png").returncode == 0
     done = generate(tmp_path, STAR, "--seed", "7", "--samples", "2", "-o", "two.png")
@@ -84,7 +110,17 @@ def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
 BAD = [
     (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-vega, demo-vegart"),
     (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
-    (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, DPM Multi, DPM Multi Karras, Euler, Euler a, LCM"),
+    (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, "),
+    (["--scheduler", "PLMS", "--family", "diffusers"], 2, "vega-edge: PLMS is not in the family diffusers; it is in a1111"),
+    (["--family", "comfy"], 2, "vega-edge: unknown family 'comfy'; there are: a1111, diffusers"),
+    (["--schedule", "karas"], 2, "vega-edge: unknown schedule 'karas'; did you mean 'karras'? there are: "),
+    (["--scheduler", "Restart", "--schedule", "karras"], 2, "vega-edge: Restart makes its own schedule and can't use 'karras'"),
+    (["--scheduler", "UniPC", "--family", "a1111", "--steps", "2"], 2, "vega-edge: UniPC takes 3 to 1000 steps, got 2"),
+    (["--scheduler", "Euler a", "--eta", "1.5"], 2, "vega-edge: eta must be a number from 0 to 1, got 1.5"),
+    (["--scheduler", "Euler", "--eta", "1"], 2, "vega-edge: Euler has no eta"),
+    (["--rng", "gpu"], 2, "vega-edge: unknown rng 'gpu'; there are: nv, torch"),
+    (["--noise-dtype", "fp8"], 2, "vega-edge: unknown noise dtype 'fp8'; there are: fp16, fp32"),
+    (["--guidance-rescale", "2"], 2, "vega-edge: guidance rescale must be a number from 0 to 1, got 2.0"),
     (["--size", "130x128"], 2, "vega-edge: width must be a multiple of 32 px, got 130; nearest: 128 or 160"),
     (["--size", "8x128"], 2, "vega-edge: width must be a whole number from 64 to 256, got 8"),
     (["--size", "big"], 2, "vega-edge generate: argument --size: must be WIDTHxHEIGHT in pixels, such as 128x128, got 'big'; see vega-edge generate --help"),
@@ -109,7 +145,7 @@ def test_bad_input_gets_one_clear_line(tmp_path: Path, arguments: list[str], sta
     engine = [] if "--engine" in arguments else ["--engine", "onnxruntime-cpu"]
     done = run("generate", STAR, *arguments, *engine, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (status, "")
-    line, end = done.stderr.splitlines(), message.endswith("; ")
+    line, end = done.stderr.splitlines(), message.endswith(("; ", "there are: ", "DDIM, "))
     assert len(line) == 1, done.stderr
     assert line[0].startswith(message) if end else line[0] == message
     assert not list(tmp_path.iterdir())
@@ -220,6 +256,21 @@ def test_models_lists_every_recipe() -> None:
     assert "demo-vegart" in run("models").stdout
 
 
+def test_models_lists_every_scheduler() -> None:
+    told = json.loads(run("models", "--schedulers", "--json").stdout)
+    rows = {(row["family"], row["name"]): row for row in told["schedulers"]}
+    assert len([key for key in rows if key[0] == "a1111"]) >= 30
+    assert (rows["diffusers", "Heun"]["order"], rows["diffusers", "Heun"]["calls"]) == (2, 2)
+    assert (rows["a1111", "DPM adaptive"]["order"], rows["a1111", "DPM adaptive"]["calls"]) == (None, None)
+    assert rows["a1111", "DPM++ 2M SDE"]["brownian"] and not rows["a1111", "DPM++ 2M"]["stochastic"]
+    assert {"karras", "exponential", "sgm_uniform", "simple", "normal", "beta"} <= set(told["schedules"])
+    table = run("models", "--schedulers").stdout.splitlines()
+    assert table[0].split() == ["family", "name", "order", "calls", "a", "step"]
+    assert len(table) == len(rows) + 3
+    assert ["a1111", "DPM++", "2M", "SDE", "Karras", "2", "1", "random"] in [line.split() for line in table]
+    assert table[-1].startswith("--schedule, for all the others: karras, ")
+
+
 def test_a_model_without_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     done = run("generate", STAR, "--model", "demo-vega", VEGA_EDGE_HOME=str(tmp_path))
     assert done.returncode == 1
@@ -243,6 +294,12 @@ def test_help_names_every_option() -> None:
         "--steps",
         "--guidance",
         "--scheduler",
+        "--family",
+        "--schedule",
+        "--eta",
+        "--guidance-rescale",
+        "--rng",
+        "--noise-dtype",
         "--seed",
         "--samples",
         "--size",

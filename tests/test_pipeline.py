@@ -14,7 +14,7 @@ import pytest
 from vega_edge.bench.meaning import scenes
 from vega_edge.demo.check import score
 from vega_edge.demo.scenes import full_caption
-from vega_edge.errors import EngineError, UsageError
+from vega_edge.errors import NotFiniteError, UsageError
 from vega_edge.models import find_bundle
 from vega_edge.runtime.pipeline import Pipeline
 
@@ -48,7 +48,7 @@ def test_stopping_early_changes_nothing_for_the_next(pipe: Pipeline) -> None:
     assert np.array_equal(last[0].latents, expected)
 
 
-@pytest.mark.parametrize("scheduler", ["Euler", "Euler a", "LCM"])
+@pytest.mark.parametrize("scheduler", ["Euler", "Euler a", "LCM", "DPM++ 2M SDE Karras", "DPM adaptive"])
 def test_a_batch_is_the_pictures_of_its_seeds(pipe: Pipeline, scheduler: str) -> None:
     options = {"steps": 3, "scheduler": scheduler, "guidance": 2.0}
     batch = pipe(STAR, seed=40, samples=3, **options).latents
@@ -73,7 +73,7 @@ def test_random_seeds_differ_and_are_told(pipe: Pipeline) -> None:
     [
         (
             {"stepss": 3},
-            "unknown option 'stepss'; there are: guidance, height, negative, prompt, samples, scheduler, seed, ",
+            "unknown option 'stepss'; there are: eta, family, guidance, ",
         ),
         ({"steps": 2.5}, "steps must be a whole number from 1 to 50, got 2.5"),
         ({"steps": True}, "steps must be a whole number from 1 to 50, got True"),
@@ -83,6 +83,9 @@ def test_random_seeds_differ_and_are_told(pipe: Pipeline) -> None:
         ({"prompt": None}, "prompt must be text, got NoneType"),
         ({"seed": 999_999_999_999_999, "samples": 2}, "seed must be a whole number from -1 to 999999999999998, got "),
         ({"scheduler": "DDIMM"}, "unknown scheduler 'DDIMM'; did you mean 'DDIM'? there are: "),
+        ({"scheduler": "Restart", "schedule": "karras"}, "Restart makes its own schedule and can't use 'karras'"),
+        ({"scheduler": "UniPC", "family": "a1111", "steps": 1}, "UniPC takes 3 to 1000 steps, got 1"),
+        ({"scheduler": "Euler a", "eta": 2}, "eta must be a number from 0 to 1, got 2"),
     ],
 )
 def test_options_are_checked(pipe: Pipeline, options: dict[str, object], message: str) -> None:
@@ -117,6 +120,30 @@ def test_a_bundle_without_defaults_draws(tmp_path: Path, scheduler: str) -> None
         assert opened.request(STAR).scheduler == "Euler"
 
 
+def test_a_sampler_that_chooses_its_steps_has_no_total(pipe: Pipeline) -> None:
+    request = pipe.request(STAR, scheduler="DPM adaptive", seed=7)
+    assert pipe.total(request) is None
+    steps = list(pipe.stream(STAR, scheduler="DPM adaptive", seed=7))
+    assert [s.index for s in steps] == list(range(1, len(steps) + 1)) and {s.total for s in steps} == {None}
+    assert pipe.total(pipe.request(STAR, scheduler="DDIM", family="a1111", steps=4)) == 3
+
+
+def test_the_options_reach_the_walk(pipe: Pipeline) -> None:
+    options = {"scheduler": "Euler a", "guidance": 4.0, "steps": 4, "seed": 3}
+    plain = pipe(STAR, **options).latents
+    for change in (
+        {"family": "a1111"}, {"schedule": "karras"}, {"eta": 0.5}, {"rng": "nv"}, {"noise_dtype": "fp16"},
+        {"guidance_rescale": 0.7},
+    ):  # fmt: skip
+        assert not np.array_equal(plain, pipe(STAR, **options, **change).latents), change
+
+
+def test_rescale_needs_guidance(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        pipe(STAR, steps=1, guidance_rescale=0.5)
+    assert caplog.messages == ["guidance rescale has no effect without guidance (guidance is 0)"]
+
+
 def test_a_negative_prompt_needs_guidance(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pipe(STAR, steps=1, negative="a circle")
@@ -145,7 +172,8 @@ def test_nan_is_an_error_and_no_black_picture(pipe: Pipeline, monkeypatch: pytes
             return {"out_sample": np.full_like(feeds["sample"], np.nan)}
 
     monkeypatch.setattr(pipe, "_unet", Broken())
-    with pytest.raises(EngineError, match=r"the network's call 1 \(sigma 14\.6\d\) gave values that are not finite"):
+    expected = r"onnxruntime-cpu gave values that are not finite at step 1 \(sigma 14\.6\d\); "
+    with pytest.raises(NotFiniteError, match=expected):
         pipe(STAR)
 
 

@@ -1,0 +1,119 @@
+"""A request's walk from noise to latents: seeds, schedule, sampler and network put together. Knows no bundle, no text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines import Engine
+from .denoiser import Denoiser
+from .noise_model import NoiseModel
+from .prefetch import Prefetch
+from .request import Request
+from .rng import NoiseSource
+from .samplers import Noise, Step
+from .schedulers import Scheduler
+from .schedules import Schedule
+
+Feeds = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where the network runs; `name` is the engine's, for errors. shape: of one sample's latents, [c, h, w]."""
+
+    engine: Engine
+    name: str
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request comes to on a model. total: how many steps will be yielded, None where the sampler decides."""
+
+    scheduler: Scheduler
+    model: NoiseModel
+    schedule: Schedule
+    total: int | None
+
+
+def make_plan(request: Request, scheduler_config: Mapping[str, Any]) -> Plan:
+    """UsageError for steps or a schedule that the sampler can't take, and for a model that it can't run."""
+    scheduler = request.sampling
+    model = scheduler.noise_model(scheduler_config)
+    schedule = scheduler.schedule(model, request.steps, request.schedule)
+    return Plan(
+        scheduler, model, schedule, scheduler.total(request.steps) if request.schedule is None else len(schedule)
+    )
+
+
+def walk(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Generator[Step, None, None]:
+    """Each step's latents, the last one's at the scale that the decoder reads. Closing it frees what it holds."""
+    if plan.total is None and request.samples > 1:
+        yield from _apart(request, plan, network, conditioning)
+        return
+    source = NoiseSource(request.seeds, request.rng, request.noise_dtype)
+    denoise = Denoiser(
+        network.engine, plan.schedule, conditioning, request.guidance, plan.model.config["prediction_type"],
+        rescale=request.guidance_rescale, engine_name=network.name,
+    )  # fmt: skip
+    x = source(network.shape) * np.float32(plan.schedule.scale)
+    with _drawing(plan, source, network.shape) as noise:
+        for step in plan.scheduler.sampler(denoise, x, plan.schedule, noise):
+            denoise.step += 1
+            yield _at_its_end(step, plan.schedule)
+
+
+@contextlib.contextmanager
+def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterator[Noise]:
+    """The sampler's noise, drawn while the network runs; a sampler that draws none costs no thread."""
+    if not plan.scheduler.stochastic:
+        yield lambda sigma, sigma_next: source(shape)
+    elif plan.scheduler.brownian:
+        levels = plan.schedule.sigmas[plan.schedule.sigmas > 0]
+        tree = source.brownian(shape, float(levels.min()), float(levels.max()))
+        with Prefetch(tree, [(a, b) for a, b in plan.schedule.intervals() if b > 0]) as noise:
+            yield noise
+    else:
+        with Prefetch(lambda sigma, sigma_next: source(shape)) as noise:
+            yield noise
+
+
+def _at_its_end(step: Step, schedule: Schedule) -> Step:
+    """Samplers whose own form is variance-preserving, where they end above zero, hand over x in that form.
+
+    Those that began with it do: scale sqrt(1 + sigma^2). k-diffusion's, in sigma units all through, hand x over as it
+    is. (1 + 1e-4: an adaptive walk stops a little before its end.)
+    """
+    start, end = float(schedule.sigmas[0]), float(schedule.sigmas[-1])
+    if 0 < step.sigma <= end * 1.0001 and schedule.scale > start:
+        return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
+    return step
+
+
+def _apart(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Iterator[Step]:
+    """Where the sampler chooses its steps by what it sees, a batch would choose other ones than each sample alone.
+
+    So each walks by itself, a step at a time; those that have arrived wait for the rest.
+    """
+    n = request.samples
+    with contextlib.ExitStack() as stack:
+        walks = []
+        for i, seed in enumerate(request.seeds):
+            feeds = {name: value[i::n] for name, value in conditioning.items()}  # its row, with guidance both of them
+            alone = walk(replace(request, seed=seed, samples=1), plan, network, feeds)
+            walks.append(stack.enter_context(contextlib.closing(alone)))
+        steps, moved = [next(w) for w in walks], True
+        while moved:
+            yield Step(
+                np.concatenate([s.x for s in steps]), np.concatenate([s.x0 for s in steps]), max(s.sigma for s in steps)
+            )
+            following = [next(w, None) for w in walks]
+            steps = [new or old for new, old in zip(following, steps, strict=True)]
+            moved = any(new is not None for new in following)
