@@ -122,7 +122,9 @@ def dpm2(
         if down == 0:
             x = toward(x, x0, 0.0)
         else:
-            middle = math.sqrt(sigma * down)
+            # With eta 1 this is sigma_next up to rounding, where diffusers' grid may have a whole timestep but its middle
+            # a fractional one: just beside it.
+            middle = math.sqrt(sigma * down) * (1 - 1e-12)
             guess = toward(x, x0, middle / sigma)
             out = guess - denoise(guess, middle)
             out *= (down - sigma) / middle

@@ -173,7 +173,7 @@ _A1111_ROWS = (
     ),
     _own("PLMS", multistep.plms, a1111_grids.plms, 2, least_steps=2, total_of=a1111_grids.timesteps_total),
     _own(
-        "UniPC", partial(multistep.unipc, variant="bh1"), a1111_grids.unipc, 3, least_steps=3,
+        "UniPC", partial(multistep.unipc, variant="bh1"), a1111_grids.unipc, 4, least_steps=3,
         total_of=a1111_grids.unipc_total,
     ),
 )  # fmt: skip

@@ -157,8 +157,9 @@ def dpm(model: NoiseModel, n: int, named: str | None = None, *, orders: Orders) 
         timesteps = model.log_timestep(sigmas)
         if spacing == "karras":
             timesteps = np.round(timesteps)
-        elif spacing in ("exponential", "beta"):  # kept there in a tensor of integers
-            timesteps = np.floor(timesteps)
+        elif spacing in ("exponential", "beta"):
+            # kept there in a tensor of integers, the first of them a hair below the last timestep
+            timesteps = np.maximum(np.floor(timesteps - 1e-6), 0)
     else:
         timesteps = np.round(model.spaced(n, extra=1))
         sigmas = model.sigma_at(timesteps)

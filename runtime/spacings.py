@@ -45,7 +45,7 @@ def _ends(model: NoiseModel, low: float, high: float) -> tuple[float, float]:
 
 def simple(model: NoiseModel, n: int, low: float, high: float) -> Array:
     """Every (train_steps / n)-th of the model's own levels from the top, rounded down."""
-    each, last = model.train_steps / n, model.train_steps - 1
+    each, last = max(model.train_steps / n, 1), model.train_steps - 1
     return model.sigmas[[last - min(int(i * each), last) for i in range(n)]]
 
 

@@ -20,10 +20,10 @@ VEGA = {
 }  # fmt: skip
 
 
-def network(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+def network(x: NDArray[Any], t: float) -> NDArray[Any]:
     """A made-up prediction: depends on x (non-linearly), on neighbours, and on the timestep down to a single one."""
     near = np.roll(x, 1, -1)
-    return (np.tanh(0.8 * x + 0.1 * near) + 0.2 * np.sin(x * 2 + t / 90.0)).astype(np.float32)
+    return (np.tanh(0.8 * x + 0.1 * near) + 0.2 * np.sin(x * 2 + t / 90.0)).astype(x.dtype)
 
 
 class NetworkEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -16,35 +17,39 @@ import diffusers
 import numpy as np
 import torch
 
-from vega_edge.runtime.schedulers import Scheduler
-
 from . import fakes
 from .sampler_cells import Cell, noise_for
 
 
 def run(cell: Cell) -> np.ndarray:
-    return k_diffusion(cell) if cell.family == "a1111" else through_diffusers(cell.row, cell.config, cell.steps)[0]
+    """The latents that a reference ends with, in the variance-preserving form."""
+    return k_diffusion(cell) if cell.family == "a1111" else through_diffusers(cell)[0]
 
 
-def through_diffusers(row: Scheduler, config: dict[str, Any], steps: int) -> tuple[np.ndarray, list[float]]:
+def through_diffusers(cell: Cell) -> tuple[np.ndarray, list[float]]:
     """Latents and timesteps of diffusers' loop, as its pipelines run it."""
-    scheduler = getattr(diffusers, row.diffusers).from_config(config, **row.forced)
-    draws = iter(noise_for(steps))
+    diffusers.utils.logging.set_verbosity_error()  # of each option that a class does not know
+    scheduler = getattr(diffusers, str(cell.row.diffusers)).from_config(cell.config, **cell.row.forced)
+    options = {} if cell.eta is None else {"eta": cell.eta}
+    draws = iter(noise_for(cell.steps))
     module = sys.modules[type(scheduler).__module__]
     draw = mock.patch.object(module, "randn_tensor", lambda *a, **k: torch.from_numpy(next(draws)), create=True)
     timesteps = []
     with draw, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # LMS: scipy's quadrature on float32
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(cell.steps)
         x = torch.from_numpy(next(draws)) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t)
             timesteps.append(float(t))
             out = torch.from_numpy(fakes.network(scaled.numpy(), np.float32(t)))
-            x = scheduler.step(out, t, x).prev_sample
-    return x.numpy(), timesteps
+            x = scheduler.step(out, t, x, **options).prev_sample
+    # The one class that stays in sigma units and may end above zero; its x is decoded there as if it ended at zero.
+    end = float(scheduler.sigmas[-1]) if cell.name.startswith("Euler") else 0.0
+    return np.asarray(x.numpy() / np.float32(np.hypot(1, end))), timesteps
 
 
+@functools.cache
 def k_diffusion_alone() -> SimpleNamespace:
     """k-diffusion's `sampling` and `external`, loaded without the package, which imports half the world."""
     spec = importlib.util.find_spec("k_diffusion")
@@ -97,6 +102,8 @@ def k_diffusion(cell: Cell) -> np.ndarray:
         sigmas = torch.cat((sigmas[:-2], sigmas[-1:]))
     draws: Iterator[torch.Tensor] = map(torch.from_numpy, iter(noise_for(cell.steps)))
     x = next(draws) * sigmas[0]
+    if cell.eta is not None:
+        options = {**options, "eta": cell.eta}
     if any(a in function for a in ("ancestral", "sde", "fast", "adaptive")):
         options = {**options, "noise_sampler": lambda sigma, sigma_next: next(draws)}
     end = 0.0

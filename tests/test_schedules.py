@@ -1,115 +1,235 @@
-"""Properties that need no reference: grids, perfect denoisers, orders of convergence, generators without state."""
+"""Properties that need no reference: grids, spacings, names, and what configs may say."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vega_edge.errors import UsageError
-from vega_edge.runtime.denoiser import Denoiser
-from vega_edge.runtime.schedulers import SCHEDULERS, get_scheduler, scheduler_named_in
+from vega_edge.runtime import spacings
+from vega_edge.runtime.noise_model import NoiseModel
+from vega_edge.runtime.schedulers import (
+    FAMILIES,
+    SCHEDULES,
+    Scheduler,
+    all_schedulers,
+    get_scheduler,
+    scheduler_named_in,
+)
+from vega_edge.runtime.schedules import Schedule
 
-from .fakes import VEGA, NetworkEngine
+from .fakes import VEGA
 
-SPACINGS = ("leading", "trailing", "linspace")
+ROWS = all_schedulers()
+IDS = [f"{row.family}/{row.name}" for row in ROWS]
+SOME_STEPS = (1, 2, 3, 4, 7, 10, 25, 50, 61, 100, 103, 333, 499, 501, 750, 998, 999, 1000)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(SCHEDULERS)), st.sampled_from(SPACINGS), st.integers(1, 998))
-def test_every_grid_falls_and_has_n_steps(name: str, spacing: str, n: int) -> None:
-    n = min(n, 50) if name == "LCM" else n
-    schedule = SCHEDULERS[name].schedule({**VEGA, "timestep_spacing": spacing}, n)
-    assert len(schedule) == n and len(schedule.sigmas) == n + 1
-    # Some grids end at timestep 0, which is where diffusers' DDIM lands too (set_alpha_to_one false): a last step that
-    # goes nowhere, kept because such a model's config asks for it.
-    stands = name == "DDIM" and schedule.timesteps[-1] == 0
-    falls = np.diff(schedule.sigmas[:-1] if stands else schedule.sigmas)
-    assert (falls < 0).all() and schedule.sigmas[-1] >= 0
+def most(row: Scheduler) -> int:
+    return 50 if row.name in ("LCM", "TCD") else 1000
+
+
+def check(row: Scheduler, schedule: Schedule, n: int) -> None:
+    """n + 1 falling levels, each but the last with a timestep of the network's."""
+    assert len(schedule.sigmas) == len(schedule) + 1
+    # Grids that end at timestep 0 end where set_alpha_to_one false lands too: a last step that goes nowhere, kept
+    # because such a model's config asks for it.
+    stands = row.name in ("DDIM", "PNDM") and schedule.timesteps[-1] == 0
+    assert (np.diff(schedule.sigmas[:-1] if stands else schedule.sigmas) < 0).all(), n
+    assert schedule.sigmas[-1] >= 0 and np.isfinite(schedule.sigmas).all()
     assert (schedule.timesteps >= 0).all() and (schedule.timesteps <= 999).all()
+    assert (np.diff(schedule.timesteps) <= 0).all()
+    detours = sum(len(detour) - 1 for detour in schedule.detours)
+    assert len(schedule) + detours == (row.total(n) if row.total(n) is not None else 1)
 
 
-@pytest.mark.parametrize("n", [61, 103, 123])
-def test_trailing_never_has_a_step_too_many(n: int) -> None:
-    assert len(SCHEDULERS["Euler"].schedule({**VEGA, "timestep_spacing": "trailing"}, n)) == n
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_every_grid_falls_for_every_number_of_steps(row: Scheduler) -> None:
+    model = row.noise_model(VEGA)
+    for n in range(row.least_steps, most(row) + 1):
+        check(row, row.schedule(model, n), n)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 25])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_perfect_denoiser_is_reproduced(name: str, spacing: str, steps: int) -> None:
-    scheduler = SCHEDULERS[name]
-    schedule = scheduler.schedule({**VEGA, "timestep_spacing": spacing, "set_alpha_to_one": True}, steps)
-    rng = np.random.default_rng(0)
-    truth = rng.standard_normal((1, 4, 8, 8), dtype=np.float32)
-    x = truth + np.float32(schedule.sigmas[0]) * rng.standard_normal(truth.shape, dtype=np.float32)
-    *_, last = scheduler.sampler(
-        lambda x, sigma: truth, x, schedule, lambda: rng.standard_normal(truth.shape, dtype=np.float32)
-    )
-    assert last.x == pytest.approx(truth, abs=1e-4 + 5 * schedule.sigmas[-1])  # some end above zero
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_every_named_schedule_falls_for_every_sampler(row: Scheduler) -> None:
+    model = row.noise_model(VEGA)
+    if not row.any_schedule:
+        with pytest.raises(UsageError, match=f"^{row.name} makes its own schedule and can't use 'karras'$"):
+            row.schedule(model, 10, "karras")
+        return
+    for named, n in itertools.product(SCHEDULES, SOME_STEPS):
+        if n >= row.least_steps:
+            schedule = row.schedule(model, n, named)
+            assert len(schedule) == n and (np.diff(schedule.sigmas) < 0).all(), (named, n)
+            assert schedule.scale > 0 and (schedule.orders is None or len(schedule.orders) == n)
 
 
-@pytest.mark.parametrize(("name", "order"), [("Euler", 1), ("DDIM", 1), ("DPM Multi", 2)])
-def test_order_of_convergence_on_gaussian_data(name: str, order: int) -> None:
-    """For data ~ N(0, 1) the best denoiser is x / (1 + sigma^2), and the exact path goes as sqrt(1 + sigma^2)."""
-    scheduler = get_scheduler(name)
-    errors = []
-    for steps in (40, 80):
-        schedule = scheduler.schedule({**VEGA, "timestep_spacing": "trailing", "set_alpha_to_one": True}, steps)
-        x = np.full((1, 1, 1, 1), np.hypot(1, schedule.sigmas[0]), np.float64)
-        walk = scheduler.sampler(lambda x, s: x / (1 + s * s), x, schedule, lambda: np.zeros(1))
-        # compared above the last step, which is first order for every sampler
-        step, sigma = [(s.x, t) for s, t in zip(walk, schedule.sigmas[1:], strict=True)][-1 - steps // 4]
-        errors.append(abs(float(step.item()) - np.hypot(1, sigma)))
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("row", [r for r in ROWS if r.family == "diffusers"], ids=lambda r: r.name)
+def test_every_timestep_spacing_falls(row: Scheduler, spacing: str) -> None:
+    model = row.noise_model({**VEGA, "timestep_spacing": spacing})
+    for n in SOME_STEPS:
+        if n <= most(row):
+            check(row, row.schedule(model, n), n)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_interleaved_runs_equal_separate_ones(name: str) -> None:
-    def run() -> Any:
-        scheduler, rng = SCHEDULERS[name], np.random.default_rng(1)
-        schedule = scheduler.schedule(VEGA, 6)
-        denoise = Denoiser(NetworkEngine(), schedule, {}, 0.0, "epsilon")
-        x = rng.standard_normal((1, 4, 8, 8), dtype=np.float32) * np.float32(schedule.scale)
-        return scheduler.sampler(denoise, x, schedule, lambda: rng.standard_normal(x.shape, dtype=np.float32))
-
-    alone = [step.x for step in run()]
-    first, second = run(), run()
-    for a, b, expected in zip(first, second, alone, strict=True):
-        assert np.array_equal(a.x, expected) and np.array_equal(b.x, expected)
+def test_karras_starts_elsewhere_in_the_two_families() -> None:
+    """diffusers spans what its leading timesteps span, the web UI the whole of training."""
+    tops = {f: get_scheduler("DPM2 Karras", f).schedule(NoiseModel(_read(f)), 25).sigmas[0] for f in FAMILIES}
+    assert tops == pytest.approx({"diffusers": 11.68, "a1111": 14.61}, abs=0.01)
 
 
-def test_names_of_schedulers() -> None:
-    assert get_scheduler("euler A").name == "Euler a"
-    with pytest.raises(UsageError) as error:
+def _read(family: str) -> dict[str, Any]:
+    return dict(get_scheduler("DPM2 Karras", family).noise_model(VEGA).config)
+
+
+def test_the_next_to_last_sigma_is_dropped_where_the_web_ui_drops_it() -> None:
+    model = get_scheduler("DPM2", "a1111").noise_model(VEGA)
+    for name, drops in (("DPM2", True), ("DPM2 a Karras", True), ("DPM++ 3M SDE Exponential", True), ("Heun", False)):
+        last = get_scheduler(name, "a1111").schedule(model, 10).sigmas[-2]
+        assert (last > 1.5 * model.sigmas[0]) == drops, name
+
+
+def test_beta_quantiles_are_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    q = np.concatenate((np.linspace(0, 1, 1001), [1e-12, 1e-6, 1 - 1e-6]))
+    assert spacings.beta_quantile(q) == pytest.approx(stats.beta.ppf(q, 0.6, 0.6), rel=1e-12, abs=1e-15)
+
+
+def test_align_your_steps_tables() -> None:
+    """At the tables' own length they are used as published; between, log-linearly; one step starts at the top."""
+    model = NoiseModel(_read("a1111"))
+    assert spacings.levels("ays", model, 11) == pytest.approx(spacings.AYS_SD15)
+    assert spacings.levels("ays_sdxl", model, 21)[::2] == pytest.approx(spacings.AYS_SDXL)
+    assert spacings.levels("ays_sdxl", model, 21)[1] == pytest.approx((14.615 * 6.315) ** 0.5)
+    assert spacings.levels("ays", model, 1) == pytest.approx([14.615])
+
+
+def test_zero_terminal_snr() -> None:
+    """Algorithm 1 of arXiv:2305.08891 keeps the first abar and takes the last to 0, here to 2^-24."""
+    plain = get_scheduler("Euler").noise_model(VEGA).alphas_cumprod
+    zero = get_scheduler("Euler").noise_model({**VEGA, "rescale_betas_zero_snr": True}).alphas_cumprod
+    assert zero[0] == pytest.approx(plain[0], rel=1e-6) and zero[-1] == 2.0**-24 and (np.diff(zero) < 0).all()
+
+
+def test_timesteps_between_the_grid_are_interpolated_in_log_sigma() -> None:
+    schedule = get_scheduler("DPM Multi Karras").schedule(get_scheduler("DPM Multi Karras").noise_model(VEGA), 10)
+    model = schedule.train_sigmas
+    assert schedule.timestep(float(schedule.sigmas[3])) == schedule.timesteps[3] == round(schedule.timesteps[3])
+    assert schedule.timestep(float(np.sqrt(model[500] * model[501]))) == pytest.approx(500.5, abs=1e-6)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+SEGMIND = "DDIM, DPM Multi, DPM Single, Euler a, Euler, Heun, DPM2 a Karras, DPM2 Karras, LMS, PNDM, DDPM, UniPC"
+DYNAVIS = (
+    "DPM++ 2M Karras, DPM++ SDE Karras, DPM++ 2M SDE Exponential, DPM++ 2M SDE Karras, Euler a, Euler, LMS, Heun, DPM2, "
+    "DPM2 a, DPM++ 2S a, DPM++ 2M, DPM++ SDE, DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2M SDE Heun Karras, "
+    "DPM++ 2M SDE Heun Exponential, DPM++ 3M SDE, DPM++ 3M SDE Karras, DPM++ 3M SDE Exponential, DPM fast, DPM adaptive, "
+    "LMS Karras, DPM2 Karras, DPM2 a Karras, DPM++ 2S a Karras, Restart, DDIM, PLMS, UniPC"
+)
+
+
+@pytest.mark.parametrize(("family", "listed", "count"), [("diffusers", SEGMIND, 12), ("a1111", DYNAVIS, 30)])
+def test_every_name_of_the_api_pages(family: str, listed: str, count: int) -> None:
+    names = listed.split(", ")
+    assert len(names) == count
+    for name in (*names, "LCM", "TCD", "Euler Lightning"):
+        row = get_scheduler(name, family)
+        assert (row.name, row.family) == (name, family)
+
+
+def test_no_two_rows_answer_to_one_name() -> None:
+    assert len({(row.family, row.name) for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        assert get_scheduler(row.name.upper().replace(" ", "_"), row.family) is row
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "family"),
+    [
+        ("dpmpp_2m", "DPM++ 2M", "a1111"), ("dmpp_2m", "DPM++ 2M", "a1111"), ("dpmpp_sde_ancestral", "DPM++ SDE", "a1111"),
+        ("euler_a", "Euler a", "diffusers"), ("euler_ancestral", "Euler a", "diffusers"), ("ddim", "DDIM", "diffusers"),
+        ("k_dpmpp_2m_ka", "DPM++ 2M Karras", "a1111"), ("dpmpp_3m_sde_exp", "DPM++ 3M SDE Exponential", "a1111"),
+        ("sample_dpm_2_ancestral", "DPM2 a", "diffusers"), ("k_dpm_ad", "DPM adaptive", "a1111"),
+        ("DPMSolverMultistepScheduler", "DPM Multi", "diffusers"), ("UniPCMultistep", "UniPC", "diffusers"),
+        ("EulerAncestralDiscreteScheduler", "Euler a", "diffusers"), ("KDPM2DiscreteScheduler", "DPM2", "diffusers"),
+        ("euler trailing", "Euler Lightning", "diffusers"), (" PLMS ", "PLMS", "a1111"),
+    ],
+)  # fmt: skip
+def test_loose_spellings(written: str, name: str, family: str) -> None:
+    row = get_scheduler(written)
+    assert (row.name, row.family) == (name, family)
+
+
+def test_unknown_names_list_the_nearest() -> None:
+    with pytest.raises(
+        UsageError, match=r"^unknown scheduler 'Eular'; did you mean 'Euler'\? there are: DDIM, DDPM, DPM ad"
+    ):
         get_scheduler("Eular")
-    assert (
-        str(error.value)
-        == "unknown scheduler 'Eular'; did you mean 'Euler'? there are: DDIM, DPM Multi, DPM Multi Karras, Euler, Euler a, LCM"
-    )
+    with pytest.raises(UsageError, match=r"^unknown family 'comfy'; there are: a1111, diffusers$"):
+        get_scheduler("Euler", "comfy")
+    with pytest.raises(UsageError, match=r"^unknown schedule 'karas'; did you mean 'karras'\? there are: ays, "):
+        get_scheduler("Euler").schedule(get_scheduler("Euler").noise_model(VEGA), 10, "karas")
+
+
+def test_the_name_in_a_config() -> None:
     assert scheduler_named_in({"_class_name": "LCMScheduler"}) == "LCM"
+    assert scheduler_named_in({"_class_name": "EulerDiscreteScheduler"}) == "Euler"
+    assert scheduler_named_in({"_class_name": "DPMSolverMultistepScheduler"}) == "DPM Multi"
     with pytest.raises(UsageError, match=r"scheduler_config\.json names 'FooScheduler', which is not implemented"):
         scheduler_named_in({"_class_name": "FooScheduler"})
 
 
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
-        ({"thresholding": True}, "DPM Multi: thresholding True in scheduler_config.json is not supported; allowed: False, None"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported; use linear or scaled_linear"),
-        ({"timestep_spacing": "even"}, "timestep_spacing 'even' is not known; use leading, trailing or linspace"),
+        ("DPM Multi", {"thresholding": True}, "DPM Multi: thresholding True in scheduler_config.json is not supported; allowed: False, None"),
+        ("DPM Multi", {"algorithm_type": "sde-dpmsolver++"}, "DPM Multi: algorithm_type 'sde-dpmsolver++' in scheduler_config.json is not supported; allowed: 'dpmsolver++', 'deis'"),
+        ("PNDM", {"skip_prk_steps": False}, "PNDM: skip_prk_steps False in scheduler_config.json is not supported; allowed: True"),
+        ("DDPM", {"variance_type": "learned"}, "DDPM: variance_type 'learned' in scheduler_config.json is not supported; allowed: 'fixed_small', 'fixed_small_log'"),
+        ("UniPC", {"predict_x0": False}, "UniPC: predict_x0 False in scheduler_config.json is not supported; allowed: True"),
+        ("Euler", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported; use linear or scaled_linear"),
+        ("Euler", {"timestep_spacing": "even"}, "timestep_spacing 'even' is not known; use leading, trailing or linspace"),
+        ("Euler", {"prediction_type": "flow"}, "Euler: prediction_type 'flow' in scheduler_config.json is not supported; allowed: 'epsilon', 'v_prediction', 'sample'"),
     ],
 )  # fmt: skip
-def test_options_that_are_not_implemented_are_refused(change: dict[str, Any], message: str) -> None:
+def test_options_that_are_not_implemented_are_refused(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
-        get_scheduler("DPM Multi").schedule({**VEGA, **change}, 10)
+        get_scheduler(name).schedule(get_scheduler(name).noise_model({**VEGA, **change}), 10)
     assert str(error.value) == message
 
 
-def test_lcm_takes_no_more_than_its_original_steps() -> None:
+@pytest.mark.parametrize(
+    ("name", "family", "steps", "message"),
+    [
+        ("Euler", "diffusers", 0, "Euler takes 1 to 1000 steps, got 0"),
+        ("Euler", "diffusers", 1001, "Euler takes 1 to 1000 steps, got 1001"),
+        ("DDIM", "a1111", 1, "DDIM takes 2 to 1000 steps, got 1"),
+        ("PLMS", "a1111", 1, "PLMS takes 2 to 1000 steps, got 1"),
+        ("UniPC", "a1111", 2, "UniPC takes 3 to 1000 steps, got 2"),
+        ("LCM", "diffusers", 51, "this model was distilled on 50 steps and can't take 51; allowed: 1 to 50"),
+    ],
+)
+def test_steps_that_a_sampler_cannot_take(name: str, family: str, steps: int, message: str) -> None:
+    row = get_scheduler(name, family)
     with pytest.raises(UsageError) as error:
-        get_scheduler("LCM").schedule(VEGA, 51)
-    assert str(error.value) == "LCM was distilled on 50 steps and can't take 51; allowed: 1 to 50"
+        row.schedule(row.noise_model(VEGA), steps)
+    assert str(error.value) == message
+
+
+def test_eta() -> None:
+    assert get_scheduler("DDIM").eta == 0 and not get_scheduler("DDIM").stochastic
+    assert get_scheduler("DDIM").with_eta(0.5).stochastic and get_scheduler("TCD").eta == 0.3
+    assert not get_scheduler("Euler a").with_eta(0).stochastic and get_scheduler("LCM").stochastic
+    with pytest.raises(UsageError, match=r"^Euler has no eta$"):
+        get_scheduler("Euler").with_eta(0.5)
+    for eta in (-0.1, 1.5, True, "half", float("nan")):
+        with pytest.raises(UsageError, match=r"^eta must be a number from 0 to 1, got "):
+            get_scheduler("DDIM").with_eta(eta)  # type: ignore[arg-type]
