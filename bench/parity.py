@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from ..models import recipes
 from ..runtime.pipeline import Pipeline
-from ..runtime.schedulers import SCHEDULERS, get_scheduler
+from ..runtime.schedulers import all_schedulers, get_scheduler
 from .machine import facts, markdown
 
+SCHEDULERS = [row.name for row in all_schedulers() if row.family == "diffusers"]
+FEW = ("LCM", "TCD", "Euler Lightning")  # made for few steps
 PROMPT, NEGATIVE = "a big red star above a small blue house on a yellow background", "a green circle"
 
 
@@ -88,6 +90,7 @@ def compare(
     got = ours(
         PROMPT,
         scheduler=scheduler,
+        family="diffusers",
         steps=steps,
         guidance=guidance,
         negative=negative if guidance > 1 else None,
@@ -117,7 +120,7 @@ def main() -> None:
             export_bundle(recipe.checkpoint_path, bundle, **recipe.export_options())
             ours, theirs = Pipeline.open(bundle, "onnxruntime-cpu"), reference_pipeline(name)
             for scheduler in SCHEDULERS:
-                steps = 4 if scheduler == "LCM" else 25
+                steps = 4 if scheduler in FEW else 25
                 rows += [compare(ours, theirs, scheduler, steps, guidance) for guidance in (0.0, 3.0)]
             ours.close()
     print(

@@ -18,18 +18,17 @@ import pytest
 
 from vega_edge.cli import main
 from vega_edge.models import recipes
-from vega_edge.runtime import schedules
+from vega_edge.runtime import request, schedules
 from vega_edge.runtime.pipeline import Pipeline
-from vega_edge.runtime.schedulers import SCHEDULERS
+from vega_edge.runtime.schedulers import Scheduler, get_scheduler
 
 pytest.importorskip("torch", reason="compares with diffusers, which needs torch (the export extra)")
 
-from vega_edge.bench.parity import Parity, compare, reference_pipeline
+from vega_edge.bench.parity import FEW, SCHEDULERS, Parity, compare, reference_pipeline
 from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.export.lora import match_lora, read_lora
 
 MAX_ERROR, MIN_PSNR_DB = 5e-4, 60.0
-STEPS = {"LCM": 4}
 
 
 def good(parity: Parity) -> bool:
@@ -58,7 +57,7 @@ def both(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> tup
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_same_picture_as_diffusers(both: tuple[Pipeline, Any], scheduler: str, guidance: float) -> None:
-    parity = compare(*both, scheduler, STEPS.get(scheduler, 8), guidance)
+    parity = compare(*both, scheduler, 4 if scheduler in FEW else 8, guidance)
     assert good(parity), parity
 
 
@@ -74,11 +73,14 @@ def vega(exported: Callable[[str], Path]) -> tuple[Path, Any]:
 
 
 def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(model: schedules.NoiseModel, n: int) -> schedules.Schedule:
+    def shifted(model: schedules.NoiseModel, n: int, named: str | None = None) -> schedules.Schedule:
         schedule = schedules.euler(model, n)
         return replace(schedule, timesteps=schedule.timesteps - 1)
 
-    monkeypatch.setitem(SCHEDULERS, "Euler", replace(SCHEDULERS["Euler"], grid=shifted))
+    def moved(name: str, family: str = "diffusers") -> Scheduler:
+        return replace(get_scheduler(name, family), grid=shifted)
+
+    monkeypatch.setattr(request, "get_scheduler", moved)
     assert not good(compare(Pipeline.open(vega[0], "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
 
 
