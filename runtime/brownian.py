@@ -35,7 +35,7 @@ class _Node(NamedTuple):
 
 
 class BrownianTree:
-    """W on [low, high], with `tree(a, b)` = W(b) - W(a) for a <= b, float32 of the shape `draw` gives."""
+    """W on [low, high], constant outside, with `tree(a, b)` = W(b) - W(a) for a <= b, float32 of the shape `draw` gives."""
 
     def __init__(self, entropy: int, low: float, high: float, draw: Draw) -> None:
         self._entropy, self._draw = entropy, draw
@@ -46,14 +46,14 @@ class BrownianTree:
         self._left: dict[tuple[int, int], Array] = {}  # of (key, depth): the increment of the left half
 
     def __call__(self, a: float, b: float) -> Array:
-        a, b = (round(min(max(_single(s), self._root.start), self._root.end), _DIGITS) for s in (a, b))
+        a, b = (round(_single(s), _DIGITS) for s in (a, b))
         total = np.zeros_like(self._root.increment)
         for node in self._cover(self._root, a, b):
             total += node.increment
         return total
 
     def _cover(self, node: _Node, a: float, b: float) -> Iterator[_Node]:
-        """The fewest nodes that make up [a, b], from left to right."""
+        """The fewest nodes that make up what of [a, b] is in the range, from left to right."""
         if b <= node.start or a >= node.end or a == b:
             return
         if a <= node.start and b >= node.end:

@@ -119,7 +119,8 @@ class NoiseSource:
 
     def __call__(self, shape: tuple[int, ...]) -> Array:
         """float32 [samples, *shape], the next of every stream."""
-        return np.stack([s.randn(shape) for s in self._streams])
+        drawn = [s.randn(shape) for s in self._streams]
+        return drawn[0][None] if len(drawn) == 1 else np.stack(drawn)
 
     def brownian(self, shape: tuple[int, ...], sigma_min: float, sigma_max: float) -> Noise:
         """Increments of one Brownian tree a sample, whose entropy is its seed; apart from the streams.

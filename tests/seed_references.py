@@ -33,10 +33,10 @@ def sigmas(n: int = 12) -> list[float]:
 
 
 def queries() -> list[tuple[float, float]]:
-    """Falling steps as samplers take them, their midpoints, a rising one, and some in no order."""
+    """Falling steps as samplers take them, their midpoints (not rounded to float32), a rising one, and some in no order."""
     grid = sigmas()
     steps = list(pairwise(grid))
-    middles = [(a, float(np.float32(np.sqrt(a * b)))) for a, b in steps[::3]]
+    middles = [(a, float(np.sqrt(a * b))) for a, b in steps[::3]]
     return [*steps, *middles, (grid[-1], grid[0]), (grid[5], grid[3]), (grid[0], grid[-1]), (1.0, 1.00001)]
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from vega_edge.runtime.brownian import BrownianTree
 from vega_edge.runtime.prefetch import Prefetch
 from vega_edge.runtime.rng import NoiseSource
 from vega_edge.runtime.rng_nv import PhiloxGenerator
@@ -93,6 +94,13 @@ def test_deviates_are_of_unit_variance_and_independent_from_step_to_step() -> No
 def test_outside_the_range_the_path_stands_still() -> None:
     noise = tree()
     assert np.allclose(noise(1.0, 0.0), noise(1.0, LOW) * np.float32(np.sqrt(1.0 - LOW)), atol=1e-6)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    path = BrownianTree(3, LOW, HIGH, lambda seed: np.random.RandomState(seed).standard_normal(2).astype(np.float32))
+    for a, b in pairwise(sigmas(300)):
+        path(b, a)
+    assert len(path._left) <= 64
 
 
 # -- drawing ahead ----------------------------------------------------------------------------------------------------
