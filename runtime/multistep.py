@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,15 +18,14 @@ def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, order: int
     """Linear multistep: the slopes' interpolating polynomial in sigma, integrated (k-diffusion's `sample_lms`)."""
     scratch = np.empty_like(x)
     levels = schedule.sigmas.tolist()
-    slopes: list[Array] = []
+    past: list[Array] = []  # x - x0, the slopes but for 1 / sigma
     for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
         x0 = denoise(x, sigma)
-        slope = x - x0
-        slope *= 1 / sigma
-        slopes = [slope, *slopes[: order - 1]]
-        out = x.copy()
-        for factor, d in zip(_lagrange_integrals(levels, i, len(slopes)), slopes, strict=True):
-            add(out, factor, d, scratch)
+        past = [x - x0, *past[: order - 1]]
+        out = x
+        for j, weight in enumerate(_lagrange_integrals(levels, i, len(past))):
+            np.multiply(past[j], weight / levels[i - j], out=scratch)
+            out = out + scratch if out is x else np.add(out, scratch, out=out)
         x = out
         yield Step(x, x0, sigma_next)
 
@@ -49,50 +49,57 @@ def plms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterat
     Where `schedule.velocity`, the weights are on v, as diffusers' PNDM has it. Landings as in `samplers.ancestral`.
     """
     landings = schedule.sigmas[1:] if schedule.landings is None else schedule.landings
-    history: list[Array] = []
+    velocity = schedule.velocity
+    scratch = np.empty_like(x)
+    history: list[_Said] = []
     for i, ((sigma, sigma_next), landing) in enumerate(zip(schedule.intervals(), landings.tolist(), strict=True)):
         x0 = denoise(x, sigma)
-        said = _said(x, x0, sigma, schedule.velocity)
-        history = [said, *history[:3]]
+        history = [_said(x, x0, sigma, velocity), *history[:3]]
+        weights = _ADAMS_BASHFORTH[len(history)]
         if i == 0 and schedule.retake:
             start, end = schedule.retake
-            guess = _reread(_go(x, said, sigma, landing, schedule.velocity), landing, end)
-            mean = _said(guess, denoise(guess, end), end, schedule.velocity)
-            mean += said
-            mean *= 0.5
-            x, landing = _go(_reread(x, sigma, start), mean, start, end, schedule.velocity), end
+            guess = _reread(_go(x, history, weights, sigma, landing, velocity, scratch), landing, end)
+            both = [*history, _said(guess, denoise(guess, end), end, velocity)]
+            x = _go(_reread(x, sigma, start), both, (0.5, 0.5), start, end, velocity, scratch)
+            landing = end
         else:
-            weights = _ADAMS_BASHFORTH[len(history)]
-            mean = said * weights[0]
-            scratch = np.empty_like(x)
-            for weight, older in zip(weights[1:], history[1:], strict=True):
-                add(mean, weight, older, scratch)
-            x = _go(x, mean, sigma, landing, schedule.velocity)
+            x = _go(x, history, weights, sigma, landing, velocity, scratch)
         x = _reread(x, landing, sigma_next)
         yield Step(x, x0, sigma_next)
 
 
-def _said(x: Array, x0: Array, sigma: float, velocity: bool) -> Array:
-    """The network's noise, (x - x0) / sigma, or its v (Salimans & Ho 2022, arXiv:2202.00512) at that x0."""
-    if not velocity:
-        out = x - x0
-        out *= 1 / sigma
-        return out
-    scale = math.hypot(1, sigma)
-    out = x * (1 / (sigma * scale))
-    out -= x0 * (scale / sigma)
-    return out
+class _Said(NamedTuple):
+    """The network's noise, or its v, but for a factor."""
+
+    values: Array
+    factor: float
 
 
-def _go(x: Array, said: Array, sigma: float, sigma_next: float, velocity: bool) -> Array:
-    """DDIM's step: along the noise."""
+def _said(x: Array, x0: Array, sigma: float, velocity: bool) -> _Said:
+    """The noise is (x - x0) / sigma; v is of Salimans & Ho 2022 (arXiv:2202.00512)."""
     if not velocity:
-        out = said * (sigma_next - sigma)
+        return _Said(x - x0, 1 / sigma)
+    values = x * (1 / (1 + sigma**2))
+    values -= x0
+    return _Said(values, math.hypot(1, sigma) / sigma)
+
+
+def _go(
+    x: Array, said: Sequence[_Said], weights: Sequence[float], sigma: float, sigma_next: float, velocity: bool,
+    scratch: Array,
+) -> Array:  # fmt: skip
+    """DDIM's step along the noise, which for v is made of it and x."""
+    reach, keep = sigma_next - sigma, 1.0
+    if velocity:
+        keep += reach * sigma / (1 + sigma**2)
+        reach /= math.hypot(1, sigma)
+    out = said[0].values * (said[0].factor * weights[0] * reach)
+    for (values, factor), weight in zip(said[1:], weights[1:], strict=True):
+        add(out, factor * weight * reach, values, scratch)
+    if velocity:
+        add(out, keep, x, scratch)
+    else:
         out += x
-        return out
-    scale = math.hypot(1, sigma)
-    out = x * (1 + (sigma_next - sigma) * sigma / scale**2)
-    out += said * ((sigma_next - sigma) / scale)
     return out
 
 

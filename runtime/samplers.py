@@ -2,8 +2,8 @@
 
 `denoise(x, sigma)` gives the network's estimate of x0; x is in sigma units, x = x0 + sigma * noise.
 `noise(sigma, sigma_next)` gives normal deviates of x's shape: independent ones whatever the two are, or a Brownian
-path's between them. Each step yields a `Step`; the last one's `x` is the result. Arrays that were yielded are not
-written to again; a `scratch` never leaves its generator. Here: samplers that look at one interval at a time.
+path's between them. Each step yields a `Step`; the last one's `x` is the result. Arrays that were yielded, or given,
+are not written to again; those that only `denoise` saw may be. Here: samplers that look at one interval at a time.
 """
 
 from __future__ import annotations
@@ -95,16 +95,17 @@ def heun(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterat
 
 def _heun_step(denoise: Denoise, x: Array, sigma: float, sigma_next: float, scratch: Array) -> tuple[Array, Array]:
     x0 = denoise(x, sigma)
-    guess = toward(x, x0, sigma_next / sigma)
     if sigma_next == 0:
-        return guess, x0
-    half = (sigma_next - sigma) / 2
-    np.subtract(guess, denoise(guess, sigma_next), out=scratch)
-    scratch *= half / sigma_next
+        return toward(x, x0, 0.0), x0
     out = x - x0
+    guess = np.multiply(out, sigma_next / sigma, out=scratch)
+    guess += x0
+    guess -= denoise(guess, sigma_next)
+    half = (sigma_next - sigma) / 2
+    guess *= half / sigma_next
     out *= half / sigma
     out += x
-    out += scratch
+    out += guess
     return out, x0
 
 
@@ -125,8 +126,8 @@ def dpm2(
             # With eta 1 this is sigma_next up to rounding, where diffusers' grid may have a whole timestep but its middle
             # a fractional one: just beside it.
             middle = math.sqrt(sigma * down) * (1 - 1e-12)
-            guess = toward(x, x0, middle / sigma)
-            out = guess - denoise(guess, middle)
+            out = toward(x, x0, middle / sigma)
+            out -= denoise(out, middle)
             out *= (down - sigma) / middle
             out += x
             x = out

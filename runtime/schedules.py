@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,11 +41,11 @@ class Schedule:
     velocity: bool = False
     detours: tuple[Array, ...] = ()
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
-    _logs: Array = field(init=False, repr=False, compare=False)
+    _logs: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_exact", dict(zip(self.sigmas[:-1].tolist(), self.timesteps.tolist(), strict=True)))
-        object.__setattr__(self, "_logs", np.log(self.train_sigmas))
+        object.__setattr__(self, "_logs", np.log(self.train_sigmas).tolist())
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -55,7 +57,9 @@ class Schedule:
         """t of sigma: the grid's own on the grid, else interpolated in log sigma."""
         if sigma in self._exact:
             return self._exact[sigma]
-        return float(np.interp(np.log(sigma), self._logs, np.arange(len(self._logs), dtype=np.float64)))
+        log, logs = math.log(sigma), self._logs
+        i = min(max(bisect.bisect(logs, log), 1), len(logs) - 1)
+        return min(max(i - 1 + (log - logs[i - 1]) / (logs[i] - logs[i - 1]), 0.0), len(logs) - 1.0)
 
 
 Grid = Callable[[NoiseModel, int, "str | None"], Schedule]
