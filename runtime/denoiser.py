@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,8 +37,8 @@ class Denoiser:
         self.step = 1
 
     def __call__(self, x: Array, sigma: float) -> Array:
-        scale = float(np.hypot(1.0, sigma))  # of the variance-preserving form the network was trained on
-        network_x = x / np.float32(scale)
+        scale = math.hypot(1.0, sigma)  # of the variance-preserving form the network was trained on
+        network_x = x * np.float32(1 / scale)
         out = self._run(network_x, self._schedule.timestep(sigma))
         if not np.isfinite(out).all():
             raise NotFiniteError(
@@ -51,9 +52,11 @@ class Denoiser:
                 out = rescaled(out, toward, self._rescale)
         x0: Array = out  # "sample"
         if self._prediction_type == "epsilon":
-            x0 = x - np.float32(sigma) * out
+            x0 = out * np.float32(-sigma)
+            x0 += x
         elif self._prediction_type == "v_prediction":
-            x0 = network_x / np.float32(scale) - np.float32(sigma / scale) * out
+            x0 = out * np.float32(-sigma / scale)
+            x0 += network_x * np.float32(1 / scale)
         return x0
 
     def _run(self, network_x: Array, t: float) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -50,56 +49,46 @@ def plms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterat
     """
     landings = schedule.sigmas[1:] if schedule.landings is None else schedule.landings
     velocity = schedule.velocity
-    scratch = np.empty_like(x)
-    history: list[_Said] = []
+    said = np.zeros((4, *x.shape), x.dtype)  # the last four times, in turn
+    factors: list[float] = []
     for i, ((sigma, sigma_next), landing) in enumerate(zip(schedule.intervals(), landings.tolist(), strict=True)):
         x0 = denoise(x, sigma)
-        history = [_said(x, x0, sigma, velocity), *history[:3]]
-        weights = _ADAMS_BASHFORTH[len(history)]
+        factors.append(_hear(x, x0, sigma, velocity, said[i % 4]))
+        weights = [0.0] * 4
+        for age, weight in enumerate(_ADAMS_BASHFORTH[min(i + 1, 4)]):
+            weights[(i - age) % 4] = weight * factors[i - age]
         if i == 0 and schedule.retake:
             start, end = schedule.retake
-            guess = _reread(_go(x, history, weights, sigma, landing, velocity, scratch), landing, end)
-            both = [*history, _said(guess, denoise(guess, end), end, velocity)]
-            x = _go(_reread(x, sigma, start), both, (0.5, 0.5), start, end, velocity, scratch)
+            guess = _reread(_go(x, said, weights, sigma, landing, velocity), landing, end)
+            second = _hear(guess, denoise(guess, end), end, velocity, said[1])
+            x = _go(_reread(x, sigma, start), said, [factors[0] / 2, second / 2, 0, 0], start, end, velocity)
             landing = end
         else:
-            x = _go(x, history, weights, sigma, landing, velocity, scratch)
+            x = _go(x, said, weights, sigma, landing, velocity)
         x = _reread(x, landing, sigma_next)
         yield Step(x, x0, sigma_next)
 
 
-class _Said(NamedTuple):
-    """The network's noise, or its v, but for a factor."""
-
-    values: Array
-    factor: float
-
-
-def _said(x: Array, x0: Array, sigma: float, velocity: bool) -> _Said:
-    """The noise is (x - x0) / sigma; v is of Salimans & Ho 2022 (arXiv:2202.00512)."""
+def _hear(x: Array, x0: Array, sigma: float, velocity: bool, out: Array) -> float:
+    """Writes the network's noise, (x - x0) / sigma, or its v (Salimans & Ho 2022, arXiv:2202.00512) into `out`, but
+    for the factor that is returned.
+    """
     if not velocity:
-        return _Said(x - x0, 1 / sigma)
-    values = x * (1 / (1 + sigma**2))
-    values -= x0
-    return _Said(values, math.hypot(1, sigma) / sigma)
+        np.subtract(x, x0, out=out)
+        return 1 / sigma
+    np.multiply(x, 1 / (1 + sigma**2), out=out)
+    out -= x0
+    return math.hypot(1, sigma) / sigma
 
 
-def _go(
-    x: Array, said: Sequence[_Said], weights: Sequence[float], sigma: float, sigma_next: float, velocity: bool,
-    scratch: Array,
-) -> Array:  # fmt: skip
+def _go(x: Array, said: Array, weights: Sequence[float], sigma: float, sigma_next: float, velocity: bool) -> Array:
     """DDIM's step along the noise, which for v is made of it and x."""
     reach, keep = sigma_next - sigma, 1.0
     if velocity:
         keep += reach * sigma / (1 + sigma**2)
         reach /= math.hypot(1, sigma)
-    out = said[0].values * (said[0].factor * weights[0] * reach)
-    for (values, factor), weight in zip(said[1:], weights[1:], strict=True):
-        add(out, factor * weight * reach, values, scratch)
-    if velocity:
-        add(out, keep, x, scratch)
-    else:
-        out += x
+    out: Array = np.einsum("i,i...->...", np.array([w * reach for w in weights], x.dtype), said)
+    out += x * keep if velocity else x
     return out
 
 
