@@ -80,7 +80,7 @@ class BrownianTree:
         """W(middle) - W(start) given the node's increment: normal, with mean and variance of a Brownian bridge."""
         seed = _sequence(self._entropy, (node.key, node.depth)).generate_state(1)[0]
         before, after, share = middle - node.start, node.end - middle, 1 / (node.end - node.start)
-        left = self._draw(int(seed)) * np.float32(math.sqrt(before * after * share))
+        left: Array = self._draw(int(seed)) * np.float32(math.sqrt(before * after * share))
         left += node.increment * np.float32(before) * np.float32(share)
         return left
 
@@ -92,7 +92,8 @@ def sampled(trees: Sequence[BrownianTree]) -> Noise:
         low, high = sorted((sigma, sigma_next))
         sign = 1 if sigma < sigma_next else -1
         width = np.float32(abs(np.float32(sigma_next) - np.float32(sigma)))
-        return np.stack([tree(low, high) for tree in trees]) * (sign / np.sqrt(width))
+        increments: Array = np.stack([tree(low, high) for tree in trees])
+        return np.asarray(increments * (sign / np.sqrt(width)), np.float32)
 
     return noise
 

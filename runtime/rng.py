@@ -8,7 +8,7 @@ ATen/core/DistributionsHelper.h (`normal_distribution`). Values agree with torch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -97,7 +97,7 @@ def _box_muller(uniform: Array) -> Array:
     return uniform
 
 
-GENERATORS = {"torch": TorchGenerator, "nv": PhiloxGenerator}
+GENERATORS: Mapping[str, Callable[[int, bool], Generator]] = {"torch": TorchGenerator, "nv": PhiloxGenerator}
 
 
 class NoiseSource:
