@@ -3,8 +3,8 @@
     python -m vega_edge.bench.samplers -o bench/results/samplers.json
 
 The network is a stub that answers at once. Ours: the sampler, the denoiser's scaling and the noise as a pipeline draws
-it, but in turn, not while an engine runs. Theirs: `scale_model_input` and `step` with a generator. Both take turns;
-medians of walks, over their steps.
+it, but in turn, not while an engine runs. Theirs: `scale_model_input` and `step` with a generator; for samplers whose
+noise is a Brownian path's, with torchsde's tree. Both take turns; medians of walks, over their steps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SDE = {"algorithm_type": "sde-dpmsolver++"}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler": ("EulerDiscrete", {}), "Euler a": ("EulerAncestralDiscrete", {}), "LMS": ("LMSDiscrete", {}),
     "Heun": ("HeunDiscrete", {}), "DPM2": ("KDPM2Discrete", {}), "DPM2 a": ("KDPM2AncestralDiscrete", {}),
-    "DPM++ 2S a": ("DPMSolverSinglestep", {}), "DPM++ 2M": ("DPMSolverMultistep", {}),
+    "DPM++ 2M": ("DPMSolverMultistep", {}),
     "DPM++ SDE": ("DPMSolverSDE", {}), "DPM++ 2M SDE": ("DPMSolverMultistep", _SDE),
     "DPM++ 2M SDE Heun": ("DPMSolverMultistep", {**_SDE, "solver_type": "heun"}),
     "DPM++ 3M SDE": ("DPMSolverMultistep", {**_SDE, "solver_order": 3}),
@@ -96,22 +96,34 @@ def theirs(row: Scheduler) -> Callable[[], float] | None:
     diffusers.utils.logging.set_verbosity_error()
     scheduler = getattr(diffusers, name).from_config(CONFIG, **options)
     out = torch.from_numpy(Stub()._out)
+    takes = inspect.signature(scheduler.step).parameters
 
     def walk() -> float:
         generator = torch.Generator().manual_seed(1)
         scheduler.set_timesteps(STEPS)
         step = scheduler.step
-        if "generator" in inspect.signature(step).parameters:
+        extra = _tree_of_theirs(scheduler) if row.brownian and "variance_noise" in takes else lambda i: {}
+        if "generator" in takes:
             step = functools.partial(step, generator=generator)
         x = torch.randn((1, *SHAPE), generator=generator) * scheduler.init_noise_sigma
         start = time.perf_counter()
         with torch.no_grad():
-            for t in scheduler.timesteps:
+            for i, t in enumerate(scheduler.timesteps):
                 scheduler.scale_model_input(x, t)
-                x = step(out, t, x).prev_sample
+                x = step(out, t, x, **extra(i)).prev_sample
         return (time.perf_counter() - start) / STEPS
 
     return walk
+
+
+def _tree_of_theirs(scheduler: Any) -> Callable[[int], dict[str, Any]]:
+    """diffusers' wrapper of torchsde's tree, for a scheduler that would else draw independent noise."""
+    import torch
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    x, sigmas = torch.zeros((1, *SHAPE)), scheduler.sigmas
+    tree = BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=[1])
+    return lambda i: {"variance_noise": tree(sigmas[i], sigmas[i + 1]) if sigmas[i + 1] > 0 else x}
 
 
 def measure(runs: int) -> Iterator[dict[str, Any]]:
