@@ -85,13 +85,14 @@ def dpm_fast(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     steps = fast_total(n)
     orders = (3,) * (steps - 2) + (2, 1) if n % 3 == 0 else (3,) * (steps - 1) + (n % 3,)
     sigmas = spacings.exponential(model, steps + 1, float(model.sigmas[0]), float(model.sigmas[-1]))
-    return Schedule(sigmas, model.log_timestep(sigmas[:-1]), float(sigmas[0]), model.sigmas, orders=orders)
+    timesteps, top = model.log_timestep(sigmas[:-1]), float(sigmas[0])
+    return Schedule(sigmas, timesteps, top, model.sigmas, orders=orders, sigma_units=True)
 
 
 def dpm_adaptive(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """The two ends: the sampler chooses what lies between, however many steps are asked for."""
     sigmas = model.sigmas[[-1, 0]]
-    return Schedule(sigmas, model.log_timestep(sigmas[:1]), float(sigmas[0]), model.sigmas)
+    return Schedule(sigmas, model.log_timestep(sigmas[:1]), float(sigmas[0]), model.sigmas, sigma_units=True)
 
 
 def restart(model: NoiseModel, n: int, named: str | None = None) -> Schedule:

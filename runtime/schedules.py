@@ -29,6 +29,7 @@ class Schedule:
     The rest is what some samplers' grids decide. landings: n, the level each step lands on where that is not the next
     sigma. orders: n, the order of each step. retake: from where to where PLMS takes its first step a second time.
     velocity: PLMS's history is of v. detours: falling levels that are walked again on reaching the last of them.
+    sigma_units: a walk that ends above zero hands x over as it is, not in its variance-preserving form.
     """
 
     sigmas: Array
@@ -40,6 +41,7 @@ class Schedule:
     retake: tuple[float, float] | None = None
     velocity: bool = False
     detours: tuple[Array, ...] = ()
+    sigma_units: bool = False
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
     _logs: list[float] = field(init=False, repr=False, compare=False)
 
@@ -106,7 +108,7 @@ def euler(model: NoiseModel, n: int, named: str | None = None, whole_karras: boo
             timesteps = np.round(timesteps)
     top = float(sigmas.max())
     scale = top if model.config["timestep_spacing"] in ("linspace", "trailing") else vp_scale(top)
-    return Schedule(np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas)
+    return Schedule(np.append(sigmas, _final_sigma(model)), timesteps, scale, model.sigmas, sigma_units=True)
 
 
 def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:

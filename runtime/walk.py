@@ -86,15 +86,11 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
 
 
 def _at_its_end(step: Step, schedule: Schedule) -> Step:
-    """Samplers whose own form is variance-preserving, where they end above zero, hand over x in that form.
-
-    Those that began with it do: scale sqrt(1 + sigma^2). k-diffusion's, in sigma units all through, hand x over as it
-    is. (1 + 1e-4: an adaptive walk stops a little before its end.)
-    """
-    start, end = float(schedule.sigmas[0]), float(schedule.sigmas[-1])
-    if 0 < step.sigma <= end * 1.0001 and schedule.scale > start:
-        return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
-    return step
+    """Some walks end above zero: their x is handed over in the form that the sampler's own is, as references do."""
+    end = float(schedule.sigmas[-1]) * 1.0001  # an adaptive walk stops a little before
+    if schedule.sigma_units or not 0 < step.sigma <= end:
+        return step
+    return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
 
 
 def _apart(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Iterator[Step]:

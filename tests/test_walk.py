@@ -189,6 +189,21 @@ def test_ends_above_zero_keep_each_family_s_form() -> None:
         assert np.allclose(walk(asked, NetworkEngine())[-1].x, last.x / scale, rtol=1e-6), name
 
 
+@pytest.mark.parametrize("name", ["Euler", "DPM Multi", "DDIM"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ends_above_zero_are_those_of_diffusers(name: str, spacing: str) -> None:
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    config = {**VEGA, "final_sigmas_type": "sigma_min", "timestep_spacing": spacing}
+    theirs = getattr(diffusers, str(get_scheduler(name).diffusers)).from_config(config)
+    theirs.set_timesteps(6)
+    x = torch.from_numpy(NoiseSource([40])((1, *SHAPE))[0]) * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        said = network(theirs.scale_model_input(x, t).numpy(), float(t))
+        x = theirs.step(torch.from_numpy(said), t, x).prev_sample
+    ours = walk(request(scheduler=name, steps=6), NetworkEngine(), config)[-1].x
+    assert np.abs(ours - x.numpy()).max() < 1e-4 * np.abs(ours).max()
+
+
 # -- errors and threads -----------------------------------------------------------------------------------------------
 
 
