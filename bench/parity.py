@@ -65,7 +65,7 @@ def draw_reference(
 
     row = get_scheduler(scheduler)
     config = pipe.scheduler.config
-    pipe.scheduler = getattr(diffusers, row.diffusers).from_config(config, **row.forced)
+    pipe.scheduler = getattr(diffusers, str(row.diffusers)).from_config(config, **row.forced)
     with torch.no_grad():
         latents = pipe(
             PROMPT, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, height=128, width=128,

@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Stub:
         self.outputs = {"out_sample": Spec(np.dtype(np.float32), (None,) * 4)}
         self._out = np.random.default_rng(0).standard_normal((1, *SHAPE), dtype=np.float32)
 
-    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         return {"out_sample": self._out}
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ Facts from its `modules/sd_samplers_kdiffusion.py`, `sd_samplers_timesteps.py`, 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import spacings
 from .noise_model import Array, NoiseModel
@@ -27,9 +28,9 @@ def _to_zero(model: NoiseModel, sigmas: Array, detours: tuple[Array, ...] = ()) 
     return Schedule(np.append(sigmas, 0.0), timesteps, float(sigmas[0]), model.sigmas, detours=detours)
 
 
-def _every(model: NoiseModel, n: int) -> Array:
+def _every(model: NoiseModel, n: int) -> NDArray[np.int64]:
     """Timesteps from 0 in strides of train_steps // n: n of them only where n divides, else some more."""
-    return np.arange(0, model.train_steps, model.train_steps // n)
+    return np.arange(0, model.train_steps, model.train_steps // n, dtype=np.int64)
 
 
 def timesteps_total(n: int, train_steps: int = 1000) -> int:

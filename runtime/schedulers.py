@@ -71,7 +71,8 @@ class Scheduler:
             raise UsageError(f"{self.name} has no eta")
         if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
             raise UsageError(f"eta must be a number from 0 to 1, got {eta!r}")
-        return replace(self, sampler=partial(self.sampler, eta=float(eta)))
+        sampler: Any = self.sampler  # whose type does not tell of its options
+        return replace(self, sampler=partial(sampler, eta=float(eta)))
 
     def total(self, steps: int) -> int | None:
         """How many `Step`s its own schedule yields; None where the sampler decides on the way."""

@@ -75,7 +75,7 @@ def _solve_1(at: _Call, sigma_next: float) -> Array:
 
 def _inner(at: _Call, sigma_next: float, share: float) -> float:
     """The sigma at `share` of the way in log sigma."""
-    return at.sigma * (sigma_next / at.sigma) ** share
+    return at.sigma * math.pow(sigma_next / at.sigma, share)
 
 
 def _solve_2(denoise: Denoise, at: _Call, sigma_next: float, share: float) -> tuple[Array, _Call]:
