@@ -11,6 +11,7 @@ import pytest
 from vega_edge.runtime.denoiser import Denoiser
 from vega_edge.runtime.samplers import Step
 from vega_edge.runtime.schedulers import SCHEDULES, Scheduler, all_schedulers, get_scheduler
+from vega_edge.runtime.schedules import Schedule
 
 from .fakes import VEGA, NetworkEngine
 
@@ -98,6 +99,16 @@ def test_model_calls_a_step_are_what_the_table_says(row: Scheduler) -> None:
     if row.calls is not None:
         assert len(calls) / 48 == pytest.approx(row.calls, abs=0.05)
     assert row.total(48) in (None, len(done))
+
+
+def test_a_consistency_model_is_the_identity_at_timestep_zero() -> None:
+    """Its boundary condition (arXiv:2310.04378, equation 9), on x in the network's form."""
+    row = get_scheduler("LCM")
+    train = row.noise_model(VEGA).sigmas
+    x = np.random.default_rng(4).standard_normal(SHAPE, dtype=np.float32)
+    schedule = Schedule(np.array([train[0], 0.0]), np.array([0.0]), 1.0, train)
+    (step,) = row.sampler(lambda x, sigma: 5 + x, x, schedule, lambda a, b: x)
+    assert step.x == pytest.approx(x / np.hypot(1, train[0]), rel=1e-6)
 
 
 # -- generators without state -----------------------------------------------------------------------------------------
