@@ -181,6 +181,20 @@ def test_noise_is_asked_for_between_two_levels_of_the_walk(row: Scheduler) -> No
         assert not asked
 
 
+@pytest.mark.parametrize("name", ["DPM++ SDE", "DPM++ 2M SDE", "DPM++ 3M SDE"])
+def test_intervals_of_the_brownian_path(name: str) -> None:
+    """As k-diffusion asks for them: the single-step sampler first as far as the middle, in log sigma."""
+    row = get_scheduler(name)
+    schedule = row.schedule(row.noise_model(VEGA), 5)
+    asked, expected = [], []
+    for sigma, sigma_next in list(schedule.intervals())[:-1]:
+        expected += [(sigma, (sigma * sigma_next) ** 0.5)] if name == "DPM++ SDE" else []
+        expected.append((sigma, sigma_next))
+    x = np.ones(SHAPE, np.float32)
+    list(row.sampler(lambda x, s: 0 * x, x, schedule, lambda a, b: (asked.append((a, b)), x)[1]))
+    assert np.array(asked) == pytest.approx(np.array(expected), rel=1e-12)
+
+
 def test_only_the_sde_samplers_want_a_brownian_path() -> None:
     assert {row.name for row in ROWS if row.brownian} == {row.name for row in ROWS if "SDE" in row.name}
     assert get_scheduler("DPM++ SDE Karras").stochastic
