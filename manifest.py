@@ -63,6 +63,7 @@ class Defaults:
     """What a request is taken to say where it says nothing; sizes in px."""
 
     scheduler: str | None = None
+    family: str | None = None
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None

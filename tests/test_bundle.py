@@ -299,7 +299,7 @@ NEEDED = "name, created_by, dtype, weights, source, defaults, limits"
         (lambda v: v.update(limits={"steps": [8, 1]}), "limits: steps must be [least, most], not [8, 1]"),
         (
             lambda v: v.update(defaults={"step": 4}),
-            "defaults: unknown key 'step'; known keys: scheduler, steps, guidance, width, height",
+            "defaults: unknown key 'step'; known keys: scheduler, family, steps, guidance, width, height",
         ),
         (lambda v: v["parts"].pop("config"), "parts.config: model_index.json is not listed"),
     ],
