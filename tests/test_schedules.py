@@ -99,6 +99,20 @@ def test_beta_quantiles_are_scipys() -> None:
     assert spacings.beta_quantile(q) == pytest.approx(stats.beta.ppf(q, 0.6, 0.6), rel=1e-12, abs=1e-15)
 
 
+def test_spacings_stand_where_the_web_ui_puts_them() -> None:
+    """`modules/sd_schedulers.py`: by hand, in timesteps."""
+    model = NoiseModel(_read("a1111"))
+
+    def at(name: str, n: int) -> list[float]:
+        return [float(t) for t in model.log_timestep(spacings.levels(name, model, n))]
+
+    assert at("normal", 4) == pytest.approx([999, 666, 333, 0], abs=1e-6)
+    assert at("sgm_uniform", 4) == pytest.approx([999, 749.25, 499.5, 249.75], abs=1e-6)
+    assert at("simple", 7) == pytest.approx([999, 857, 714, 571, 428, 285, 142], abs=1e-6)
+    levels = spacings.levels("exponential", model, 5)
+    assert levels[1:] / levels[:-1] == pytest.approx([(model.sigmas[0] / model.sigmas[-1]) ** 0.25] * 4)
+
+
 def test_align_your_steps_tables() -> None:
     """At the tables' own length they are used as published; between, log-linearly; one step starts at the top."""
     model = NoiseModel(_read("a1111"))
