@@ -116,8 +116,10 @@ def test_spacings_stand_where_the_web_ui_puts_them() -> None:
 def test_align_your_steps_tables() -> None:
     """At the tables' own length they are used as published; between, log-linearly; one step starts at the top."""
     model = NoiseModel(_read("a1111"))
-    assert spacings.levels("ays", model, 11) == pytest.approx(spacings.AYS_SD15)
-    assert spacings.levels("ays_sdxl", model, 21)[::2] == pytest.approx(spacings.AYS_SDXL)
+    sd15 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
+    sdxl = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
+    assert spacings.levels("ays", model, 11) == pytest.approx(sd15)
+    assert spacings.levels("ays_sdxl", model, 21)[::2] == pytest.approx(sdxl)
     assert spacings.levels("ays_sdxl", model, 21)[1] == pytest.approx((14.615 * 6.315) ** 0.5)
     assert spacings.levels("ays", model, 1) == pytest.approx([14.615])
 
