@@ -35,7 +35,7 @@ def train_base(
     *,
     start: Path | None = None,
     peak_lr: float = 2e-3,
-    pool: int = 20_000,
+    pool: int = 40_000,
     processes: int = 2,
     seed: int = 3,
 ) -> TextToNoise:

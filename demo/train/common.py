@@ -19,9 +19,10 @@ SCALING_FACTOR = (
 )
 
 
-def sample_scenes(seed: int, n: int, width: int = 128, height: int = 128) -> list[Scene]:
+def sample_scenes(seed: int, n: int, width: int = 128, height: int = 128, two: float = 0.35) -> list[Scene]:
+    """`two`: the share of scenes with two things."""
     rng = np.random.default_rng([seed, width, height])
-    return [sample_scene(rng, width, height) for _ in range(n)]
+    return [sample_scene(rng, width, height, two) for _ in range(n)]
 
 
 def pictures(scenes: list[Scene]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..scenes import Scene, caption
 from .common import SCALING_FACTOR, pictures, sample_scenes, to_model_range
 from .models import BETAS, TextToNoise, load_tokenizer
 
+TWO = 0.55  # share of scenes with two things, which take longer to learn
 SIZES = (((128, 128), 0.92), ((192, 128), 0.04), ((128, 192), 0.04))  # width and height in pixels, share of the batches
 
 
@@ -48,9 +49,9 @@ def _fingerprint(vae: AutoencoderKL) -> str:
 def make_pool(vae_folder: Path, n: int, seed: int, cache: Path) -> Pool:
     """Renders and encodes `n` pictures (fewer of the long formats), once: `cache` keeps the latents of this encoder."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
-    file = cache / f"latents-{n}-{seed}-{_fingerprint(vae)}.pt"
+    file = cache / f"latents-{n}-{seed}-{TWO}-{_fingerprint(vae)}.pt"
     counts = [n if share > 0.5 else n // 12 for _, share in SIZES]
-    scenes = [sample_scenes(seed, k, w, h) for ((w, h), _), k in zip(SIZES, counts, strict=True)]
+    scenes = [sample_scenes(seed, k, w, h, TWO) for ((w, h), _), k in zip(SIZES, counts, strict=True)]
     if not file.exists():
         latents = [
             torch.cat([vae.encode(to_model_range(pictures(group[i : i + 32]))).latent_dist.mean.half() * SCALING_FACTOR for i in range(0, len(group), 32)])
