@@ -70,6 +70,7 @@ def draw_reference(
         latents = pipe(
             PROMPT, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, height=128, width=128,
             generator=torch.Generator().manual_seed(seed), output_type="latent",
+            eta=row.eta or 0.0,  # for those whose step knows it; the pipeline's own default would make TCD's 0
         ).images  # fmt: skip
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     pipe.scheduler = pipe.scheduler.from_config(config)
