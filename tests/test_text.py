@@ -44,10 +44,12 @@ def test_the_two_tokenizers_pad_differently(bundle: Path) -> None:
 
 
 def test_what_is_cut_off_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, text = ClipTokenizer(folder), "star " * 75 + "moon, house"
     with caplog.at_level(logging.WARNING):
-        ids = ClipTokenizer(folder)("star " * 75 + "moon, house")
-    assert ids.shape == (1, TOKENS)
-    assert caplog.messages == ["the prompt has 78 tokens, CLIP reads 75; cut off: 'moon, house'"]
+        tokenizer.warn_of_cut("star " * 75, "the prompt")
+        tokenizer.warn_of_cut(text, "the negative prompt")
+    assert tokenizer(text).shape == (1, TOKENS)
+    assert caplog.messages == ["the negative prompt has 78 tokens, CLIP reads 75; cut off: 'moon, house'"]
 
 
 def test_ten_thousand_words(folder: Path) -> None:
