@@ -337,6 +337,7 @@ def _models(arguments: argparse.Namespace) -> None:
             "name": r.name,
             "title": r.title,
             "ready": r.ready,
+            "state": "ready" if r.ready else f"not exported yet; {r.cure}",
             "bundle": str(r.bundle_path),
             "licence": r.licence,
             "defaults": dict(r.defaults),
@@ -350,9 +351,8 @@ def _models(arguments: argparse.Namespace) -> None:
     width = max(len(str(row["name"])) for row in rows)
     for row in rows:
         d: Any = row["defaults"]
-        state = "ready" if row["ready"] else f"not exported yet: vega-edge export {row['name']}"
         print(
-            f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}  [{state}]"
+            f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}  [{row['state']}]"
         )
 
 

@@ -60,6 +60,13 @@ class Recipe:
     def ready(self) -> bool:
         return self.bundle_path.is_dir()
 
+    @property
+    def cure(self) -> str:
+        """What to do where it is not ready."""
+        if self.checkpoint_path.is_dir():
+            return f"make it with: vega-edge export {self.name}"
+        return "its checkpoint is not part of this install"
+
 
 def bundles_folder() -> Path:
     """VEGA_EDGE_HOME/bundles, or ~/.cache/vega-edge/bundles."""
@@ -85,5 +92,5 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
             return Path(text)
         raise unknown("model", text, recipes())
     if not recipe.ready:
-        raise BundleError(f"{text} has no bundle at {recipe.bundle_path} yet; make it with: vega-edge export {text}")
+        raise BundleError(f"{text} has no bundle at {recipe.bundle_path} yet; {recipe.cure}")
     return recipe.bundle_path

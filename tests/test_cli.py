@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vega_edge.models import find_bundle
+from vega_edge.models import find_bundle, recipes
 
 STAR = "a big red star on a blue background"
 
@@ -278,7 +278,7 @@ def test_a_model_without_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (
         done.stderr
-        == f"vega-edge: demo-vega has no bundle at {tmp_path / 'bundles' / 'demo-vega'} yet; make it with: vega-edge export demo-vega\n"
+        == f"vega-edge: demo-vega has no bundle at {tmp_path / 'bundles' / 'demo-vega'} yet; {recipes()['demo-vega'].cure}\n"
     )
 
 
