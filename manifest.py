@@ -59,7 +59,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Defaults:
+class _Defaults:
     """What a request is taken to say where it says nothing; sizes in px."""
 
     scheduler: str | None = None
@@ -71,7 +71,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Limits:
+class _Limits:
     """Least and most that a request may ask for; sizes in px."""
 
     steps: tuple[int, ...] | None = None
@@ -103,7 +103,7 @@ class Manifest:
             _check_format(values)
             del values["format"]
             manifest = records.decode(cls, values)
-            check_options(manifest.defaults, manifest.limits)
+            _check_options(manifest.defaults, manifest.limits)
             _check_files(manifest)
         except records.RecordError as failure:
             raise BundleError(f"{path}: {failure}") from failure
@@ -113,9 +113,9 @@ class Manifest:
         return json.dumps({"format": FORMAT, **records.encode(self)}, indent=2, allow_nan=False) + "\n"
 
 
-def check_options(defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
-    """Raises RecordError unless they are what `Defaults` and `Limits` say."""
-    for cls, name, given in ((Defaults, "defaults", defaults), (Limits, "limits", limits)):
+def _check_options(defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+    """Raises RecordError unless they are what `_Defaults` and `_Limits` say."""
+    for cls, name, given in ((_Defaults, "defaults", defaults), (_Limits, "limits", limits)):
         try:
             records.decode(cls, dict(given))
         except records.RecordError as failure:

@@ -41,9 +41,14 @@ class Denoiser:
         network_x = x * np.float32(1 / scale)
         out = self._run(network_x, self._schedule.timestep(sigma))
         if not np.isfinite(out).all():
+            full = self._engine_name == "onnxruntime-cpu"
+            cure = (
+                "export in fp32 if it was not"
+                if full
+                else "a precision with more range may help: --engine onnxruntime-cpu"
+            )
             raise NotFiniteError(
-                f"{self._engine_name} gave values that are not finite at step {self.step} (sigma {sigma:.4g}); "
-                "a precision with more range may help: --engine onnxruntime-cpu"
+                f"{self._engine_name} gave values that are not finite at step {self.step} (sigma {sigma:.4g}); {cure}"
             )
         if self._guided:
             away, toward = np.split(out, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ def unwritten_manifest() -> BundleError:
             ExportError,
             "disk full while exporting to {out}; free some space: nothing was left behind",
         ),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            ExportError,
+            "{out} can't be written: Input/output error; nothing was left behind",
+        ),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
         (ExportError("unet: differs"), ExportError, "unet: differs"),
         (RuntimeError("a defect"), RuntimeError, "a defect"),
@@ -72,6 +78,38 @@ def test_failure_leaves_nothing(
         export_bundle(checkpoint, out, overwrite=overwrite)
     assert str(caught.value) == message.format(out=out)
     assert [p.name for p in tmp_path.rglob("*")] == (["bundle", MANIFEST] if overwrite else [])
+
+
+@pytest.mark.parametrize(
+    ("free", "said"), [(0, "disk full while exporting to"), (1 << 30, "can't be written: 3 requested")]
+)
+def test_a_write_that_fails_without_a_number(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, said: str
+) -> None:
+    """numpy's tofile, which writes the weights, says no errno: what is free tells."""
+
+    def run(exporter: Any) -> None:
+        raise OSError("3 requested and 0 written")
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(ExportError, match=said):
+        export_bundle(checkpoint, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_exports_one_gets_the_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(exporter: Any) -> dict[str, Any]:
+        for part in ("text_encoder", "vae_decoder", "unet"):
+            (exporter.folder / part).mkdir()
+        (tmp_path / "bundle").mkdir()
+        (tmp_path / "bundle" / "other").touch()
+        return {}
+
+    monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    with pytest.raises(ExportError, match="was made by another process meanwhile; choose another folder"):
+        export_bundle(checkpoint, tmp_path / "bundle")
+    assert [p.name for p in tmp_path.rglob("*")] == ["bundle", "other"]
 
 
 def test_overwrite_replaces(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from vega_edge.bench.meaning import scenes
+from vega_edge.bundle import Bundle
 from vega_edge.demo.check import score
 from vega_edge.demo.scenes import full_caption
 from vega_edge.errors import NotFiniteError, UsageError
-from vega_edge.models import find_bundle
+from vega_edge.models import find_bundle, recipes
+from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.pipeline import Pipeline
 
 from .conftest import needs_training
@@ -180,6 +182,28 @@ def test_nan_is_an_error_and_no_black_picture(pipe: Pipeline, monkeypatch: pytes
         pipe(STAR)
 
 
+def test_the_users_own_export_goes_before_the_packaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    (tmp_path / "bundles" / "demo-vegart").mkdir(parents=True)
+    assert recipes()["demo-vegart"].bundle_path == tmp_path / "bundles" / "demo-vegart"
+
+
+def test_latents_with_a_mean_and_a_deviation_a_channel(tmp_path: Path) -> None:
+    """Some autoencoders' configurations have them: latents * std / scaling_factor + mean is what is decoded."""
+    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    (bundle / "vega-edge.json").unlink()
+    (bundle / "vae_decoder" / "pixels.onnx").unlink()
+    config = bundle / "vae_decoder" / "config.json"
+    plain = json.loads(config.read_text())
+    mean, std = np.float32([0.5, -0.25, 0, 1]), np.float32([0.5, 1, 2, 0.75])
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16), dtype=np.float32)
+    moved = latents * std[:, None, None] + mean[:, None, None] * np.float32(plain["scaling_factor"])
+    expected = Decoder(Bundle.open(bundle), "onnxruntime-cpu").pixels(moved).astype(int)
+    config.write_text(json.dumps({**plain, "latents_mean": mean.tolist(), "latents_std": std.tolist()}))
+    got = Decoder(Bundle.open(bundle), "onnxruntime-cpu").pixels(latents).astype(int)
+    assert np.abs(got - expected).max() <= 1
+
+
 def test_a_model_by_name_or_path() -> None:
     assert Pipeline.open(find_bundle("demo-vegart"), "onnxruntime-cpu").name == "demo-vegart"
     with pytest.raises(UsageError, match="unknown model 'demo-vegar'; did you mean 'demo-vegart'"):
@@ -189,8 +213,6 @@ def test_a_model_by_name_or_path() -> None:
 @needs_training
 def test_recipes_and_manifest_agree() -> None:
     manifest = json.loads((find_bundle("demo-vegart") / "vega-edge.json").read_text())
-    from vega_edge.models import recipes
-
     recipe = recipes()["demo-vegart"]
     assert (manifest["defaults"], manifest["limits"]) == (recipe.defaults, recipe.limits)
     ours = [(hashlib.sha256(path.read_bytes()).hexdigest(), strength) for path, strength in recipe.lora_paths]

@@ -10,6 +10,7 @@ more updates than a small model on a CPU is given (tried in a prototype: it made
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -163,15 +164,21 @@ def distill_context(vae: Path, cache: Path, tokenizers: list[Path], pool: int) -
     return (*context(vae, cache, tokenizers, pool), Replay())
 
 
+def _adapters(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Kohya's key of each adapted module, with its down and up weights."""
+    for name, module in unet.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            yield "lora_unet_" + name.replace(".", "_"), down, up
+
+
 def save_lora(unet: nn.Module, file: Path) -> None:
     """Kohya's keys, as LCM-LoRAs are published: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
     tensors = {}
-    for name, module in unet.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            key = "lora_unet_" + name.replace(".", "_")
-            tensors[f"{key}.lora_down.weight"] = module.lora_A["default"].weight.detach().half().contiguous()
-            tensors[f"{key}.lora_up.weight"] = module.lora_B["default"].weight.detach().half().contiguous()
-            tensors[f"{key}.alpha"] = torch.tensor(float(ALPHA), dtype=torch.float16)
+    for key, down, up in _adapters(unet):
+        tensors[f"{key}.lora_down.weight"] = down.detach().half().contiguous()
+        tensors[f"{key}.lora_up.weight"] = up.detach().half().contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(ALPHA), dtype=torch.float16)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file)
 
@@ -179,11 +186,9 @@ def save_lora(unet: nn.Module, file: Path) -> None:
 def load_lora(unet: nn.Module, file: Path) -> None:
     """`save_lora`'s inverse, into a U-Net that has the adapters."""
     tensors = load_file(file)
-    for name, module in unet.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            key = "lora_unet_" + name.replace(".", "_")
-            module.lora_A["default"].weight.data.copy_(tensors[f"{key}.lora_down.weight"])
-            module.lora_B["default"].weight.data.copy_(tensors[f"{key}.lora_up.weight"])
+    for key, down, up in _adapters(unet):
+        down.data.copy_(tensors[f"{key}.lora_down.weight"])
+        up.data.copy_(tensors[f"{key}.lora_up.weight"])
 
 
 def distill(
