@@ -1,6 +1,6 @@
 """Checkpoint to bundle: the only package of the runtime's wheel that needs torch, and only while it exports.
 
-`export_bundle` does the whole way; `format_report` says how it went; `lora` is of use without torch.
+`export_bundle` does the whole way; `format_report` says how it went.
 """
 
 from __future__ import annotations

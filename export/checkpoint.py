@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
-from .lora import LoraLayer
+from ..lora import LoraLayer
+from ..safetensors_file import read_header
 from .quiet import quiet
-from .safetensors_file import read_header
 
 if TYPE_CHECKING:
     from torch import nn

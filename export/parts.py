@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ExportError
+from ..lora import LoraLayer
 from ..manifest import Parameter
 from . import graphs, onnx_edit, samples
 from .check import Arrays, compare, compare_pixels, tolerance
 from .checkpoint import Checkpoint, load_module, published_name
-from .lora import LoraLayer
 from .report import PartReport
 from .tokenizer_files import TOKENS, load_tokenizer, token_ids, write_tokenizer
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..bundle import describe_files, write_manifest
 from ..errors import BundleError, ExportError, unknown
+from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import MANIFEST, ROOT_PART, Lora, Manifest, Part, Source
 from .checkpoint import Checkpoint, open_checkpoint
-from .lora import LoraLayer, match_lora, read_lora
 from .report import ExportReport, PartReport, Progress
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import ExportError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
-from vega_edge.export.lora import match_lora, read_lora  # noqa: E402
+from vega_edge.lora import match_lora, read_lora  # noqa: E402
 
 from .test_export_checkpoint import make_checkpoint  # noqa: E402
 

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # no
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
 
-from vega_edge.errors import ExportError, UsageError  # noqa: E402
+from vega_edge.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint  # noqa: E402
 
@@ -172,7 +172,7 @@ def out(tmp_path: Path) -> Path:
 
 def refusal(source: Path, out: Path, **options: Any) -> str:
     """The text of the error; that nothing was written is checked too."""
-    with pytest.raises((ExportError, UsageError)) as caught:
+    with pytest.raises((CheckpointError, ExportError, UsageError)) as caught:
         export_bundle(source, out, **options)
     assert list(out.parent.iterdir()) == []
     return str(caught.value)
@@ -247,7 +247,7 @@ def test_refuses_damaged_weights(broken: Path, out: Path) -> None:
     path = broken / "unet" / WEIGHTS
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         load_module(open_checkpoint(broken), "unet", {})
     assert str(caught.value) == f"{path} has {len(whole) - 10} bytes, its header says {len(whole)}; fetch it again"
     path.unlink()
@@ -325,5 +325,5 @@ def assert_loads(source: Path, wanted: dict[str, Any]) -> None:
 
 def test_importing_needs_no_torch() -> None:
     heavy = ("torch", "onnx", "diffusers", "transformers")
-    code = f"import sys, vega_edge.export, vega_edge.export.lora; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, vega_edge.export, vega_edge.lora; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -26,7 +26,7 @@ pytest.importorskip("torch", reason="compares with diffusers, which needs torch 
 
 from vega_edge.bench.parity import FEW, SCHEDULERS, Parity, compare, reference_pipeline
 from vega_edge.export.checkpoint import load_module, open_checkpoint
-from vega_edge.export.lora import match_lora, read_lora
+from vega_edge.lora import match_lora, read_lora
 
 from .conftest import needs_training
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ExportError
+from .errors import CheckpointError
 from .safetensors_file import read_float32
 
 _ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
@@ -83,11 +83,11 @@ class Lora:
 
 
 def read_lora(path: Path) -> Lora:
-    """Parse a LoRA file. ExportError when it is not safetensors, is damaged, or holds keys of an unknown kind."""
+    """Parse a LoRA file. CheckpointError when it is not safetensors, is damaged, or holds keys of an unknown kind."""
     if not path.is_file():
-        raise ExportError(f"LoRA {path} is not a file; give the path of its .safetensors file")
+        raise CheckpointError(f"LoRA {path} is not a file; give the path of its .safetensors file")
     if path.suffix != ".safetensors":
-        raise ExportError(
+        raise CheckpointError(
             f"LoRA {path} is not a .safetensors file; others are pickled and can run code when read: "
             "convert it to safetensors where you trust it"
         )
@@ -102,10 +102,10 @@ def read_lora(path: Path) -> Lora:
         else:
             roles = found.setdefault(_module(match), {})
             if _ROLES[role] in roles:
-                raise ExportError(f"LoRA {path}: {key} is given twice, in two spellings")
+                raise CheckpointError(f"LoRA {path}: {key} is given twice, in two spellings")
             roles[_ROLES[role]] = value
     if strange or not found:
-        raise ExportError(
+        raise CheckpointError(
             f"LoRA {path}: {len(strange)} of its {len(tensors)} keys are of an unknown kind"
             f"{', the first is ' + strange[0] if strange else ''}; known are lora_down/lora_up with alpha, "
             "lora_A/lora_B and lora.down/lora.up (no DoRA, LoHa, LoKr)"
@@ -115,7 +115,7 @@ def read_lora(path: Path) -> Lora:
     for module, roles in found.items():
         key, layer = module_key(module), _layer(path, module, roles, scales)
         if key in layers:
-            raise ExportError(f"LoRA {path}: {module} and {layers[key].label} are the same module, spelled twice")
+            raise CheckpointError(f"LoRA {path}: {module} and {layers[key].label} are the same module, spelled twice")
         layers[key] = layer
     return Lora(path, layers)
 
@@ -123,7 +123,7 @@ def read_lora(path: Path) -> Lora:
 def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, LoraLayer]]:
     """Find each layer's weight. `weights`: part -> weight name ('....to_q.weight') -> shape in torch's layout.
 
-    Returns part -> weight name -> layer. ExportError if any layer fits nothing: no layer is dropped in silence.
+    Returns part -> weight name -> layer. CheckpointError if any layer fits nothing: no layer is dropped in silence.
     """
     modules = {
         ModuleKey(part, name.removesuffix(".weight").replace(".", "_")): (part, name)
@@ -141,13 +141,13 @@ def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]])
         elif not layer.fits(weights[part][name]):
             misshapen.append(f"{layer.label} ({_x(layer.shape)} here, {_x(weights[part][name])} in the checkpoint)")
         elif name in matched.setdefault(part, {}):
-            raise ExportError(
+            raise CheckpointError(
                 f"LoRA {lora.path}: {layer.label} and {matched[part][name].label} are the same module, spelled twice"
             )
         else:
             matched[part][name] = layer
     if missing or misshapen:
-        raise ExportError(
+        raise CheckpointError(
             f"LoRA {lora.path}: {len(missing) + len(misshapen)} of its {len(lora.layers)} modules fit nothing in this "
             f"checkpoint, the first is {(missing + misshapen)[0]}; use a LoRA made for this architecture"
         )
@@ -172,14 +172,18 @@ def _module(match: re.Match[str]) -> str:
 def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scales: _Scales) -> LoraLayer:
     down, up = roles.get("down"), roles.get("up")
     if down is None or up is None:
-        raise ExportError(f"LoRA {path}: {module} lacks its {'down' if down is None else 'up'} weight; fetch it again")
+        raise CheckpointError(
+            f"LoRA {path}: {module} lacks its {'down' if down is None else 'up'} weight; fetch it again"
+        )
     rank = down.shape[0] if down.ndim >= 2 else 0
     if rank < 1 or up.ndim < 2 or up.size != up.shape[0] * rank:
-        raise ExportError(
+        raise CheckpointError(
             f"LoRA {path}: {module} has down {_x(down.shape)} and up {_x(up.shape)}, which do not multiply"
         )
     if "alpha" in roles and roles["alpha"].size != 1:
-        raise ExportError(f"LoRA {path}: the alpha of {module} has {roles['alpha'].size} values; it must be one number")
+        raise CheckpointError(
+            f"LoRA {path}: the alpha of {module} has {roles['alpha'].size} values; it must be one number"
+        )
     alpha = float(roles["alpha"].item()) if "alpha" in roles else None
     return LoraLayer(module, down, up, scales.of(module, rank) if alpha is None else alpha / rank)
 
@@ -194,7 +198,7 @@ class _Scales:
         elif raw_peft:
             beside = path.with_name("adapter_config.json")
             if not beside.is_file():
-                raise ExportError(
+                raise CheckpointError(
                     f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it"
                 )
             self._config = _config(beside, beside.read_text(encoding="utf-8", errors="replace"))
@@ -216,7 +220,7 @@ def _config(path: Path, text: str) -> dict[str, Any]:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ExportError(f"LoRA: the configuration in {path} is no JSON object; fetch it again")
+        raise CheckpointError(f"LoRA: the configuration in {path} is no JSON object; fetch it again")
     return config
 
 

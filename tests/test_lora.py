@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vega_edge.errors import ExportError
-from vega_edge.export.lora import match_lora, read_lora
-from vega_edge.export.safetensors_file import read_float32
+from vega_edge.errors import CheckpointError
+from vega_edge.lora import match_lora, read_lora
+from vega_edge.safetensors_file import read_float32
 
 TO_OUT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV = "down_blocks.1.resnets.0.conv1"
@@ -156,7 +156,7 @@ def test_alpha_of_peft(tmp_path: Path, config: dict[str, Any], scale: float) -> 
     raw = write_safetensors(
         tmp_path / "b.safetensors", dict(zip([f"base_model.model.{n}" for n in names], [DOWN, UP], strict=True))
     )
-    with pytest.raises(ExportError, match=r"its alpha is in adapter_config\.json; put that beside it"):
+    with pytest.raises(CheckpointError, match=r"its alpha is in adapter_config\.json; put that beside it"):
         read_lora(raw)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     for path in (saved, raw):
@@ -172,14 +172,14 @@ def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
     }
     fitting = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP}
     path = write_safetensors(tmp_path / "l.safetensors", {**fitting, **other})
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(path), WEIGHTS)
     assert str(caught.value) == (
         f"LoRA {path}: 2 of its 3 modules fit nothing in this checkpoint, the first is lora_unet_mid_block_x; "
         "use a LoRA made for this architecture"
     )
     wider = {**WEIGHTS, "unet": {f"{TO_OUT}.weight": (6, 7)}}
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(write_safetensors(path, fitting)), wider)
     assert str(caught.value) == (
         f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint, the first is unet.{TO_OUT} "
@@ -193,7 +193,7 @@ def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
 def test_other_adapters_are_refused(tmp_path: Path, strange: str) -> None:
     tensors = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP, strange: UP}
     path = write_safetensors(tmp_path / "l.safetensors", tensors)
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         read_lora(path)
     assert str(caught.value) == (
         f"LoRA {path}: 1 of its 3 keys are of an unknown kind, the first is {strange}; known are lora_down/lora_up "
@@ -207,13 +207,13 @@ def test_other_adapters_are_refused(tmp_path: Path, strange: str) -> None:
 def test_a_module_in_two_spellings_is_refused(tmp_path: Path, other: str) -> None:
     keys = [f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"{other}down.weight", f"{other}up.weight"]
     path = write_safetensors(tmp_path / "l.safetensors", dict(zip(keys, [DOWN, UP, DOWN, UP], strict=True)))
-    with pytest.raises(ExportError, match=r"are the same module, spelled twice|given twice, in two spellings"):
+    with pytest.raises(CheckpointError, match=r"are the same module, spelled twice|given twice, in two spellings"):
         read_lora(path)
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "l.safetensors", {f"unet.{TO_OUT}.lora_A.weight": DOWN})
-    with pytest.raises(ExportError, match=rf"unet\.{TO_OUT} lacks its up weight; fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"unet\.{TO_OUT} lacks its up weight; fetch it again"):
         read_lora(path)
     whole = path.read_bytes()
     for damaged, text in (
@@ -223,40 +223,40 @@ def test_damaged_files(tmp_path: Path) -> None:
         (whole[:9] + b"!" + whole[10:], "its header is damaged"),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ExportError, match=text):
+        with pytest.raises(CheckpointError, match=text):
             read_lora(path)
     pickled = tmp_path / "lora.bin"
     pickled.write_bytes(whole)
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         read_lora(pickled)
     assert str(caught.value) == (
         f"LoRA {pickled} is not a .safetensors file; others are pickled and can run code when read: "
         "convert it to safetensors where you trust it"
     )
     write_safetensors(path, {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP.T})
-    with pytest.raises(ExportError, match=r"attn1\.to_out\.0 has down 2x5 and up 2x6, which do not multiply"):
+    with pytest.raises(CheckpointError, match=r"attn1\.to_out\.0 has down 2x5 and up 2x6, which do not multiply"):
         read_lora(path)
     write_safetensors(path, {"x.alpha": np.array(1.0)}, dtype="I32")
-    with pytest.raises(ExportError, match=r"x\.alpha is stored as I32; allowed: F64, F32, F16, BF16"):
+    with pytest.raises(CheckpointError, match=r"x\.alpha is stored as I32; allowed: F64, F32, F16, BF16"):
         read_lora(path)
     names = [f"unet.{TO_OUT}.lora_A.weight", f"unet.{TO_OUT}.lora_B.weight", f"unet.{TO_OUT}.alpha"]
     write_safetensors(path, dict(zip(names, [DOWN[:0], UP[:, :0], np.array(1.0)], strict=True)))
-    with pytest.raises(ExportError, match="has down 0x5 and up 6x0, which do not multiply"):
+    with pytest.raises(CheckpointError, match="has down 0x5 and up 6x0, which do not multiply"):
         read_lora(path)
     write_safetensors(path, dict(zip(names, [DOWN, UP, np.array([1.0, 2.0])], strict=True)))
-    with pytest.raises(ExportError, match=r"the alpha of unet\..* has 2 values; it must be one number"):
+    with pytest.raises(CheckpointError, match=r"the alpha of unet\..* has 2 values; it must be one number"):
         read_lora(path)
     write_safetensors(path, dict(zip(names, [DOWN, UP], strict=False)), {"lora_adapter_metadata": "{"})
-    with pytest.raises(ExportError, match="is no JSON object; fetch it again"):
+    with pytest.raises(CheckpointError, match="is no JSON object; fetch it again"):
         read_lora(path)
     path.write_bytes(whole.replace(b"[2, 5]", b"[2, 4]"))
-    with pytest.raises(ExportError, match=r"has 40 bytes, which are not \(2, 4\) of F32"):
+    with pytest.raises(CheckpointError, match=r"has 40 bytes, which are not \(2, 4\) of F32"):
         read_lora(path)
     path.write_bytes(whole.replace(b"[0, 40]", b'["a",4]'))
-    with pytest.raises(ExportError, match="its header is damaged"):
+    with pytest.raises(CheckpointError, match="its header is damaged"):
         read_lora(path)
     write_safetensors(path, {})
-    with pytest.raises(ExportError, match="0 of its 0 keys are of an unknown kind; known are"):
+    with pytest.raises(CheckpointError, match="0 of its 0 keys are of an unknown kind; known are"):
         read_lora(path)
 
 

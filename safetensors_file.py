@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ExportError
+from .errors import CheckpointError
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LENGTH_BYTES = 8
@@ -37,25 +37,25 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The names, dtypes and shapes a file holds, without its weights. ExportError if it is missing or damaged."""
+    """The names, dtypes and shapes a file holds, without its weights. CheckpointError if it is missing or damaged."""
     if not path.is_file():
-        raise ExportError(f"{path} is missing; fetch it again")
+        raise CheckpointError(f"{path} is missing; fetch it again")
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if not 0 < length <= min(_LONGEST_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
-            raise ExportError(f"{path} is no safetensors file, or only its beginning; fetch it again")
+            raise CheckpointError(f"{path} is no safetensors file, or only its beginning; fetch it again")
         raw = file.read(length)
     try:
         parsed: dict[str, Any] = json.loads(raw)
         metadata = parsed.pop("__metadata__", {})
         entries = {k: Entry(v["dtype"], _whole(v["shape"]), *_whole(v["data_offsets"])) for k, v in parsed.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{path} is no safetensors file, or its header is damaged; fetch it again") from None
+        raise CheckpointError(f"{path} is no safetensors file, or its header is damaged; fetch it again") from None
     data_start = _LENGTH_BYTES + length
     wanted_bytes = data_start + max((e.end for e in entries.values()), default=0)
     if wanted_bytes != size_bytes:
-        raise ExportError(f"{path} has {size_bytes} bytes, its header says {wanted_bytes}; fetch it again")
+        raise CheckpointError(f"{path} has {size_bytes} bytes, its header says {wanted_bytes}; fetch it again")
     return Header(entries, metadata, data_start)
 
 
@@ -76,10 +76,10 @@ def read_float32(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, 
 
 def _as_float32(path: Path, name: str, entry: Entry, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     if entry.dtype not in _DTYPES:
-        raise ExportError(f"{path}: {name} is stored as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
+        raise CheckpointError(f"{path}: {name} is stored as {entry.dtype}; allowed: {', '.join(_DTYPES)}")
     dtype = np.dtype(_DTYPES[entry.dtype]).newbyteorder("<")
     if data.size != math.prod(entry.shape) * dtype.itemsize:
-        raise ExportError(f"{path}: {name} has {data.size} bytes, which are not {entry.shape} of {entry.dtype}")
+        raise CheckpointError(f"{path}: {name} has {data.size} bytes, which are not {entry.shape} of {entry.dtype}")
     values = np.frombuffer(data.tobytes(), dtype).reshape(entry.shape)
     if entry.dtype == "BF16":  # bfloat16 is the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,87 @@
+"""`vega-edge export`: a checkpoint to a bundle of ONNX graphs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ExportError, UsageError
+from .common import bar, lora
+
+if TYPE_CHECKING:
+    from ..models import Recipe
+
+
+def add(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="SOURCE", help="a model's name, or the folder of a diffusers checkpoint")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="BUNDLE",
+        help="the folder to make; default for a model's name: where generate finds it",
+    )
+    p.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA to fuse in; may be repeated",
+    )
+    p.add_argument("--dtype", default="fp32", help="arithmetic of the graphs, fp32 or fp16; default: %(default)s")
+    p.add_argument("--weights", metavar="DTYPE", help="storage of the weights, fp32 or fp16; default: as --dtype")
+    p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny to decode with")
+    p.add_argument("--name", help="the bundle's name; default: that of the model or of the folder")
+    p.add_argument("--overwrite", action="store_true", help="replace BUNDLE where it exists")
+    p.add_argument("--json", action="store_true", help="print the bundle, its parts, sizes and differences as JSON")
+    p.add_argument("-v", "--verbose", action="store_true", help="say more")
+    p.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from .. import models
+    from ..export import Progress, export_bundle, format_report
+
+    recipe = models.recipes().get(arguments.source)
+    source = _checkpoint(recipe) if recipe else Path(arguments.source)
+    options = recipe.export_options() if recipe else {"name": None, "loras": []}
+    options["loras"] += arguments.lora
+    options["name"] = arguments.name or options["name"]
+    output = arguments.output or (models.bundles_folder() / recipe.name if recipe else None)
+    if output is None:
+        raise UsageError(f"say where the bundle goes: vega-edge export {arguments.source} -o BUNDLE")
+    if not arguments.output:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
+    with bar(0) as shown:
+
+        def progress(at: Progress) -> None:
+            shown.total = at.total
+            shown.set_description_str(f"{at.part}: {at.phase}", refresh=False)
+            shown.update(at.index - 1 - shown.n)
+            shown.refresh()
+
+        report = export_bundle(
+            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
+            progress=progress, overwrite=arguments.overwrite, **options,
+        )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2, default=str))
+        return
+    print(format_report(report), file=sys.stderr)
+    print(output)
+
+
+def _checkpoint(recipe: Recipe) -> Path:
+    if not recipe.checkpoint_path.is_dir():
+        raise ExportError(
+            f"the checkpoint of {recipe.name} is not part of this install ({recipe.checkpoint_path} does not exist); export it in a clone of the project"
+        )
+    return recipe.checkpoint_path
