@@ -73,10 +73,13 @@ def main() -> None:
         if stage in runs:
             runs[stage](steps)
         else:
-            start, lr = arguments.start, arguments.peak_lr
+            start, teacher = arguments.start, None if stage == "demo-vega" else out / "demo-vega"
             if stage == "demo-tiny-sd" and not start:
                 start = out / "demo-small-sd"
-            train_base(stage, vae, cache, out / stage, steps, start=start, peak_lr=lr, processes=n)
+            train_base(
+                stage, vae, cache, out / stage, steps,
+                start=start, teacher=teacher, peak_lr=arguments.peak_lr, processes=n,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -88,8 +88,17 @@ def load_weights(model: TextToNoise, folder: Path) -> TextToNoise:
         weights = without_innermost(weights, wanted)
     model.unet.load_state_dict(weights)
     for encoder, name in zip(model.encoders, ("text_encoder", "text_encoder_2"), strict=False):
-        encoder.load_state_dict(load_file(folder / name / "model.safetensors"))
+        load_encoder(encoder, folder / name)
     return model
+
+
+def load_encoder(encoder: nn.Module, folder: Path) -> None:
+    """A text encoder's weights, but for a projection that it lacks."""
+    weights = load_file(folder / "model.safetensors")
+    wanted = encoder.state_dict()
+    if not any(name.startswith("text_model.") for name in wanted):  # CLIPTextModel has lost that level
+        weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
+    encoder.load_state_dict({name: weights[name] for name in wanted})
 
 
 def save_half(module: nn.Module, folder: Path) -> None:

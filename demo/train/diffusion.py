@@ -86,18 +86,51 @@ def sample_timesteps(n: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(rng.integers(low, 1000))
 
 
+def conditioning(
+    model: TextToNoise, tokens: Tokens, captions: list[str], dropped: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the network is told; nothing where `dropped`: zeros for the SDXL kind (force_zeros_for_empty_prompt), the
+    empty caption for the SD kind, which is what guidance compares with."""
+    if not model.sdxl:
+        captions = ["" if d else c for c, d in zip(captions, dropped, strict=True)]
+    text, pooled = model.encode(tokens(captions))
+    if pooled is not None:
+        keep = torch.from_numpy(~dropped).float()
+        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+    return text, pooled
+
+
+@dataclass
+class Teacher:
+    """A trained network with its tokenizers, to be imitated."""
+
+    model: TextToNoise
+    tokens: Tokens
+
+
 def loss_on(
-    model: TextToNoise, pool: Pool, tokens: Tokens, batch: int, rng: np.random.Generator, progress: float
+    model: TextToNoise,
+    pool: Pool,
+    tokens: Tokens,
+    teacher: Teacher | None,
+    batch: int,
+    rng: np.random.Generator,
+    progress: float,
 ) -> torch.Tensor:
+    """The weighted error of the predicted noise; with a teacher, of the teacher's prediction instead (BK-SDM's output
+    distillation, arXiv:2305.15798, without its other terms): the true noise is a sample whose mean the teacher has
+    learned, and over a short training the variance is what holds a student back."""
     abar = alphas_cumprod()
     x0, captions = pool.batch(batch, rng)
-    text, pooled = model.encode(tokens(captions))
-    keep = torch.from_numpy(rng.random(batch) >= 0.1).float()
-    if pooled is not None:  # the SDXL kind's unconditional input is zeros (force_zeros_for_empty_prompt)
-        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+    dropped = rng.random(batch) < 0.1
     t = sample_timesteps(batch, rng)
     a = abar[t][:, None, None, None]
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
-    error = model.predict(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text, pooled) - noise
+    x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    target = noise
+    if teacher:
+        with torch.no_grad():
+            target = teacher.model.predict(x, t, *conditioning(teacher.model, teacher.tokens, captions, dropped))
+    error = model.predict(x, t, *conditioning(model, tokens, captions, dropped)) - target
     snr = a / (1 - a)
     return (error.square() * (snr.clamp(max=5) / snr)).mean()

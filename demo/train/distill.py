@@ -161,7 +161,7 @@ def distill_loss(
 
 
 def distill_context(vae: Path, cache: Path, tokenizers: list[Path], pool: int) -> tuple[Pool, Tokens, Replay]:
-    return (*context(vae, cache, tokenizers, pool), Replay())
+    return (*context(vae, cache, tokenizers, pool)[:2], Replay())
 
 
 def _adapters(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
