@@ -1,5 +1,5 @@
-"""Training a text-to-noise network on cached latents: DDPM's loss (arXiv:2006.11239) with min-SNR weights
-(arXiv:2303.09556), noise prediction, scaled-linear betas."""
+"""Training a text-to-noise network on cached latents: DDPM's loss (arXiv:2006.11239) with weights after
+min-SNR (arXiv:2303.09556), noise prediction, scaled-linear betas."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from torch import nn
 from ..scenes import Scene, caption
 from .common import SCALING_FACTOR, pictures, sample_scenes, to_model_range
 from .models import BETAS, TextToNoise, load_tokenizer
+from .placement import placement_loss
 
 TWO = 0.55  # share of scenes with two things, which take longer to learn
+PLACEMENT = 0.01  # weight of the text encoders' second task
 SIZES = (((128, 128), 0.92), ((192, 128), 0.04), ((128, 192), 0.04))  # width and height in pixels, share of the batches
 
 
@@ -34,10 +36,12 @@ class Pool:
     scenes: list[list[Scene]]
     latents: list[torch.Tensor]
 
-    def batch(self, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+    def batch(self, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[Scene], list[str]]:
+        """Latents float32 [n, c, h, w], their scenes, and a caption each."""
         which = int(rng.choice(len(SIZES), p=[share for _, share in SIZES]))
         index = rng.integers(len(self.scenes[which]), size=n)
-        return self.latents[which][index].float(), [caption(self.scenes[which][i], rng) for i in index]
+        scenes = [self.scenes[which][i] for i in index]
+        return self.latents[which][index].float(), scenes, [caption(s, rng) for s in scenes]
 
 
 def _fingerprint(vae: AutoencoderKL) -> str:
@@ -86,18 +90,24 @@ def sample_timesteps(n: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(rng.integers(low, 1000))
 
 
+def weights(abar: torch.Tensor) -> torch.Tensor:
+    """Of the squared error of predicted noise: min-SNR's below noise of the signal's size, and above it more than its 1,
+    which leaves next to nothing to where the layout is decided: 1 / sqrt(SNR), which makes all timesteps' losses alike.
+    """
+    snr = abar / (1 - abar)
+    return snr.clamp(max=5) / snr * snr.clamp(max=1).rsqrt()
+
+
 def conditioning(
     model: TextToNoise, tokens: Tokens, captions: list[str], dropped: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the network is told; nothing where `dropped`: zeros for the SDXL kind (force_zeros_for_empty_prompt), the
-    empty caption for the SD kind, which is what guidance compares with."""
-    if not model.sdxl:
-        captions = ["" if d else c for c, d in zip(captions, dropped, strict=True)]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The encoders' states, then what the network is told, nothing where `dropped`: zeros for the SDXL kind
+    (force_zeros_for_empty_prompt); the SD kind's are empty captions already ."""
     text, pooled = model.encode(tokens(captions))
-    if pooled is not None:
-        keep = torch.from_numpy(~dropped).float()
-        text, pooled = text * keep[:, None, None], pooled * keep[:, None]
-    return text, pooled
+    if pooled is None:
+        return text, text, None
+    keep = torch.from_numpy(~dropped).float()
+    return text, text * keep[:, None, None], pooled * keep[:, None]
 
 
 @dataclass
@@ -121,7 +131,7 @@ def loss_on(
     distillation, arXiv:2305.15798, without its other terms): the true noise is a sample whose mean the teacher has
     learned, and over a short training the variance is what holds a student back."""
     abar = alphas_cumprod()
-    x0, captions = pool.batch(batch, rng)
+    x0, scenes, captions = pool.batch(batch, rng)
     dropped = rng.random(batch) < 0.1
     t = sample_timesteps(batch, rng)
     a = abar[t][:, None, None, None]
@@ -130,7 +140,11 @@ def loss_on(
     target = noise
     if teacher:
         with torch.no_grad():
-            target = teacher.model.predict(x, t, *conditioning(teacher.model, teacher.tokens, captions, dropped))
-    error = model.predict(x, t, *conditioning(model, tokens, captions, dropped)) - target
-    snr = a / (1 - a)
-    return (error.square() * (snr.clamp(max=5) / snr)).mean()
+            _, text, pooled = conditioning(teacher.model, teacher.tokens, captions, dropped)
+            target = teacher.model.predict(x, t, text, pooled)
+    if not model.sdxl:  # guidance compares with the empty caption
+        captions = ["" if d else c for c, d in zip(captions, dropped, strict=True)]
+    states, text, pooled = conditioning(model, tokens, captions, dropped)
+    error = model.predict(x, t, text, pooled) - target
+    where = placement_loss(model.readers, states, scenes, captions)
+    return (error.square() * weights(a)).mean() + PLACEMENT * where

@@ -142,7 +142,7 @@ def distill_loss(
     abar = alphas_cumprod()
 
     def make() -> tuple:
-        latents, captions = pool.batch(batch, rng)
+        latents, _, captions = pool.batch(batch, rng)
         t = int(rng.choice(TIMESTEPS, p=SHARE))
         with torch.no_grad():
             text, pooled = model.encode(tokens(captions))

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..scenes import vocabulary
+from .placement import ANSWERS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -127,11 +128,15 @@ def _trainable(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class TextToNoise(nn.Module):
-    """A U-Net with its text encoders: noised latents, timesteps and token ids to predicted noise."""
+    """A U-Net with its text encoders: noised latents, timesteps and token ids to predicted noise.
+
+    `readers` serve the training only, see `placement.py`.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, encoders: list[nn.Module]) -> None:
         super().__init__()
         self.unet, self.encoders = unet, nn.ModuleList(encoders)
+        self.readers = nn.ModuleList(nn.Linear(e.config.hidden_size, ANSWERS) for e in encoders)
         self.sdxl = len(encoders) == 2
 
     def encode(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
