@@ -20,11 +20,13 @@ from ...models import bundles_folder
 from .autoencoder import train_autoencoder, train_decoder
 from .base import train_base
 from .distill import distill
+from .reading import train_encoders
 from .tiny_autoencoder import train_tiny_autoencoder
 
 STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
+    "text-encoders": 1200,
     "demo-vega": 9000,
     "demo-vegart-lora": 3200,
     "demo-small-sd": 3600,
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--start",
         type=Path,
-        help="go on from this checkpoint (or LoRA file); demo-tiny-sd starts from demo-small-sd otherwise",
+        help="go on from this checkpoint (or LoRA file), not from what the stages before have left",
     )
     parser.add_argument("--peak-lr", type=float, default=2e-3, help="with --start, half of it is enough")
     parser.add_argument("--steps", type=int, help="another number of updates, for trying out")
@@ -62,6 +64,7 @@ def main() -> None:
     runs: dict[str, Callable[[int], object]] = {
         "autoencoder": lambda steps: train_autoencoder(vae, steps, processes=n),
         "decoder": lambda steps: train_decoder(vae, steps, processes=n),
+        "text-encoders": lambda steps: train_encoders(cache / "text-encoders", steps, start=arguments.start),
         "demo-vegart-lora": lambda steps: distill(
             out / "demo-vega", vae, cache, out / "demo-vegart-lora", steps,
             start=arguments.start, peak_lr=arguments.peak_lr, processes=n,
@@ -74,8 +77,7 @@ def main() -> None:
             runs[stage](steps)
         else:
             start, teacher = arguments.start, None if stage == "demo-vega" else out / "demo-vega"
-            if stage == "demo-tiny-sd" and not start:
-                start = out / "demo-small-sd"
+            start = start or {"demo-vega": cache / "text-encoders", "demo-tiny-sd": out / "demo-small-sd"}.get(stage)
             train_base(
                 stage, vae, cache, out / stage, steps,
                 start=start, teacher=teacher, peak_lr=arguments.peak_lr, processes=n,

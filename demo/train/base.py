@@ -27,8 +27,8 @@ def context(
 def new_model(name: str, start: Path | None = None, teacher: Path | None = None) -> TextToNoise:
     """`name` is 'demo-vega', 'demo-small-sd' or 'demo-tiny-sd'; its weights from the checkpoint `start`, if given.
 
-    A tiny model may start from a small one's; without a start, a teacher lends its second text encoder, whose shape an
-    SD model's has.
+    demo-vega may start from text encoders alone, a tiny model from a small one's weights; an SD model without a start
+    takes its teacher's second text encoder, which has its shape.
     """
     if name == "demo-vega":
         return load_weights(new_vega(), start) if start else new_vega()

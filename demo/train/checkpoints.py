@@ -82,11 +82,13 @@ def without_innermost(small: dict[str, torch.Tensor], wanted: Iterable[str]) -> 
 
 
 def load_weights(model: TextToNoise, folder: Path) -> TextToNoise:
-    """The network's and the encoders' weights from a checkpoint's folder, into float32; a small model's into a tiny one."""
-    weights, wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), model.unet.state_dict()
-    if len(weights) > len(wanted):
-        weights = without_innermost(weights, wanted)
-    model.unet.load_state_dict(weights)
+    """The network's and the encoders' weights from a checkpoint's folder, into float32; a small model's into a tiny one,
+    and the encoders' alone where the folder has no more."""
+    if (folder / "unet").is_dir():
+        weights, wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), model.unet.state_dict()
+        if len(weights) > len(wanted):
+            weights = without_innermost(weights, wanted)
+        model.unet.load_state_dict(weights)
     for encoder, name in zip(model.encoders, ("text_encoder", "text_encoder_2"), strict=False):
         load_encoder(encoder, folder / name)
     return model
