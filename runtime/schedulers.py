@@ -116,7 +116,10 @@ def all_schedulers() -> list[Scheduler]:
 
 
 def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
-    """By name, however it is spelled, first in `family`, then in the other; UsageError lists what there is."""
+    """By name, however it is spelled, first in `family`, then in the other; UsageError lists what there is.
+
+    The name of one of diffusers' classes is another spelling of the first row that has its numbers.
+    """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     rows = sorted(all_schedulers(), key=lambda row: row.family != family)
@@ -124,9 +127,9 @@ def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
     for row in rows:
         if names.key(row.name) == wanted:
             return row
-    for row in rows:
+    for row in all_schedulers():
         if row.diffusers and wanted in (names.key(row.diffusers), names.key(row.diffusers.removesuffix("Scheduler"))):
-            return row
+            return get_scheduler(row.name, family)
     raise unknown("scheduler", name, dict.fromkeys(row.name for row in rows))
 
 

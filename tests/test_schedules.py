@@ -174,10 +174,27 @@ def test_no_two_rows_answer_to_one_name() -> None:
         ("DPMSolverMultistepScheduler", "DPM Multi", "diffusers"), ("UniPCMultistep", "UniPC", "diffusers"),
         ("EulerAncestralDiscreteScheduler", "Euler a", "diffusers"), ("KDPM2DiscreteScheduler", "DPM2", "diffusers"),
         ("euler trailing", "Euler Lightning", "diffusers"), (" PLMS ", "PLMS", "a1111"),
+        ("dmpp_2m_karras", "DPM++ 2M Karras", "a1111"), ("dpmpp_sde_ancestral_karras", "DPM++ SDE Karras", "a1111"),
+        ("DPMSolverSDEScheduler", "DPM++ SDE", "a1111"), ("EulerDiscreteScheduler", "Euler", "diffusers"),
     ],
 )  # fmt: skip
 def test_loose_spellings(written: str, name: str, family: str) -> None:
     row = get_scheduler(written)
+    assert (row.name, row.family) == (name, family)
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "family"),
+    [
+        ("EulerDiscreteScheduler", "Euler", "a1111"), ("EulerAncestralDiscrete", "Euler a", "a1111"),
+        ("DDIMScheduler", "DDIM", "a1111"), ("LCMScheduler", "LCM", "a1111"), ("KDPM2Discrete", "DPM2", "a1111"),
+        ("PNDMScheduler", "PNDM", "diffusers"), ("DPMSolverMultistep", "DPM Multi", "diffusers"),
+    ],
+)  # fmt: skip
+def test_a_class_s_name_means_a_scheduler_of_the_family_like_any_other_spelling(
+    written: str, name: str, family: str
+) -> None:
+    row = get_scheduler(written, "a1111")
     assert (row.name, row.family) == (name, family)
 
 
