@@ -27,13 +27,17 @@ def _as_many(steps: int) -> int:
     return steps
 
 
+Intervals = Callable[[Schedule], list[tuple[float, float]]]
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """A named scheduler.
 
     order: of convergence, None where the sampler chooses its own steps. calls: of the model, a step. total: how many
     steps it takes where n are asked for. least_steps: the fewest it can take. any_schedule: whether it can walk the
-    named ones. random: draws noise whatever eta is. brownian: wants that noise from a Brownian path.
+    named ones. random: draws noise whatever eta is. brownian: where that noise is to be a Brownian path's, the
+    intervals of it that will be asked for, in order.
 
     diffusers: the class whose numbers it gives. defaults: that class's own, where a `scheduler_config.json` is silent.
     forced: what the name itself says, whatever the file says. fixed: options that are implemented for these values
@@ -50,7 +54,7 @@ class Scheduler:
     total_of: Callable[[int], int | None] = _as_many
     any_schedule: bool = True
     random: bool = False
-    brownian: bool = False
+    brownian: Intervals | None = None
     diffusers: str | None = None
     defaults: Options = field(default_factory=dict)
     forced: Options = field(default_factory=dict)

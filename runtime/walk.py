@@ -75,10 +75,10 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
     """The sampler's noise, drawn while the network runs; a sampler that draws none costs no thread."""
     if not plan.scheduler.stochastic:
         yield lambda sigma, sigma_next: source(shape)
-    elif plan.scheduler.brownian:
+    elif plan.scheduler.brownian is not None:
         levels = plan.schedule.sigmas[plan.schedule.sigmas > 0]
         tree = source.brownian(shape, float(levels.min()), float(levels.max()))
-        with Prefetch(tree, [(a, b) for a, b in plan.schedule.intervals() if b > 0]) as noise:
+        with Prefetch(tree, plan.scheduler.brownian(plan.schedule)) as noise:
             yield noise
     else:
         with Prefetch(lambda sigma, sigma_next: source(shape)) as noise:

@@ -193,6 +193,7 @@ def test_intervals_of_the_brownian_path(name: str) -> None:
     x = np.ones(SHAPE, np.float32)
     list(row.sampler(lambda x, s: 0 * x, x, schedule, lambda a, b: (asked.append((a, b)), x)[1]))
     assert np.array(asked) == pytest.approx(np.array(expected), rel=1e-12)
+    assert row.brownian is not None and row.brownian(schedule) == asked  # exactly, so that each is drawn ahead
 
 
 def test_only_the_sde_samplers_want_a_brownian_path() -> None:
