@@ -66,6 +66,7 @@ def test_seeds() -> None:
     ({"family": "comfy"}, "unknown family 'comfy'; there are: a1111, diffusers"),
     ({"family": 3}, "family must be text, got int"),
     ({"schedule": "karas"}, "unknown schedule 'karas'; did you mean 'karras'? there are: "),
+    ({"schedule": ""}, "unknown schedule ''; there are: "),
     ({"schedule": ["karras"]}, "schedule must be text, got list"),
     ({"rng": "cuda"}, "unknown rng 'cuda'; there are: nv, torch"),
     ({"noise_dtype": "fp8"}, "unknown noise dtype 'fp8'; there are: fp16, fp32"),

@@ -278,6 +278,16 @@ def test_options_that_are_not_implemented_are_refused(name: str, change: dict[st
     assert str(error.value) == message
 
 
+def test_an_option_that_a_class_takes_by_itself_is_not_blamed_on_the_file() -> None:
+    silent = {k: v for k, v in VEGA.items() if k != "clip_sample"}
+    with pytest.raises(UsageError) as error:
+        get_scheduler("DDIM").noise_model(silent)
+    assert str(error.value) == (
+        "DDIM: clip_sample True (DDIMScheduler's default, where nothing is said) in scheduler_config.json is not "
+        "supported; allowed: False, None"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "family", "steps", "message"),
     [
