@@ -87,8 +87,7 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
 
 def _at_its_end(step: Step, schedule: Schedule) -> Step:
     """Some walks end above zero: their x is handed over in the form that the sampler's own is, as references do."""
-    end = float(schedule.sigmas[-1]) * 1.0001  # an adaptive walk stops a little before
-    if schedule.sigma_units or not 0 < step.sigma <= end:
+    if schedule.sigma_units or not 0 < step.sigma <= schedule.sigmas[-1]:
         return step
     return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
 
