@@ -143,6 +143,13 @@ def test_sde_samplers_walk_along_one_brownian_path() -> None:
     assert abs(np.corrcoef(few, others)[0, 1]) < 0.2
 
 
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 1), (1.0, 1), (1.01, 2)])
+def test_guidance_of_one_and_less_asks_the_network_once(guidance: float, rows: int) -> None:
+    engine = PromptedEngine()
+    walk(request(guidance=guidance), engine)
+    assert engine.batches == [rows] * 5
+
+
 def test_guidance_rescale() -> None:
     rng = np.random.default_rng(3)
     prompted, away = (rng.standard_normal((2, *SHAPE), dtype=np.float32) for _ in range(2))
