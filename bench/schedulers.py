@@ -92,7 +92,10 @@ def table(rows: list[Row]) -> str:
     """A line a name, a column a family."""
     percent = {(r.family, r.name): r.all for r in rows}
     names = list(dict.fromkeys(r.name for r in rows))
-    cell = lambda family, name: f"{percent[family, name]:.1f} %" if (family, name) in percent else ""  # noqa: E731
+
+    def cell(family: str, name: str) -> str:
+        return f"{percent[family, name]:.1f} %" if (family, name) in percent else ""
+
     return markdown(("scheduler", *FAMILIES), [(n, *(cell(f, n) for f in FAMILIES)) for n in names])
 
 

@@ -51,7 +51,7 @@ def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
 
 def plms(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     grid = ddim(model, n, named)
-    retake = (float(grid.sigmas[0]), float(grid.sigmas[1])) if grid.sigmas[1] > 0 else None
+    retake = (float(grid.sigmas[0]), float(grid.sigmas[1]))
     return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, retake=retake)
 
 

@@ -179,7 +179,7 @@ def _unipc_step(
     at_start, sigma, sigma_next = x0s[1], levels[i], levels[i + 1]
     assert at_start is not None
     out = toward(x, at_start, sigma_next / sigma)
-    if sigma_next == 0 or sigma_next == sigma or (order == 1 and not corrects):
+    if order == 1 and not corrects:
         return out
     h = math.log(sigma / sigma_next)
     nodes = [math.log(sigma / levels[i - k]) / h for k in range(1, order)]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 # What no rule below explains. Keys as `key` leaves them.
 _ALIASES: Mapping[str, str] = {
-    "dmpp2m": "dpmpp2m",  # sent by an official client
-    "dpmppsdea": "dpmppsde",  # likewise, as dpmpp_sde_ancestral
+    "dpmsolversde": "dpmppsde",  # diffusers' class for it
+    "dpmsolversdescheduler": "dpmppsde",
     "eulertrailing": "eulerlightning",
     "lightning": "eulerlightning",
     "lmsdiscrete": "lms",
@@ -27,4 +27,6 @@ def key(name: str) -> str:
     text = re.sub(r"[_\s]ka$", "_karras", text)
     text = re.sub(r"[_\s]exp$", "_exponential", text)
     plain = re.sub(r"[^a-z0-9]", "", text)
+    plain = re.sub(r"^dmpp", "dpmpp", plain)  # dmpp_2m: sent by an official client
+    plain = plain.replace("ppsdea", "ppsde")  # dpmpp_sde_ancestral: likewise; it has no other form
     return _ALIASES.get(plain, plain)

@@ -126,7 +126,7 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         width=_side("width", value["width"], limits),
         height=_side("height", value["height"], limits),
         family=scheduler.family,
-        schedule=spacing_name(value["schedule"]) if value.get("schedule") else None,
+        schedule=None if value.get("schedule") is None else spacing_name(value["schedule"]),
         eta=None if eta is None else float(eta),
         rng=_one_of("rng", value.get("rng", "torch"), GENERATORS),
         noise_dtype=_one_of("noise dtype", value.get("noise_dtype", "fp32"), NOISE_DTYPES),

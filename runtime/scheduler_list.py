@@ -12,7 +12,7 @@ def to_dict() -> dict[str, Any]:
     rows = [
         {
             "name": s.name, "family": s.family, "order": s.order, "calls": s.calls, "least_steps": s.least_steps,
-            "stochastic": s.stochastic, "brownian": s.brownian, "eta": s.eta, "any_schedule": s.any_schedule,
+            "stochastic": s.stochastic, "brownian": s.brownian is not None, "eta": s.eta, "any_schedule": s.any_schedule,
         }
         for s in all_schedulers()
     ]  # fmt: skip

@@ -26,6 +26,8 @@ _SOLVER_DEFAULTS = {"solver_order": 2, "euler_at_final": False}
 # Classes that know no such options: from_config leaves them out.
 _TO_ZERO: Mapping[str, Any] = {"final_sigmas_type": "zero"}
 _NO_SPACING: Mapping[str, Any] = {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
+# nor zero terminal SNR: they walk the plain betas even for a model that was trained on rescaled ones
+_OLD: Mapping[str, Any] = {**_TO_ZERO, "rescale_betas_zero_snr": False}
 _KARRAS: Mapping[str, Any] = {**_NO_SPACING, "use_karras_sigmas": True}
 _LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _FEW = {
@@ -68,7 +70,8 @@ _DIFFUSERS_ROWS = (
     ),
     Scheduler(
         "DPM Single", "diffusers", singlestep.dpm_single, _dpm_single, 2, diffusers="DPMSolverSinglestepScheduler",
-        defaults={**_SOLVER_DEFAULTS, "lower_order_final": False}, forced={"timestep_spacing": "linspace"},
+        defaults={**_SOLVER_DEFAULTS, "lower_order_final": False},
+        forced={"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
         fixed={**_SOLVER, **_MIDPOINT, "solver_order": (1, 2, 3)},
     ),
     Scheduler(
@@ -80,30 +83,30 @@ _DIFFUSERS_ROWS = (
     ),
     Scheduler(
         "Heun", "diffusers", samplers.heun, schedules.euler, 2, 2, diffusers="HeunDiscreteScheduler",
-        defaults=_LATENT_BETAS, forced=_TO_ZERO, fixed={"clip_sample": _OFF},
+        defaults=_LATENT_BETAS, forced=_OLD, fixed={"clip_sample": _OFF},
     ),
     Scheduler(
         "DPM2 a", "diffusers", partial(samplers.dpm2, eta=1.0), _kdpm2, 2, 2,
-        diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced=_TO_ZERO,
+        diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced=_OLD,
     ),
     Scheduler(
         "DPM2 a Karras", "diffusers", partial(samplers.dpm2, eta=1.0), _kdpm2, 2, 2,
-        diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced={**_TO_ZERO, **_KARRAS},
+        diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced={**_OLD, **_KARRAS},
     ),
     Scheduler(
         "DPM2", "diffusers", samplers.dpm2, _kdpm2, 2, 2, diffusers="KDPM2DiscreteScheduler", defaults=_LATENT_BETAS,
-        forced=_TO_ZERO,
+        forced=_OLD,
     ),
     Scheduler(
         "DPM2 Karras", "diffusers", samplers.dpm2, _kdpm2, 2, 2, diffusers="KDPM2DiscreteScheduler",
-        defaults=_LATENT_BETAS, forced={**_TO_ZERO, **_KARRAS},
+        defaults=_LATENT_BETAS, forced={**_OLD, **_KARRAS},
     ),
-    Scheduler("LMS", "diffusers", multistep.lms, schedules.euler, 4, diffusers="LMSDiscreteScheduler", forced=_TO_ZERO),
+    Scheduler("LMS", "diffusers", multistep.lms, schedules.euler, 4, diffusers="LMSDiscreteScheduler", forced=_OLD),
     Scheduler(
         "PNDM", "diffusers", multistep.plms, schedules.pndm, 2, diffusers="PNDMScheduler",
         # silent files mean True here: the published ones say so, or were written for another class
         defaults={"timestep_spacing": "leading", "set_alpha_to_one": False, "skip_prk_steps": True},
-        fixed={"skip_prk_steps": (True,)},
+        forced={"rescale_betas_zero_snr": False}, fixed={"skip_prk_steps": (True,)},
     ),
     Scheduler(
         "DDPM", "diffusers", samplers.ancestral, schedules.ddpm, 1, random=True, diffusers="DDPMScheduler",
@@ -154,10 +157,10 @@ _A1111_ROWS = (
     *_k("DPM2 a", partial(samplers.dpm2, eta=1.0), 2, 2, discard=True, spacings=_K),
     *_k("DPM++ 2S a", partial(singlestep.dpmpp_2s, eta=1.0), 2, 2, spacings=_K),
     *_k("DPM++ 2M", multistep.dpm_multi, 2, spacings=_K),
-    *_k("DPM++ SDE", partial(sde.dpmpp_sde, eta=1.0), 2, 2, brownian=True, spacings=_K),
-    *_k("DPM++ 2M SDE", partial(sde.dpmpp_2m_sde, eta=1.0), 2, brownian=True, spacings=_KE),
-    *_k("DPM++ 2M SDE Heun", _2m_sde_heun, 2, brownian=True, spacings=_KE),
-    *_k("DPM++ 3M SDE", partial(sde.dpmpp_3m_sde, eta=1.0), 3, discard=True, brownian=True, spacings=_KE),
+    *_k("DPM++ SDE", partial(sde.dpmpp_sde, eta=1.0), 2, 2, brownian=sde.half_and_whole_steps, spacings=_K),
+    *_k("DPM++ 2M SDE", partial(sde.dpmpp_2m_sde, eta=1.0), 2, brownian=sde.whole_steps, spacings=_KE),
+    *_k("DPM++ 2M SDE Heun", _2m_sde_heun, 2, brownian=sde.whole_steps, spacings=_KE),
+    *_k("DPM++ 3M SDE", partial(sde.dpmpp_3m_sde, eta=1.0), 3, discard=True, brownian=sde.whole_steps, spacings=_KE),
     _own(
         "DPM fast", partial(singlestep.dpm_fast, eta=1.0), a1111_grids.dpm_fast, 3, total_of=a1111_grids.fast_total,
         any_schedule=False,

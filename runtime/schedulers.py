@@ -27,13 +27,17 @@ def _as_many(steps: int) -> int:
     return steps
 
 
+Intervals = Callable[[Schedule], list[tuple[float, float]]]
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """A named scheduler.
 
     order: of convergence, None where the sampler chooses its own steps. calls: of the model, a step. total: how many
     steps it takes where n are asked for. least_steps: the fewest it can take. any_schedule: whether it can walk the
-    named ones. random: draws noise whatever eta is. brownian: wants that noise from a Brownian path.
+    named ones. random: draws noise whatever eta is. brownian: where that noise is to be a Brownian path's, the
+    intervals of it that will be asked for, in order.
 
     diffusers: the class whose numbers it gives. defaults: that class's own, where a `scheduler_config.json` is silent.
     forced: what the name itself says, whatever the file says. fixed: options that are implemented for these values
@@ -50,7 +54,7 @@ class Scheduler:
     total_of: Callable[[int], int | None] = _as_many
     any_schedule: bool = True
     random: bool = False
-    brownian: bool = False
+    brownian: Intervals | None = None
     diffusers: str | None = None
     defaults: Options = field(default_factory=dict)
     forced: Options = field(default_factory=dict)
@@ -85,8 +89,9 @@ class Scheduler:
         for key, allowed in {**_FIXED, **self.fixed}.items():
             if merged.get(key, allowed[0]) not in allowed:
                 values = ", ".join(map(repr, allowed))
+                where = "in" if key in written else f"({self.diffusers}'s default, where nothing is said) in"
                 raise UsageError(
-                    f"{self.name}: {key} {merged[key]!r} in scheduler_config.json is not supported; allowed: {values}"
+                    f"{self.name}: {key} {merged[key]!r} {where} scheduler_config.json is not supported; allowed: {values}"
                 )
         return NoiseModel(merged)
 
@@ -116,7 +121,10 @@ def all_schedulers() -> list[Scheduler]:
 
 
 def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
-    """By name, however it is spelled, first in `family`, then in the other; UsageError lists what there is."""
+    """By name, however it is spelled, first in `family`, then in the other; UsageError lists what there is.
+
+    The name of one of diffusers' classes is another spelling of the first row that has its numbers.
+    """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     rows = sorted(all_schedulers(), key=lambda row: row.family != family)
@@ -124,9 +132,9 @@ def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
     for row in rows:
         if names.key(row.name) == wanted:
             return row
-    for row in rows:
+    for row in all_schedulers():
         if row.diffusers and wanted in (names.key(row.diffusers), names.key(row.diffusers.removesuffix("Scheduler"))):
-            return row
+            return get_scheduler(row.name, family)
     raise unknown("scheduler", name, dict.fromkeys(row.name for row in rows))
 
 

@@ -16,6 +16,21 @@ from .samplers import Array, Denoise, Noise, Step, add, split, toward
 from .schedules import Schedule
 
 
+def whole_steps(schedule: Schedule) -> list[tuple[float, float]]:
+    """The intervals of the path that the multistep samplers ask for, in order: those that end above zero."""
+    return [(a, b) for a, b in schedule.intervals() if b > 0]
+
+
+def half_and_whole_steps(schedule: Schedule) -> list[tuple[float, float]]:
+    """Likewise of `dpmpp_sde`: of each step first the part down to its middle."""
+    return [pair for a, b in whole_steps(schedule) for pair in ((a, _middle(a, b)), (a, b))]
+
+
+def _middle(sigma: float, sigma_next: float) -> float:
+    """In log sigma."""
+    return math.sqrt(sigma * sigma_next)
+
+
 def dpmpp_sde(
     denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Step]:
@@ -26,7 +41,7 @@ def dpmpp_sde(
         if sigma_next == 0:
             x = toward(x, x0, 0.0)
         else:
-            middle = math.sqrt(sigma * sigma_next)
+            middle = _middle(sigma, sigma_next)
             down, up = split(sigma, middle, eta)
             guess = toward(x, x0, down / sigma)
             if up > 0:

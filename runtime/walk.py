@@ -75,10 +75,10 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
     """The sampler's noise, drawn while the network runs; a sampler that draws none costs no thread."""
     if not plan.scheduler.stochastic:
         yield lambda sigma, sigma_next: source(shape)
-    elif plan.scheduler.brownian:
+    elif plan.scheduler.brownian is not None:
         levels = plan.schedule.sigmas[plan.schedule.sigmas > 0]
         tree = source.brownian(shape, float(levels.min()), float(levels.max()))
-        with Prefetch(tree, [(a, b) for a, b in plan.schedule.intervals() if b > 0]) as noise:
+        with Prefetch(tree, plan.scheduler.brownian(plan.schedule)) as noise:
             yield noise
     else:
         with Prefetch(lambda sigma, sigma_next: source(shape)) as noise:
@@ -87,8 +87,7 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
 
 def _at_its_end(step: Step, schedule: Schedule) -> Step:
     """Some walks end above zero: their x is handed over in the form that the sampler's own is, as references do."""
-    end = float(schedule.sigmas[-1]) * 1.0001  # an adaptive walk stops a little before
-    if schedule.sigma_units or not 0 < step.sigma <= end:
+    if schedule.sigma_units or not 0 < step.sigma <= schedule.sigmas[-1]:
         return step
     return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
 

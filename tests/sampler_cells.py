@@ -45,7 +45,11 @@ _KNOWN_TO = {
     "euler final": {"DPM Multi"}, "third order": _SOLVERS, "first order": _SOLVERS,
     "alpha one": {"DDIM", "PNDM"}, "offset 0": {"Euler", "DDIM", "PNDM", "DPM Multi"},
     "eta": {"DDIM", "TCD"},
-    "zero snr": {"Euler", "Euler a", "DDIM", "DDPM", "LCM", "DPM Multi", "UniPC"},
+    # those whose class doesn't know it among them: they keep the plain betas
+    "zero snr": {
+        "Euler", "Euler a", "DDIM", "DDPM", "LCM", "TCD", "DPM Multi", "UniPC", "DPM Single", "Heun", "DPM2", "DPM2 a",
+        "LMS", "PNDM",
+    },
 }  # fmt: skip
 _NO_SAMPLE = ("Euler a", "DPM2", "DPM2 a", "DPM2 Karras", "DPM2 a Karras", "PNDM")
 # Where the reference is k-diffusion: what A1111 has beside it is in test_a1111.py.

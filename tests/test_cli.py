@@ -270,6 +270,9 @@ def test_models_lists_every_scheduler() -> None:
     assert table[0].split() == ["family", "name", "order", "calls", "a", "step"]
     assert len(table) == len(rows) + 3
     assert ["a1111", "DPM++", "2M", "SDE", "Karras", "2", "1", "random"] in [line.split() for line in table]
+    assert ["a1111", "DPM", "adaptive", "varies", "varies", "random,", "own", "schedule", "only"] in [
+        line.split() for line in table
+    ]
     assert table[-1].startswith("--schedule, for all the others: karras, ")
 
 

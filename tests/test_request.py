@@ -56,6 +56,11 @@ def test_the_recipe_s_family_and_the_one_asked_for() -> None:
 def test_seeds() -> None:
     assert request(seed=5, samples=3).seeds == [5, 6, 7]
     assert request(seed=MAX_SEED).seed == 999_999_999_999_999
+    assert request(seed=MAX_SEED - 2, samples=3).seeds[-1] == MAX_SEED
+    with pytest.raises(
+        UsageError, match=r"^seed must be a whole number from -1 to 999999999999997, got 999999999999998$"
+    ):
+        request(seed=MAX_SEED - 1, samples=3)
     picked = {request(seed=-1).seed for _ in range(5)}
     assert len(picked) > 1 and min(picked) >= 0
     some = request(seed=-1)
@@ -66,6 +71,7 @@ def test_seeds() -> None:
     ({"family": "comfy"}, "unknown family 'comfy'; there are: a1111, diffusers"),
     ({"family": 3}, "family must be text, got int"),
     ({"schedule": "karas"}, "unknown schedule 'karas'; did you mean 'karras'? there are: "),
+    ({"schedule": ""}, "unknown schedule ''; there are: "),
     ({"schedule": ["karras"]}, "schedule must be text, got list"),
     ({"rng": "cuda"}, "unknown rng 'cuda'; there are: nv, torch"),
     ({"noise_dtype": "fp8"}, "unknown noise dtype 'fp8'; there are: fp16, fp32"),

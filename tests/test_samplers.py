@@ -101,14 +101,15 @@ def test_model_calls_a_step_are_what_the_table_says(row: Scheduler) -> None:
     assert row.total(48) in (None, len(done))
 
 
-def test_a_consistency_model_is_the_identity_at_timestep_zero() -> None:
-    """Its boundary condition (arXiv:2310.04378, equation 9), on x in the network's form."""
+@pytest.mark.parametrize(("t", "skip", "out"), [(0, 1.0, 0.0), (1, 0.0024937656, 0.9987523388)])
+def test_a_consistency_model_begins_as_the_identity(t: int, skip: float, out: float) -> None:
+    """Its boundary condition (arXiv:2310.04378, equation 9), on x in the network's form; sigma_data 1/2, t times 10."""
     row = get_scheduler("LCM")
     train = row.noise_model(VEGA).sigmas
     x = np.random.default_rng(4).standard_normal(SHAPE, dtype=np.float32)
-    schedule = Schedule(np.array([train[0], 0.0]), np.array([0.0]), 1.0, train)
+    schedule = Schedule(np.array([train[t], 0.0]), np.array([float(t)]), 1.0, train)
     (step,) = row.sampler(lambda x, sigma: 5 + x, x, schedule, lambda a, b: x)
-    assert step.x == pytest.approx(x / np.hypot(1, train[0]), rel=1e-6)
+    assert step.x == pytest.approx(x * skip / np.hypot(1, train[t]) + (5 + x) * out, rel=1e-5, abs=1e-6)
 
 
 # -- generators without state -----------------------------------------------------------------------------------------
@@ -193,6 +194,7 @@ def test_intervals_of_the_brownian_path(name: str) -> None:
     x = np.ones(SHAPE, np.float32)
     list(row.sampler(lambda x, s: 0 * x, x, schedule, lambda a, b: (asked.append((a, b)), x)[1]))
     assert np.array(asked) == pytest.approx(np.array(expected), rel=1e-12)
+    assert row.brownian is not None and row.brownian(schedule) == asked  # exactly, so that each is drawn ahead
 
 
 def test_only_the_sde_samplers_want_a_brownian_path() -> None:

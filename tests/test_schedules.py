@@ -138,6 +138,45 @@ def test_timesteps_between_the_grid_are_interpolated_in_log_sigma() -> None:
     assert schedule.timestep(float(np.sqrt(model[500] * model[501]))) == pytest.approx(500.5, abs=1e-6)
 
 
+def test_orders_of_the_last_steps() -> None:
+    """Third-order solvers that end above zero, by `lower_order_final`: what diffusers' classes write in their steps."""
+    config = {**VEGA, "solver_order": 3, "final_sigmas_type": "sigma_min"}
+
+    def orders(name: str, n: int, lower: bool) -> tuple[int, ...] | None:
+        row = get_scheduler(name)
+        return row.schedule(row.noise_model({**config, "lower_order_final": lower}), n).orders
+
+    assert orders("DPM Multi", 5, True) == (1, 2, 3, 2, 1)
+    assert orders("DPM Multi", 14, True) == (1, 2, *[3] * 10, 2, 1)
+    assert orders("DPM Multi", 15, True) == (1, 2, *[3] * 13)  # few enough are fewer than 15
+    assert orders("DPM Multi", 5, False) == (1, 2, 3, 3, 3)
+    assert orders("DPM Single", 5, True) == (1, 2, 3, 1, 2)  # only whole runs of three are cut
+    assert orders("DPM Single", 6, True) == (1, 2, 3, 1, 2, 1)
+    assert orders("DPM Single", 6, False) == (1, 2, 3, 1, 2, 3)
+    assert orders("UniPC", 6, True) == (1, 2, 3, 3, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["DPM Multi", "DPM Single"])
+def test_a_step_that_goes_nowhere_changes_nothing(name: str) -> None:
+    """These levels end at the model's lowest, and `sigma_min` adds it once more; diffusers divides by its width."""
+    row = get_scheduler(name)
+    model = row.noise_model(
+        {**VEGA, "solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": name != "DPM Multi", "use_beta_sigmas": True}
+    )  # fmt: skip
+    x = np.full((1, 1, 1, 1), 14.6, np.float32)
+    *_, before, last = row.sampler(lambda x, s: x / (1 + s * s), x, row.schedule(model, 6), lambda a, b: 0 * x)
+    assert before.sigma == last.sigma and last.x == pytest.approx(before.x, rel=1e-6)
+
+
+def test_ddim_lands_on_timestep_zero_before_it_goes_to_one() -> None:
+    """With `set_alpha_to_one` that is another level than the end: of steps to timestep 0 and below it."""
+    row = get_scheduler("DDIM")
+    model = row.noise_model({**VEGA, "steps_offset": 0, "set_alpha_to_one": True})
+    schedule = row.schedule(model, 10)
+    assert schedule.landings is not None
+    assert schedule.landings[-2:].tolist() == [model.sigmas[0], 0.0]
+
+
 # -- names ------------------------------------------------------------------------------------------------------------
 
 SEGMIND = "DDIM, DPM Multi, DPM Single, Euler a, Euler, Heun, DPM2 a Karras, DPM2 Karras, LMS, PNDM, DDPM, UniPC"
@@ -174,10 +213,27 @@ def test_no_two_rows_answer_to_one_name() -> None:
         ("DPMSolverMultistepScheduler", "DPM Multi", "diffusers"), ("UniPCMultistep", "UniPC", "diffusers"),
         ("EulerAncestralDiscreteScheduler", "Euler a", "diffusers"), ("KDPM2DiscreteScheduler", "DPM2", "diffusers"),
         ("euler trailing", "Euler Lightning", "diffusers"), (" PLMS ", "PLMS", "a1111"),
+        ("dmpp_2m_karras", "DPM++ 2M Karras", "a1111"), ("dpmpp_sde_ancestral_karras", "DPM++ SDE Karras", "a1111"),
+        ("DPMSolverSDEScheduler", "DPM++ SDE", "a1111"), ("EulerDiscreteScheduler", "Euler", "diffusers"),
     ],
 )  # fmt: skip
 def test_loose_spellings(written: str, name: str, family: str) -> None:
     row = get_scheduler(written)
+    assert (row.name, row.family) == (name, family)
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "family"),
+    [
+        ("EulerDiscreteScheduler", "Euler", "a1111"), ("EulerAncestralDiscrete", "Euler a", "a1111"),
+        ("DDIMScheduler", "DDIM", "a1111"), ("LCMScheduler", "LCM", "a1111"), ("KDPM2Discrete", "DPM2", "a1111"),
+        ("PNDMScheduler", "PNDM", "diffusers"), ("DPMSolverMultistep", "DPM Multi", "diffusers"),
+    ],
+)  # fmt: skip
+def test_a_class_s_name_means_a_scheduler_of_the_family_like_any_other_spelling(
+    written: str, name: str, family: str
+) -> None:
+    row = get_scheduler(written, "a1111")
     assert (row.name, row.family) == (name, family)
 
 
@@ -220,6 +276,16 @@ def test_options_that_are_not_implemented_are_refused(name: str, change: dict[st
     with pytest.raises(UsageError) as error:
         get_scheduler(name).schedule(get_scheduler(name).noise_model({**VEGA, **change}), 10)
     assert str(error.value) == message
+
+
+def test_an_option_that_a_class_takes_by_itself_is_not_blamed_on_the_file() -> None:
+    silent = {k: v for k, v in VEGA.items() if k != "clip_sample"}
+    with pytest.raises(UsageError) as error:
+        get_scheduler("DDIM").noise_model(silent)
+    assert str(error.value) == (
+        "DDIM: clip_sample True (DDIMScheduler's default, where nothing is said) in scheduler_config.json is not "
+        "supported; allowed: False, None"
+    )
 
 
 @pytest.mark.parametrize(

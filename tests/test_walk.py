@@ -13,6 +13,7 @@ from vega_edge.engines import Spec
 from vega_edge.errors import EngineError, NotFiniteError, UsageError
 from vega_edge.runtime import walk as walks
 from vega_edge.runtime.denoiser import Denoiser, rescaled
+from vega_edge.runtime.prefetch import Prefetch
 from vega_edge.runtime.request import Limits, Request, make_request
 from vega_edge.runtime.rng import NoiseSource
 from vega_edge.runtime.samplers import Step
@@ -140,6 +141,13 @@ def test_sde_samplers_walk_along_one_brownian_path() -> None:
     assert np.corrcoef(few, many)[0, 1] > 0.8
     others = walk(request(scheduler="DPM++ 2M SDE Karras", steps=80, seed=1), Silent())[-1].x.ravel()
     assert abs(np.corrcoef(few, others)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 1), (1.0, 1), (1.01, 2)])
+def test_guidance_of_one_and_less_asks_the_network_once(guidance: float, rows: int) -> None:
+    engine = PromptedEngine()
+    walk(request(guidance=guidance), engine)
+    assert engine.batches == [rows] * 5
 
 
 def test_guidance_rescale() -> None:
@@ -279,6 +287,21 @@ def test_the_noise_is_drawn_while_the_network_runs(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(NoiseSource, "__call__", counted)
     assert len(walk(request(scheduler="Euler a", steps=4), Waiting())) == 4
+
+
+@pytest.mark.parametrize("scheduler", ["DPM++ SDE", "DPM++ 2M SDE Karras", "DPM++ 3M SDE"])
+def test_all_of_a_brownian_path_is_drawn_ahead(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the next interval is not the foreseen one, the walk would wait for its draw."""
+    foreseen: list[bool] = []
+
+    class Watched(Prefetch):
+        def __call__(self, sigma: float, sigma_next: float) -> np.ndarray:
+            foreseen.append(self._ready is not None and self._expected == (sigma, sigma_next))
+            return super().__call__(sigma, sigma_next)
+
+    monkeypatch.setattr(walks, "Prefetch", Watched)
+    walk(request(scheduler=scheduler, steps=5), NetworkEngine())
+    assert foreseen and all(foreseen)
 
 
 def test_interleaved_walks_equal_separate_ones() -> None:
