@@ -4,7 +4,7 @@ CLIP's encoders know what a sentence means before a diffusion model meets them; 
 alone did not teach them in 14,000 updates that "a star above a heart" is not "a heart above a star": a caption with its
 relation turned round gave the same loss. So the padding after the caption is made to hold the answer, which causal
 attention lets it see: at even positions the colour and shape of the thing nearer the top or left, at odd ones of the
-other, and at both whether they stand above each other or side by side. A linear reader of each encoder's states is
+other, and at both whether they stand above each other or side by side, or where a single one stands. A linear reader of each encoder's states is
 asked for them; it is thrown away afterwards.
 """
 
@@ -16,17 +16,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..scenes import COLORS, RELATIONS, SHAPES, Scene
+from ..scenes import COLORS, PLACES, RELATIONS, SHAPES, Scene
 
 FIRST = 32  # the first position that asks: longer than any caption, so that it is padding
-QUESTIONS = (len(COLORS) + 1, len(SHAPES) + 1, 3)  # colour or unsaid, shape or unsaid, axis or none
+# Colour or unsaid; shape or unsaid; nothing, one of two axes, or a place.
+QUESTIONS = (1 + len(COLORS), 1 + len(SHAPES), 1 + 2 + len(PLACES))
 ANSWERS = sum(QUESTIONS)
 
 
 def answers(scene: Scene, caption: str) -> list[tuple[int, int, int]]:
-    """For the first and the second thing: its colour, its shape, and the axis, 0 for what the caption does not say."""
+    """For the first and the second thing: its colour, its shape, and axis or place, 0 for what the caption does not say."""
     if not scene.relation:
-        return 2 * [(*_said(scene, 0, caption), 0)]
+        place = 3 + list(PLACES).index(scene.place) if scene.place and scene.place in caption else 0
+        return 2 * [(*_said(scene, 0, caption), place)]
     dx, dy = RELATIONS[scene.relation]
     order = (0, 1) if dx + dy < 0 else (1, 0)
     return [(*_said(scene, i, caption), 1 if dy else 2) for i in order]
