@@ -56,6 +56,7 @@ class Source:
     model: str
     loras: tuple[Lora, ...] = ()
     vae: Literal["full", "tiny"] = "full"
+    random_weights: int | None = None  # the seed of a bundle that was made without a checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class _Defaults:
 
     scheduler: str | None = None
     family: str | None = None
+    schedule: str | None = None
+    prompt_syntax: Literal["plain", "a1111"] | None = None
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None
