@@ -55,8 +55,8 @@ class Lora:
 class Source:
     model: str
     loras: tuple[Lora, ...] = ()
-    vae: Literal["full", "tiny"] = "full"
-    random_weights: int | None = None  # the seed of a bundle that was made without a checkpoint
+    vae: Literal["full", "tiny"] = "full"  # what vae_decoder is
+    random_weights: int | None = None  # the seed, where they are not trained ones
 
 
 @dataclass(frozen=True)

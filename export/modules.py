@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .packages import require
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ CLASSES = {
 
 def new_module(part: str, config: Mapping[str, Any]) -> nn.Module:
     """The network of a configuration, its parameters without storage (torch's meta device), its buffers real."""
+    require("torch", "accelerate", "diffusers", "transformers")
     from accelerate import init_empty_weights
 
     with quiet(), init_empty_weights(include_buffers=False):

@@ -54,7 +54,7 @@ class RecipeLora:
 class Recipe:
     """Paths are relative to the package. `checkpoint` is there in a clone of the project, `bundle` in every install.
 
-    sources: tried in turn where there is no `checkpoint`. architecture: one of `configs/architectures.json`, None for
+    sources: where there is no `checkpoint`, the first is exported; others are to name with --from. architecture: one of `configs/architectures.json`, None for
     the embedded models; scheduler: a file of `configs/` in place of the architecture's (for checkpoints without one).
     defaults: scheduler, steps, guidance, width, height, and any other of `runtime.request.Request`, such as the family
     that a scheduler's name is of (diffusers, if not said), or prompt_syntax. limits: what this runtime allows, as
