@@ -166,7 +166,7 @@ def test_random_weights_depend_on_seed_and_name_only(sd: Path) -> None:
             fan_in = shape[1] * shape[2] * shape[3]
             assert float(a[name].std()) == pytest.approx(fan_in**-0.5, rel=0.1) and abs(float(a[name].mean())) < 0.02
     # the same on every machine and in every version: bundles that name a seed mean something
-    assert a["conv_in.bias"][:3].tolist() == pytest.approx([0.0, 0.0, 0.0])
+    assert a["conv_in.bias"][:3].tolist() == [0.024658203125, 0.037017822265625, 0.015625]
 
 
 def test_random_weights_of_a_folder_need_no_weights(sd: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_random_networks_as_deep_as_sdxls_stay_in_range() -> None:
         outputs = [
             network(x, t, encoder_hidden_states=h).sample for t, h in ((999, hidden), (1, hidden), (999, -hidden))
         ]
-    assert 0.1 < float(hidden.std()) and float(hidden.abs().max()) < 100
+    assert float(hidden.std()) > 0.1 and float(hidden.abs().max()) < 100
     for out in outputs:
         assert 0.1 < float(out.std()) < 10 and torch.isfinite(out).all()
     assert all(float((a - outputs[0]).abs().mean()) > 0.01 for a in outputs[1:])
@@ -224,7 +224,23 @@ def test_an_export_with_random_weights_says_so(
     assert manifest["source"] == {"model": "tiny-sd", "loras": [], "vae": "full", "random_weights": 3}
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "a cat", "--model", str(bundle), "--steps", "1", "--engine", "onnxruntime-cpu"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a cat",
+                "--model",
+                str(bundle),
+                "--steps",
+                "1",
+                "--size",
+                "64x64",
+                "--engine",
+                "onnxruntime-cpu",
+            ]
+        )
+        == 0
+    )
     assert f"vega-edge: {bundle} has random weights (seed 3): its pictures mean nothing\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", "tiny-sd", "--random-weights", "-1", "-o", "x"])
@@ -245,4 +261,4 @@ def test_from_the_hub_to_a_picture(sd: Path, tmp_path: Path) -> None:
         assert "tiny/diffusion_pytorch_model.safetensors" not in hub.fetched()
     assert (cache / "models--tiny--model" / "refs" / "main").read_text() == COMMIT
     assert json.loads((bundle / "vega-edge.json").read_text())["source"]["model"] == "tiny/model"
-    assert Pipeline.open(bundle, "onnxruntime-cpu")("a cat", steps=2).images[0].size == (16, 16)
+    assert Pipeline.open(bundle, "onnxruntime-cpu")("a cat", steps=2, width=64, height=64).images[0].size == (64, 64)
