@@ -147,10 +147,12 @@ def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]])
         else:
             matched[part][name] = layer
     if faults:
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        more = "".join(f", then {fault}" for fault in faults[1:_SHOWN])
+        more += f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError(
-            f"LoRA {lora.path}: {len(faults)} of its {len(lora.layers)} modules fit nothing in this checkpoint: "
-            f"{', '.join(faults[:_SHOWN])}{more}; {_made_for(lora, weights)}use a LoRA made for this architecture"
+            f"LoRA {lora.path}: {len(faults)} of its {len(lora.layers)} modules fit nothing in this checkpoint, the "
+            f"first is {faults[0]}{more}; {len(lora.layers) - len(faults)} fit; {_made_for(lora, weights)}use a LoRA "
+            "made for this architecture"
         )
     return matched
 
