@@ -85,6 +85,32 @@ def test_a_file_the_user_must_have(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_a_recipe_that_can_not_be_fetched_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(origin: Origin, **_: Any) -> Path:
+        raise CheckpointError(f"{origin} is gone; look elsewhere")
+
+    monkeypatch.setattr(sources, "fetch_file", gone)
+    monkeypatch.setattr(sources, "fetch_folder", gone)
+    for name, place in {
+        "dynavis-lightning": "kg-09/lightning_models/Dyanvis_lightning.safetensors",
+        "tiny-sd": "segmind/tiny-sd",
+    }.items():
+        with pytest.raises(CheckpointError) as caught:
+            model_source(name).open()
+        assert str(caught.value) == (
+            f"hf:{place} is gone; look elsewhere; weights that you have elsewhere are named with --from"
+        )
+    with pytest.raises(CheckpointError) as caught:
+        model_source("hf:a/b").open()
+    assert str(caught.value) == "hf:a/b is gone; look elsewhere"
+    with pytest.raises(ExportError) as refused:
+        model_source("hf:a/b/c.ckpt").open()
+    assert str(refused.value) == (
+        "hf:a/b/c.ckpt is pickled, which can run any code when it is read; if you trust it, --allow-pickle reads it "
+        "with torch's weights_only"
+    )
+
+
 def pickled(folder: Path, target: Path, part: str) -> Path:
     """A copy of a checkpoint with one part's weights pickled, and not contiguous, as distill-sd's are."""
     shutil.copytree(folder, target)
