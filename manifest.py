@@ -55,7 +55,8 @@ class Lora:
 class Source:
     model: str
     loras: tuple[Lora, ...] = ()
-    vae: Literal["full", "tiny"] = "full"
+    vae: Literal["full", "tiny"] = "full"  # what vae_decoder is
+    random_weights: int | None = None  # the seed, where they are not trained ones
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class _Defaults:
 
     scheduler: str | None = None
     family: str | None = None
+    schedule: str | None = None
+    prompt_syntax: Literal["plain", "a1111"] | None = None
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import math
 import os
 import shutil
@@ -20,8 +19,10 @@ from ..bundle import describe_files, write_manifest
 from ..errors import BundleError, ExportError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import MANIFEST, ROOT_PART, Lora, Manifest, Part, Source
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
+from .packages import require
 from .report import ExportReport, PartReport, Progress
+from .sources import ModelSource, path_source
 
 if TYPE_CHECKING:
     from .parts import Exported
@@ -36,7 +37,7 @@ Layers = Mapping[str, Mapping[str, Sequence[tuple[LoraLayer, float]]]]
 class _Request:
     """The arguments of export_bundle, checked."""
 
-    source: Path
+    source: ModelSource
     out: Path
     loras: tuple[tuple[Path, float], ...]
     dtype: str
@@ -45,7 +46,7 @@ class _Request:
 
 
 def export_bundle(
-    source: Path,
+    source: Path | ModelSource,
     out: Path,
     *,
     loras: Sequence[tuple[Path, float]] = (),
@@ -58,7 +59,7 @@ def export_bundle(
     progress: Callable[[Progress], None] = lambda _: None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export the diffusers folder `source` to the bundle `out`.
+    """Export `source`, a path (see `model_source`) or what else `sources` knows, to the bundle `out`.
 
     loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
     arithmetic; weights: of their storage (default: as dtype; fp16 with dtype fp32 halves the files and keeps full
@@ -70,9 +71,9 @@ def export_bundle(
     """
     start = time.monotonic()
     request = _checked(source, out, loras, dtype, weights, name, overwrite)
-    checkpoint = open_checkpoint(request.source, tiny_vae)
+    checkpoint = request.source.open(tiny_vae)
     layers = _match_loras(checkpoint, request.loras)
-    _require_packages()
+    require(*_NEEDED)
     with _staging(request.out, overwrite) as folder:
         done, notes = _export_parts(checkpoint, folder, request, layers, progress)
         _copy_configs(checkpoint, folder)
@@ -84,7 +85,7 @@ def export_bundle(
 
 
 def _checked(
-    source: Path,
+    source: Path | ModelSource,
     out: Path,
     loras: Sequence[tuple[Path, float]],
     dtype: str,
@@ -106,7 +107,14 @@ def _checked(
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
-    return _Request(Path(source), out, tuple(loras), dtype, weights or dtype, name or out.name)
+    return _Request(
+        source if isinstance(source, ModelSource) else path_source(source),
+        out,
+        tuple(loras),
+        dtype,
+        weights or dtype,
+        name or out.name,
+    )
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:
@@ -120,14 +128,6 @@ def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) ->
             for weight, layer in by_name.items():
                 layers.setdefault(part, {}).setdefault(weight, []).append((layer, strength))
     return layers
-
-
-def _require_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f'export needs {", ".join(missing)}, not installed here; install: pip install "vega-edge[export]"'
-        )
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def _manifest(
         created_by=f"vega-edge {__version__}",
         dtype=request.dtype,  # type: ignore[arg-type]  # checked to be one of DTYPES
         weights=request.weights,  # type: ignore[arg-type]
-        source=Source(request.source.resolve().name, loras, vae),  # type: ignore[arg-type]
+        source=Source(request.source.name, loras, vae, request.source.random_weights),  # type: ignore[arg-type]
         defaults=defaults,
         limits=limits,
         parts=parts,

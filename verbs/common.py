@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import math
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -20,6 +27,12 @@ def bar(total: int | None) -> Iterator[Any]:
         yield shown
 
 
+def warn_of_random_weights(bundle: Bundle) -> None:
+    seed = bundle.manifest.source.random_weights if bundle.manifest else None
+    if seed is not None:
+        _log.warning("%s has random weights (seed %d): its pictures mean nothing", bundle.path, seed)
+
+
 def size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower())
     if not match:
@@ -28,8 +41,11 @@ def size(text: str) -> tuple[int, int]:
 
 
 def lora(text: str) -> tuple[Path, float]:
+    """'style.safetensors:0.8' to the file and its strength; 1 where none is given."""
     file, colon, strength = text.rpartition(":")
-    if colon:
-        with contextlib.suppress(ValueError):
+    if not colon or re.search(r"[\\/]|\.safetensors$", strength):  # a drive's colon, or one in the file's name
+        return Path(text), 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(strength)):
             return Path(file), float(strength)
-    return Path(text), 1.0
+    raise argparse.ArgumentTypeError(f"must be FILE or FILE:STRENGTH, such as style.safetensors:0.8, got {text!r}")
