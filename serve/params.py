@@ -24,6 +24,7 @@ _OPTIONS = {
 # Sent by official clients though no page lists them (segmind-py, segmind-npm).
 _OLD_SCHEDULERS = {"dpmpp_2m", "dmpp_2m", "dpmpp_sde_ancestral"}
 _SIDE_MULTIPLE = 64
+_LARGEST = 1e18  # beyond any field's range, and well inside a float's
 
 
 class BadBody(UsageError):
@@ -96,8 +97,10 @@ def _value(name: str, got: Any, kind: str, prompt_chars: int) -> Any:
         return _text(name, got, prompt_chars)
     if isinstance(got, str):
         got = _number_in(name, got)
-    if isinstance(got, bool) or not isinstance(got, (int, float)) or not math.isfinite(got):
+    if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise UsageError(f"{name}: must be a number, got {_kind(got)}")
+    if abs(got) > _LARGEST or not math.isfinite(got):
+        raise UsageError(f"{name}: must be a number of a sensible size, got {_short(got)}")
     if kind == "number":
         return float(got)
     if got != int(got):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from .serve_fakes import FakeDrawer, Gate, job
+
 from vega_edge.errors import EngineError, VegaEdgeError
 from vega_edge.serve.batching import Batching
 from vega_edge.serve.job import Done, Failed, Overloaded, Started, Stepped, Stopping, TookTooLong
@@ -14,6 +14,8 @@ from vega_edge.serve.line import Line, Shares
 from vega_edge.serve.metrics import Metrics
 from vega_edge.serve.residents import Residents
 from vega_edge.serve.worker import Worker
+
+from .serve_fakes import FakeDrawer, Gate, job
 
 Make = Callable[..., Worker]
 
