@@ -48,9 +48,7 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(_result(service, record, request))
             return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
 
-    @routes.api_route(
-        "/generations/{file}", methods=["GET", "HEAD"], tags=["queue"], responses={404: {}}, summary="A picture"
-    )
+    @routes.api_route("/generations/{file}", methods=["GET", "HEAD"], include_in_schema=False, summary="A picture")
     async def picture(file: str) -> Response:
         path = service.settings.data / "generations" / file
         if not _FILE.fullmatch(file) or not path.is_file():

@@ -27,6 +27,9 @@ from .worker import Worker
 _log = logging.getLogger(__name__)
 
 
+DEFECT = "an internal error; it is in the log"  # of a job: nothing of ours leaks to a client
+
+
 class NotFound(VegaEdgeError):
     pass
 
@@ -77,7 +80,7 @@ class Service:
             raise ClientLeft
         event = ended.result()
         if isinstance(event, Failed):
-            raise event.error
+            raise event.error if isinstance(event.error, VegaEdgeError) else VegaEdgeError(DEFECT) from event.error
         assert isinstance(event, Done)
         return event
 
