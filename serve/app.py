@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from ..errors import VegaEdgeError
-from . import openapi, routes_page, routes_v1, routes_v2
+from . import live, openapi, routes_page, routes_v1, routes_v2
 from .guard import Guard, error_response
 from .service import Service, status_of
 
@@ -39,7 +39,7 @@ def make_app(service: Service) -> Guard:
         redirect_slashes=False, description="Segmind's text-to-image API on your own box.",
     )  # fmt: skip
     app.openapi = lambda: openapi.describe(app, service)  # type: ignore[method-assign]
-    for routes in (routes_page, routes_v2, routes_v1):
+    for routes in (routes_page, live, routes_v2, routes_v1):
         app.include_router(routes.router(service))
     app.add_exception_handler(VegaEdgeError, _ours)
     app.add_exception_handler(HTTPException, _http)
