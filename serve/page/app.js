@@ -92,7 +92,7 @@ function sizes(p) {
 }
 
 function ideas(texts) {
-  $("chips").replaceChildren(...texts.slice(0, kiosk ? 7 : 4).map((text) => {
+  $("chips").replaceChildren(...texts.slice(0, kiosk ? 6 : 4).map((text) => {
     const chip = document.createElement("button");
     chip.type = "button";
     chip.textContent = text;
