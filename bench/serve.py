@@ -153,7 +153,7 @@ def _one_key(page: Any, number: int) -> float:
     before = page.evaluate("() => document.documentElement.dataset.shown || ''")
     page.focus("#prompt")
     page.keyboard.type("a red star "[number % 11] if number else "a")
-    page.wait_for_function("before => document.documentElement.dataset.shown !== before", arg=before)
+    page.wait_for_function("before => (document.documentElement.dataset.shown || '') !== before", arg=before)
     shown, unit = page.inner_text("#latency").split()
     return float(shown) * (1000 if unit == "s" else 1)
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
+import socket
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..errors import VegaEdgeError
 from .app import begin_stop, make_app
 from .service import Service
 from .settings import BODY_BYTES
 
 HEAD_S = 10.0  # a connection that has not sent a request's head by then is closed
-_log = logging.getLogger(__name__)
 
 
 class PatientProtocol(H11Protocol):
@@ -62,6 +62,15 @@ class PatientProtocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """VegaEdgeError where the address is taken or is not one of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise VegaEdgeError(f"can't listen on {host}:{port} ({error}); choose another --port or --host") from error
 
 
 class Server(uvicorn.Server):

@@ -265,7 +265,7 @@ def drawn(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
     """Does something and waits for the picture that comes of it; what the caption says."""
     before = page.evaluate("document.documentElement.dataset.shown || ''")
     act()
-    page.wait_for_function("before => document.documentElement.dataset.shown !== before", arg=before)
+    page.wait_for_function("before => (document.documentElement.dataset.shown || '') !== before", arg=before)
     page.wait_for_selector('#status[data-state="ready"]')
     return {"caption": page.inner_text("#frame-a figcaption"), "alt": page.get_attribute("#frame-a img", "alt")}
 

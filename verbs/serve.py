@@ -98,18 +98,17 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from ..serve.listener import Server
+        from ..serve.listener import Server, listen
         from ..serve.service import build
     except ImportError as error:
         raise VegaEdgeError(f'the server needs {error.name}; pip install "vega-edge[serve]"') from error
     settings = _settings(arguments)
     _log_to_stderr(arguments.verbose)
     server = Server(build(settings))
+    address = listen(settings.host, settings.port)
     shown = "localhost" if settings.host in ("127.0.0.1", "::1") else settings.host
     print(f"vega-edge: http://{shown}:{settings.port}/ is the live page, /docs the API; Ctrl+C stops", file=sys.stderr)
-    server.run()
-    if not server.started:
-        raise VegaEdgeError(f"can't listen on {settings.host}:{settings.port}; is it in use? choose another --port")
+    server.run([address])
 
 
 def run_keys(arguments: argparse.Namespace) -> None:
