@@ -109,8 +109,8 @@ class Pipeline:
             try:
                 step = next(steps)
             except StopIteration as end:
-                (result,) = end.value
-                return result
+                results: list[Result] = end.value
+                return results[0]
             if progress:
                 progress(step)
 

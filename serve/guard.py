@@ -21,7 +21,9 @@ from starlette.responses import JSONResponse
 
 from .service import Service
 
-Scope, Receive, Send = dict[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 _requests = logging.getLogger("vega_edge.serve.requests")
 # What anybody may fetch: whether we live, the page (it asks for the key itself), and pictures, whose names are secrets.
 _OPEN = ("/healthz", "/readyz", "/", "/page", "/generations", "/live", "/favicon.ico")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 from collections import deque
@@ -145,7 +146,11 @@ class Socket:
         facts = {"id": _number(message), "slot": slot}
         job = Job(self._client, name, asked.prompt, {**asked.options, "samples": 1}, lambda event: None, True, previews)
         late = loop.call_later(WAITING_S, self._tell_waiting, job, facts)
-        job.listener = lambda event: loop.call_soon_threadsafe(self._hear, job, facts, kind, event, late)
+
+        def listener(event: Event) -> None:  # on the device's thread
+            loop.call_soon_threadsafe(self._hear, job, facts, kind, event, late)
+
+        job.listener = listener
         self._jobs[slot] = job
         try:
             self._service.worker.submit(job)
@@ -169,7 +174,7 @@ class Socket:
             return
         if isinstance(event, Stepped) and event.preview is not None:
             head = {"type": "preview", **facts, "index": event.index, "total": event.total}
-            self._say((head, lambda: encode_preview(event.preview)), job)  # type: ignore[arg-type]
+            self._say((head, functools.partial(encode_preview, event.preview)), job)
         elif isinstance(event, Done):
             self._say(
                 (_picture(facts, event, kind), lambda: encode(event.images[0], event.request, event.model, 0, kind)),

@@ -167,10 +167,10 @@ def _form(body: bytes, content_type: str) -> dict[str, Any]:
     if not message.is_multipart():
         raise BadBody("the body is not the form that its content type says")
     fields: dict[str, Any] = {}
-    for part in message.iter_parts():  # type: ignore[attr-defined]
-        name = part.get_param("name", header="content-disposition")
-        if isinstance(name, str) and not part.is_multipart():
-            fields[name] = part.get_payload(decode=True).decode("utf-8", "replace")
+    for part in message.walk():
+        name, value = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+        if isinstance(name, str) and isinstance(value, bytes):
+            fields[name] = value.decode("utf-8", "replace")
     return fields
 
 

@@ -109,7 +109,7 @@ def _result(service: Service, record: Record, request: HttpRequest) -> dict[str,
         }
         for file in record.files
     ]  # fmt: skip
-    result = {
+    result: dict[str, Any] = {
         "status": COMPLETED, "request_id": record.id, "error": None, "output": images[0]["url"], "images": images,
         "seed": str(record.options["seed"]), "prompt": record.prompt, "timings": {}, "metrics": _metrics(record),
     }  # fmt: skip

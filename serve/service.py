@@ -65,9 +65,13 @@ class Service:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Event] = loop.create_future()
 
+        def settle(event: Event) -> None:
+            if not ended.done():
+                ended.set_result(event)
+
         def listener(event: Event) -> None:  # on the device's thread
             if isinstance(event, (Done, Failed)):
-                loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(event))
+                loop.call_soon_threadsafe(settle, event)
 
         job.listener = listener
         self.worker.submit(job)
