@@ -86,7 +86,13 @@ def _options(path: Path, parameters: str) -> dict[str, object]:
         return {"format": kind, "pnginfo": info}
     if len(parameters) > _LONGEST_COMMENT:
         _log.warning("%s can't hold so long a prompt; its end is left out of the file's comment", path)
+    return {"format": kind, "exif": exif_comment(parameters), "quality": 95}
+
+
+def exif_comment(parameters: str) -> Image.Exif:
+    """For JPEG and WebP; what does not fit into a segment is left out."""
+    if len(parameters) > _LONGEST_COMMENT:
         parameters = parameters[: _LONGEST_COMMENT // 2]
     exif = Image.Exif()
     exif[_EXIF] = {_USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}
-    return {"format": kind, "exif": exif, "quality": 95}
+    return exif

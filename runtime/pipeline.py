@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,12 @@ from PIL import Image
 
 from ..bundle import Bundle
 from ..engines import choose_engine, open_engine
+from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder
-from .request import Limits, Request, make_request
+from .request import Limits, Request, alike, make_request
 from .schedulers import scheduler_named_in
-from .text import TextEncoder
+from .text import TextEncoder, side_by_side
 from .walk import Network, make_plan, walk
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Pipeline:
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
         """Yields each `Step` as it is done; to cancel, stop iterating."""
-        return self._walk(self.request(prompt, **options), {})
+        return self._walk([self.request(prompt, **options)], {})
 
     def __call__(self, prompt: str, **options: Any) -> Result:
         """`request` and `run` in one."""
@@ -103,30 +104,52 @@ class Pipeline:
 
     def run(self, request: Request, progress: Any = None) -> Result:
         """Runs a checked request; `progress` is called with each `Step`."""
-        timings: dict[str, float] = {}
-        step = None
-        for step in self._walk(request, timings):
+        steps = self.draw([request])
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                results: list[Result] = end.value
+                return results[0]
             if progress:
                 progress(step)
+
+    def draw(self, requests: Sequence[Request]) -> Generator[Step, None, list[Result]]:
+        """Draws several checked requests in one batch: yields each `Step`, then returns a `Result` each, whose timings
+        are those of all. Their samples lie one request after the other in a step's arrays. To cancel, close it.
+
+        UsageError unless they are `alike`, or where their texts don't fit into one batch.
+        """
+        if not all(alike(requests[0], other) for other in requests[1:]):
+            raise UsageError("requests that differ in more than prompt, negative, seed and samples can't share a batch")
+        timings: dict[str, float] = {}
+        step = None
+        for step in self._walk(requests, timings):
+            yield step
         assert step is not None  # steps >= 1
         start = time.perf_counter()
-        latents = step.latents
-        images = self._decoder.images(latents)
+        images, results, first = self._decoder.images(step.latents), [], 0
         timings["decode"] = time.perf_counter() - start
-        return Result(images, request, latents, timings)
+        for request in requests:
+            last = first + request.samples
+            results.append(Result(images[first:last], request, step.latents[first:last], dict(timings)))
+            first = last
+        return results
 
     def total(self, request: Request) -> int | None:
         """How many steps a request will take; None where its sampler finds out on the way."""
         return make_plan(request, self._scheduler_config).total
 
-    def _walk(self, request: Request, timings: dict[str, float]) -> Iterator[Step]:
+    def _walk(self, requests: Sequence[Request], timings: dict[str, float]) -> Iterator[Step]:
         clock = time.perf_counter()
-        conditioning = self._conditioning(request)
+        request = requests[0]  # what the others are like
+        conditioning = side_by_side([self._conditioning(r) for r in requests], 2 if request.guidance > 1 else 1)
+        seeds = [seed for r in requests for seed in r.seeds]
         timings["text"] = time.perf_counter() - clock
         clock = time.perf_counter()
         plan = make_plan(request, self._scheduler_config)
         shape = (self._channels, request.height // self._decoder.scale, request.width // self._decoder.scale)
-        steps = walk(request, plan, Network(self._unet, self.engine, shape), conditioning)
+        steps = walk(request, plan, Network(self._unet, self.engine, shape), conditioning, seeds)
         with contextlib.closing(steps):
             for i, step in enumerate(steps, 1):
                 timings["denoise"] = time.perf_counter() - clock

@@ -6,7 +6,7 @@ import operator
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UsageError, unknown
@@ -96,6 +96,13 @@ _TITLES = {
     "ays": "Align Your Steps",
     "ays_sdxl": "Align Your Steps",
 }  # as the web UI says
+
+
+def alike(a: Request, b: Request) -> bool:
+    """Whether two requests can be drawn as one batch: all but what each sample has of its own is the same."""
+    return replace(a, prompt="", negative=None, seed=0, samples=1) == replace(
+        b, prompt="", negative=None, seed=0, samples=1
+    )
 
 
 def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits: Limits) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from ..bundle import Bundle
 from ..engines import Engine, open_engine
-from ..errors import BundleError
+from ..errors import BundleError, UsageError
 
 TOKENS = 77  # CLIP's context, start and end included
 _log = logging.getLogger(__name__)
@@ -123,3 +124,15 @@ class TextEncoder:
     def close(self) -> None:
         for engine in self._engines:
             engine.close()
+
+
+def side_by_side(feeds: Sequence[Mapping[str, NDArray[np.float32]]], texts_each: int) -> dict[str, NDArray[np.float32]]:
+    """The feeds of several requests as those of one batch: first every request's rows of its first text, then of its
+    second. UsageError where they are of different lengths."""
+    joined = {}
+    for name in feeds[0]:
+        rows = [np.split(each[name], texts_each) for each in feeds]
+        if len({r[0].shape[1:] for r in rows}) > 1:
+            raise UsageError(f"requests whose prompts take different lengths of {name} can't share a batch")
+        joined[name] = np.concatenate([row[text] for text in range(texts_each) for row in rows])
+    return joined

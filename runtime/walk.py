@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,12 +53,18 @@ def make_plan(request: Request, scheduler_config: Mapping[str, Any]) -> Plan:
     )
 
 
-def walk(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Generator[Step, None, None]:
-    """Each step's latents, the last one's at the scale that the decoder reads. Closing it frees what it holds."""
-    if plan.total is None and request.samples > 1:
-        yield from _apart(request, plan, network, conditioning)
+def walk(
+    request: Request, plan: Plan, network: Network, conditioning: Feeds, seeds: Sequence[int] | None = None
+) -> Generator[Step, None, None]:
+    """Each step's latents, the last one's at the scale that the decoder reads. Closing it frees what it holds.
+
+    seeds: of each sample; the request's own, if not said.
+    """
+    seeds = request.seeds if seeds is None else seeds
+    if plan.total is None and len(seeds) > 1:
+        yield from _apart(request, plan, network, conditioning, seeds)
         return
-    source = NoiseSource(request.seeds, request.rng, request.noise_dtype)
+    source = NoiseSource(seeds, request.rng, request.noise_dtype)
     denoise = Denoiser(
         network.engine, plan.schedule, conditioning, request.guidance, plan.model.config["prediction_type"],
         rescale=request.guidance_rescale, engine_name=network.name,
@@ -92,15 +98,15 @@ def _at_its_end(step: Step, schedule: Schedule) -> Step:
     return step._replace(x=step.x / np.float32(math.hypot(1, step.sigma)))
 
 
-def _apart(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Iterator[Step]:
+def _apart(request: Request, plan: Plan, network: Network, conditioning: Feeds, seeds: Sequence[int]) -> Iterator[Step]:
     """Where the sampler chooses its steps by what it sees, a batch would choose other ones than each sample alone.
 
     So each walks by itself, a step at a time; those that have arrived wait for the rest.
     """
-    n = request.samples
+    n = len(seeds)
     with contextlib.ExitStack() as stack:
         walks = []
-        for i, seed in enumerate(request.seeds):
+        for i, seed in enumerate(seeds):
             feeds = {name: value[i::n] for name, value in conditioning.items()}  # its row, with guidance both of them
             alone = walk(replace(request, seed=seed, samples=1), plan, network, feeds)
             walks.append(stack.enter_context(contextlib.closing(alone)))

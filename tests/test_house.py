@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "runtime": {"errors", "bundle", "lora", "models", "engines"},
     "doctor": {"", "errors", "manifest", "engines"},
     "export": {"", "errors", "bundle", "lora", "manifest", "models", "safetensors_file", "engines"},
-    "verbs": {"", "errors", "bundle", "manifest", "models", "engines", "runtime", "export", "doctor"},
+    "serve": {"", "errors", "models", "runtime"},
+    "verbs": {"", "errors", "bundle", "manifest", "models", "engines", "runtime", "export", "doctor", "serve"},
     "cli": {"", "errors", "verbs"},
     "demo": {"errors", "bundle", "models", "engines", "runtime"},
-    "bench": {"", "doctor", "errors", "bundle", "models", "engines", "runtime", "export", "demo"},
+    "bench": {"", "doctor", "errors", "bundle", "models", "engines", "runtime", "export", "demo", "serve"},
 }
 
 

@@ -1,0 +1,115 @@
+"""API keys: a file of their hashes. A key is 128 random bits, so one SHA-256 of it is as good as any slower hash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, VegaEdgeError, unknown
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Key:
+    """name: for people and logs. sha256: of the key. created: ISO 8601, UTC."""
+
+    name: str
+    sha256: str
+    created: str
+
+
+class KeyFile:
+    """Read again when it has changed, so that a key that is revoked is refused a second later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keys = load(path)
+        self._stamp, self._looked = _stamp(path), time.monotonic()
+
+    def owner(self, key: str) -> str | None:
+        """The name of the key's owner; None for a key that is not in the file. Takes as long for any key."""
+        self._refresh()
+        digest = _sha256(key)
+        found = None
+        for known in self._keys:
+            if hmac.compare_digest(known.sha256, digest):
+                found = known.name
+        return found
+
+    def _refresh(self) -> None:
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        stamp = _stamp(self._path)
+        if stamp != self._stamp:
+            with contextlib.suppress(VegaEdgeError):  # half written by another tool: the keys that were stay
+                self._keys = load(self._path)
+                self._stamp = stamp
+
+
+def load(path: Path) -> list[Key]:
+    """VegaEdgeError for a file that is missing or is not one of keys."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return [Key(**entry) for entry in written["keys"]]
+    except FileNotFoundError:
+        raise VegaEdgeError(
+            f"{path} does not exist; make it: vega-edge serve keys add NAME --api-keys {path}"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise VegaEdgeError(f"{path} is not a file of keys: {error}") from error
+
+
+def add(path: Path, name: str) -> str:
+    """Makes a key and returns it: this is the only time that it can be seen."""
+    if not re.fullmatch(r"[\w.@-]{1,64}", name):
+        raise UsageError(f"a key's name is 1 to 64 letters, digits, or _ . @ -, got {name!r}")
+    keys = load(path) if path.exists() else []
+    if any(key.name == name for key in keys):
+        raise UsageError(f"{path} has a key named {name!r}; revoke it first, or choose another name")
+    key = f"SG_{secrets.token_hex(16)}"  # the form that the API's own have
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    _save(path, [*keys, Key(name, _sha256(key), created)])
+    return key
+
+
+def revoke(path: Path, name: str) -> None:
+    keys = load(path)
+    if all(key.name != name for key in keys):
+        raise unknown("key", name, [key.name for key in keys])
+    _save(path, [key for key in keys if key.name != name])
+
+
+def _save(path: Path, keys: list[Key]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content: dict[str, Any] = {"keys": [asdict(key) for key in keys]}
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise VegaEdgeError(f"{path} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -1,0 +1,88 @@
+"""The description of the API: FastAPI's, with a path of its own for every slug and its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from .catalog import Entry
+from .service import Service
+
+_ERROR = {
+    "type": "object",
+    "properties": {"error": {"type": "string"}},
+    "required": ["error"],
+}
+
+
+def describe(app: FastAPI, service: Service) -> dict[str, Any]:
+    found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    for slug, entry in sorted(service.entries.items()):
+        limits = service.settings.limits
+        found["paths"][f"/v1/{slug}"] = {"post": _operation(entry, limits, "A picture, while you wait", _SYNC, "v1")}
+        found["paths"][f"/v2/{slug}"] = {"post": _operation(entry, limits, "A job for the queue", _QUEUED, "v2")}
+    if service.keys:
+        found.setdefault("components", {})["securitySchemes"] = {
+            "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}
+        }
+        found["security"] = [{"key": []}]
+    return found
+
+
+def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], tag: str) -> dict[str, Any]:
+    strict = limits == "segmind" and entry.has_page
+    properties = {name: dict(schema) if strict else _lenient(schema) for name, schema in entry.parameters.items()}
+    properties["prompt"] = {"type": "string"}
+    schema = {"type": "object", "required": ["prompt"], "properties": properties}
+    codes = {"400": "A parameter or the body is wrong", "404": "The model is not here", "406": "The content type",
+             "408": "The body came too slowly", "413": "The body is too long", "422": "It took too long, or a job has failed",
+             "429": "The queue is full, or too many requests"}  # fmt: skip
+    errors = {
+        code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in codes.items()
+    }
+    return {
+        "summary": summary,
+        "operationId": f"{tag} {entry.slug}",
+        "tags": [tag],
+        "description": f"Drawn by {entry.recipe.name}: {entry.recipe.title}.",
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": dict(entry.example)}},
+        },
+        "responses": {"200": answer, **errors},
+    }
+
+
+def _lenient(schema: Any) -> dict[str, Any]:
+    """Ranges of the page are those of the cloud; here the model's own count, and they are checked when it draws."""
+    return {key: value for key, value in schema.items() if key not in ("minimum", "maximum", "enum")}
+
+
+_SYNC: dict[str, Any] = {
+    "description": "The picture; with base64 true it is inside JSON",
+    "headers": {
+        name: {"schema": {"type": "string"}} for name in ("x-seed-value", "x-generation-time", "x-remaining-credits")
+    },
+    "content": {
+        "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {
+            "schema": {"type": "object", "properties": {"image": {}}, "required": ["image"]},
+            "example": {"image": "/9j/4AAQSkZJRg…", "status": "Success", "infer_time": 0.18, "outputs": 1},
+        },
+    },
+}
+_QUEUED: dict[str, Any] = {
+    "description": "Accepted; ask status_url for the outcome",
+    "content": {
+        "application/json": {
+            "schema": {"type": "object", "required": ["request_id", "status", "status_url", "response_url"]},
+            "example": {
+                "request_id": "9a1f0c…", "status": "QUEUED", "poll_url": "http://HOST/v1/requests/9a1f0c…",
+                "status_url": "http://HOST/v2/requests/9a1f0c…/status",
+                "response_url": "http://HOST/v2/requests/9a1f0c…",
+            },
+        }
+    },
+}  # fmt: skip

@@ -1,0 +1,303 @@
+// The page: what is typed is asked for, what comes is shown. The connection is in live.js, the strip in history.js.
+import { History } from "./history.js";
+import { Live } from "./live.js";
+
+const $ = (id) => document.getElementById(id);
+const root = document.documentElement;
+const kiosk = new URLSearchParams(location.search).has("kiosk");
+const SIZES = [64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048];
+const IDLE_MS = 20000; // before a kiosk begins to draw by itself
+const SETTLED_MS = 700; // a picture that stays for so long goes into the history
+const IDEAS = {
+  demo: ["a big red star on a blue background", "a yellow moon in the night sky", "a pink heart at sunset", "a green tree in a meadow", "a white house by the sea", "a purple diamond on stripes", "an orange circle above a blue square"],
+  other: ["a lighthouse in a storm, oil painting", "portrait of a red panda, studio light", "a tiny house in a teapot, macro photo", "misty mountains at sunrise, watercolour"],
+};
+
+let models = [];
+let frames = { a: newFrame("a"), b: newFrame("b") };
+let pending = {}; // what is being drawn, by id
+let typedAt = performance.now();
+let shownAt = [];
+let lastActive = performance.now();
+let settle;
+
+const history = new History($("history"), restore);
+const live = new Live({
+  state,
+  ready: (message) => { state("ready", "Ready"); setUp(message); draw(); },
+  picture: (head, blob) => show(head, blob, true),
+  preview: (head, blob) => show(head, blob, false),
+  waiting: (head) => pending[head.id] && state("drawing", head.ahead ? `Busy: ${head.ahead} before you` : "Busy: others are drawing"),
+  fault: (message) => fault(message),
+  key: (text) => { state("fault", "A key is needed"); $("key-fault").textContent = text || ""; if (!$("key-dialog").open) $("key-dialog").showModal(); },
+});
+
+function newFrame(slot) {
+  const figure = $(`frame-${slot}`);
+  return { figure, image: figure.querySelector("img"), empty: figure.querySelector(".empty"), bar: figure.querySelector("i"), caption: figure.querySelector("figcaption"), canvas: figure.querySelector(".canvas") };
+}
+
+function state(name, text) {
+  $("status").dataset.state = name;
+  if ($("status").textContent !== text) $("status").textContent = text;
+}
+
+// Controls
+
+function setUp(message) {
+  models = message.models;
+  const before = $("model").value || localStorage.getItem("model");
+  options($("model"), models.map((m) => [m.name, `${m.name} – ${m.title}`]));
+  if (models.some((m) => m.name === before)) $("model").value = before;
+  for (const list of ["scheduler", "compare-scheduler"]) {
+    const chosen = $(list).value;
+    options($(list), [["", "the model's own"], ...message.schedulers.map((s) => [s, s])]);
+    $(list).value = message.schedulers.includes(chosen) ? chosen : list === "scheduler" ? "" : message.schedulers[0];
+  }
+  if (!models.length) return state("fault", "No model has a bundle here");
+  useModel(!before);
+}
+
+function options(select, pairs) {
+  select.replaceChildren(...pairs.map(([value, text]) => new Option(text, value)));
+}
+
+function useModel(fresh) {
+  const model = models.find((m) => m.name === $("model").value);
+  if (!model) return;
+  const p = model.parameters;
+  range("steps", p.num_inference_steps, fresh);
+  range("guidance", p.guidance_scale, fresh);
+  const guided = (p.guidance_scale.maximum ?? 0) > 1;
+  $("guidance-field").hidden = $("negative-field").hidden = !guided;
+  const size = $("size").value;
+  options($("size"), sizes(p));
+  $("size").value = fresh || ![...$("size").options].some((o) => o.value === size) ? `${p.img_width.default}x${p.img_height.default}` : size;
+  ideas(model.name.startsWith("demo-") ? IDEAS.demo : IDEAS.other);
+  readouts();
+}
+
+function range(id, schema, fresh) {
+  $(id).min = schema.minimum ?? 1;
+  $(id).max = schema.maximum ?? 100;
+  if (fresh) $(id).value = schema.default;
+}
+
+function sizes(p) {
+  const { minimum: low = 64, maximum: high = 2048 } = p.img_width;
+  const d = p.img_width.default;
+  const pairs = SIZES.filter((s) => s >= low && s <= high).map((s) => [s, s]);
+  if (d * 1.5 <= high) pairs.push([d * 1.5, d], [d, d * 1.5]);
+  return pairs.map(([w, h]) => [`${w}x${h}`, `${w} × ${h}`]);
+}
+
+function ideas(texts) {
+  $("chips").replaceChildren(...texts.slice(0, kiosk ? 6 : 4).map((text) => {
+    const chip = document.createElement("button");
+    chip.type = "button";
+    chip.textContent = text;
+    chip.onclick = () => { type(text); draw(); };
+    return chip;
+  }));
+}
+
+function readouts() {
+  $("steps-out").value = $("steps").value;
+  $("guidance-out").value = $("guidance").value;
+  $("negative").disabled = $("guidance").value <= 1;
+  const other = $("compare").value;
+  $("compare-seed-field").hidden = other !== "seed";
+  $("compare-scheduler-field").hidden = other !== "scheduler";
+  frames.b.figure.hidden = !other;
+  root.classList.toggle("comparing", !!other);
+}
+
+function type(text) {
+  $("prompt").value = text;
+  typedAt = performance.now();
+}
+
+function seedOf(id) {
+  const digits = $(id).value.replace(/\D/g, "").slice(0, 15);
+  return digits === "" ? 0 : Number(digits);
+}
+
+// Drawing
+
+function asked(slot) {
+  const [width, height] = $("size").value.split("x").map(Number);
+  const request = {
+    model: $("model").value, prompt: $("prompt").value, seed: seedOf("seed"), num_inference_steps: Number($("steps").value),
+    img_width: width, img_height: height, guidance_scale: Number($("guidance").value),
+  };
+  if ($("scheduler").value) request.scheduler = $("scheduler").value;
+  if ($("negative").value && request.guidance_scale > 1) request.negative_prompt = $("negative").value;
+  if (slot === "b" && $("compare").value === "seed") request.seed = seedOf("compare-seed");
+  if (slot === "b" && $("compare").value === "scheduler") request.scheduler = $("compare-scheduler").value || undefined;
+  return request;
+}
+
+function draw() {
+  readouts();
+  clearTimeout(settle);
+  if (!$("prompt").value.trim() || !$("size").value) return;
+  pending = {};
+  for (const slot of $("compare").value ? ["a", "b"] : ["a"]) {
+    const request = asked(slot);
+    const id = live.draw({ ...request, slot, previews: $("previews").value });
+    if (!id) return; // drawn when the connection is back
+    pending[id] = { request, since: typedAt };
+    frames[slot].figure.classList.add("busy");
+    frames[slot].bar.style.width = "0";
+  }
+  state("drawing", "Drawing…");
+}
+
+async function show(head, blob, final) {
+  const job = pending[head.id];
+  if (!job) return;
+  const frame = frames[head.slot];
+  const url = URL.createObjectURL(blob);
+  const next = new Image();
+  next.src = url;
+  await next.decode();
+  if (!pending[head.id] || (job.done && !final)) return URL.revokeObjectURL(url);
+  job.done = final;
+  const old = frame.url;
+  frame.url = url;
+  frame.image.src = url;
+  frame.image.hidden = false;
+  frame.empty.hidden = true;
+  frame.figure.classList.add("drawn");
+  frame.figure.style.setProperty("--picture", `url("${url}")`);
+  frame.canvas.style.setProperty("--ratio", next.naturalWidth / next.naturalHeight);
+  frame.bar.style.width = `${(100 * (final ? 1 : head.index / (head.total || head.index + 1))).toFixed()}%`;
+  requestAnimationFrame(() => {
+    if (old && !frame.kept) URL.revokeObjectURL(old);
+    frame.kept = false;
+    if (final) finished(head, job, frame, blob);
+  });
+}
+
+function finished(head, job, frame, blob) {
+  delete pending[head.id];
+  frame.figure.classList.remove("busy");
+  frame.image.alt = job.request.prompt;
+  frame.blob = blob;
+  frame.head = head;
+  frame.caption.classList.remove("fault");
+  frame.caption.textContent = `${head.scheduler}, ${head.steps} steps, seed ${head.seed}, ${head.width} × ${head.height}`;
+  const now = performance.now();
+  shownAt.push(now);
+  $("latency").textContent = milliseconds(now - job.since);
+  $("device").textContent = milliseconds(1000 * head.seconds.draw);
+  if (!Object.keys(pending).length) state("ready", "Ready");
+  $("download").disabled = false;
+  root.dataset.shown = head.id; // for those who watch from outside
+  if (head.slot === "a") settle = setTimeout(() => { frame.kept = true; history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); }, SETTLED_MS);
+}
+
+function milliseconds(ms) {
+  return ms < 1000 ? `${ms.toFixed()} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
+
+function fault(message) {
+  const frame = frames[message.slot || "a"];
+  frame.figure.classList.remove("busy");
+  if (message.id && !pending[message.id]) return;
+  delete pending[message.id];
+  frame.caption.classList.add("fault");
+  frame.caption.textContent = message.error;
+  state("fault", "Not drawn");
+}
+
+function restore(request) {
+  type(request.prompt);
+  $("model").value = request.model;
+  useModel(false);
+  $("seed").value = request.seed;
+  $("steps").value = request.num_inference_steps;
+  $("guidance").value = request.guidance_scale;
+  $("size").value = `${request.img_width}x${request.img_height}`;
+  $("scheduler").value = request.scheduler || "";
+  $("negative").value = request.negative_prompt || "";
+  draw();
+}
+
+function dice() {
+  $("seed").value = Math.floor(Math.random() * 2 ** 32);
+  typedAt = performance.now();
+  draw();
+}
+
+function download() {
+  for (const frame of Object.values(frames)) {
+    if (!frame.blob || frame.figure.hidden) continue;
+    const link = document.createElement("a");
+    const words = frame.image.alt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60);
+    link.href = URL.createObjectURL(frame.blob);
+    link.download = `${words || "picture"}-${frame.head.seed}.jpg`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+}
+
+// What the user does
+
+$("form").addEventListener("submit", (event) => event.preventDefault());
+$("form").addEventListener("input", (event) => {
+  typedAt = performance.now();
+  if (event.target.id === "model") { localStorage.setItem("model", event.target.value); useModel(true); }
+  draw();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Escape") { live.stop("a"); live.stop("b"); pending = {}; document.querySelectorAll(".busy").forEach((f) => f.classList.remove("busy")); state("ready", "Stopped"); }
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if ($("lock").getAttribute("aria-pressed") === "true") { typedAt = performance.now(); draw(); } else dice();
+});
+$("dice").onclick = dice;
+$("download").onclick = download;
+$("lock").onclick = () => $("lock").setAttribute("aria-pressed", $("lock").getAttribute("aria-pressed") !== "true");
+$("kiosk").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen()).catch(() => {});
+$("key-form").addEventListener("submit", () => live.useKey($("key").value.trim()));
+$("theme").onclick = () => theme({ auto: "dark", dark: "light", light: "auto" }[localStorage.getItem("theme") || "auto"]);
+
+function theme(name) {
+  localStorage.setItem("theme", name);
+  if (name === "auto") delete root.dataset.theme;
+  else root.dataset.theme = name;
+  $("theme").setAttribute("aria-label", `Theme: ${name === "auto" ? "as the system" : name}`);
+}
+theme(localStorage.getItem("theme") || "auto");
+
+setInterval(() => {
+  const now = performance.now();
+  shownAt = shownAt.filter((at) => now - at < 5000);
+  $("rate").textContent = shownAt.length ? (shownAt.length / 5).toFixed(1) : "–";
+}, 500);
+
+if (matchMedia("(max-width: 60rem)").matches) $("panel").open = false;
+
+// Kiosk: full screen at the first touch; left alone, it types and draws by itself.
+if (kiosk) {
+  root.classList.add("kiosk");
+  for (const what of ["pointerdown", "keydown"]) addEventListener(what, () => { lastActive = performance.now(); if (!document.fullscreenElement) root.requestFullscreen?.().catch(() => {}); });
+  navigator.wakeLock?.request("screen").catch(() => {});
+  let next = 0;
+  const loop = async () => {
+    const texts = [...$("chips").children].map((chip) => chip.textContent);
+    if (performance.now() - lastActive > IDLE_MS && texts.length && live.open) {
+      const text = texts[next++ % texts.length];
+      for (let i = 1; i <= text.length && performance.now() - lastActive > IDLE_MS; i++) {
+        $("prompt").value = text.slice(0, i);
+        await new Promise((done) => setTimeout(done, 45));
+        if (text[i] === " " || i === text.length) { typedAt = performance.now(); draw(); }
+      }
+      if (performance.now() - lastActive > IDLE_MS) dice();
+    }
+    setTimeout(loop, 4000);
+  };
+  lastActive = -IDLE_MS + 3000; // begins by itself, three seconds after it was opened
+  setTimeout(loop, 500);
+}

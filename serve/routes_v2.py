@@ -1,0 +1,137 @@
+"""`POST /v2/{slug}` and what asks for its outcome: the queue of Segmind's API, with a poll that waits for the end."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from ..errors import UsageError
+from .params import parse_body, read
+from .routes_v1 import note
+from .service import NotFound, Service, read_body
+from .settings import CREDITS, POLL_S
+from .store import COMPLETED, FAILED, QUEUED, Record
+
+_ID = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(r"[A-Za-z0-9_-]{32}\.jpeg")
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v2/{slug}", include_in_schema=False)
+    async def submit(slug: str, request: HttpRequest) -> Response:
+        return JSONResponse(await _submit(service, slug, request))
+
+    @routes.get(
+        "/v2/requests/{request_id}/status", tags=["queue"], responses=_RESPONSES,
+        summary="Whether it is drawn; held open for up to 20 s while it is not",
+    )  # fmt: skip
+    async def status(request_id: str, request: HttpRequest) -> Response:
+        record = await _find(service, request_id, POLL_S)
+        return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
+
+    for path, about in (
+        ("/v2/requests/{request_id}", "The outcome"),
+        ("/v1/requests/{request_id}", "The outcome, for old clients"),
+    ):
+
+        @routes.get(path, tags=["queue"], responses=_RESPONSES, summary=about)
+        async def result(request_id: str, request: HttpRequest) -> Response:
+            record = await _find(service, request_id)
+            if record.status == COMPLETED:
+                return JSONResponse(_result(service, record, request))
+            return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
+
+    @routes.api_route("/generations/{file}", methods=["GET", "HEAD"], include_in_schema=False, summary="A picture")
+    async def picture(file: str) -> Response:
+        path = service.settings.data / "generations" / file
+        if not _FILE.fullmatch(file) or not path.is_file():
+            raise NotFound(f"{file[:80]!r} not found")
+        return FileResponse(
+            path, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600, immutable"}
+        )
+
+    return routes
+
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    404: {"description": "Unknown, or forgotten after the time that jobs are kept"},
+    422: {"description": "FAILED; `error` says why"},
+    429: {"description": "The jobs can't be read now; try again"},
+}
+
+
+async def _submit(service: Service, slug: str, request: HttpRequest) -> dict[str, Any]:
+    """Wrong parameters are accepted and fail as a job, as the API does it; a body that is no JSON is refused."""
+    entry = service.entry(slug)
+    body = parse_body(await read_body(request), request.headers.get("content-type", ""))
+    client, model = request.scope["client_name"], entry.recipe.name
+    try:
+        asked = read(body, entry, service.settings.limits, service.settings.prompt_chars)
+    except UsageError as error:
+        job = await service.queue.submit_failed(str(error), model, client)
+    else:
+        note(request, service.settings.log_prompts, asked, model=model)
+        job = await service.queue.submit(asked, model, client)
+    request.scope["log"]["job"] = job
+    urls = _urls(job, request)
+    return {"request_id": job, "status": QUEUED, "poll_url": f"{_base(request)}/v1/requests/{job}", **urls}
+
+
+async def _find(service: Service, job: str, hold_s: float = 0.0) -> Record:
+    record = await service.queue.get(job, hold_s) if _ID.fullmatch(job) else None
+    if record is None:
+        raise NotFound(f"Request {job[:80]} not found")
+    return record
+
+
+def _status(record: Record, request: HttpRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {"status": record.status, "request_id": record.id}
+    if record.status == FAILED:
+        return {**body, "error": record.error, "metrics": dict(record.metrics)}
+    if record.status == COMPLETED:
+        return {**body, "metrics": _metrics(record)}
+    return {**body, **_urls(record.id, request), "metrics": {}}
+
+
+def _result(service: Service, record: Record, request: HttpRequest) -> dict[str, Any]:
+    folder = service.settings.data / "generations"
+    images = [
+        {
+            "url": f"{_base(request)}/generations/{file}", "content_type": "image/jpeg", "file_name": file,
+            "file_size": str(path.stat().st_size if (path := folder / file).is_file() else 0),
+        }
+        for file in record.files
+    ]  # fmt: skip
+    result: dict[str, Any] = {
+        "status": COMPLETED, "request_id": record.id, "error": None, "output": images[0]["url"], "images": images,
+        "seed": str(record.options["seed"]), "prompt": record.prompt, "timings": {}, "metrics": _metrics(record),
+    }  # fmt: skip
+    if record.base64:
+        texts = [
+            base64.b64encode((folder / file).read_bytes()).decode()
+            for file in record.files
+            if (folder / file).is_file()
+        ]
+        result["image"] = texts[0] if len(texts) == 1 else texts
+    return result
+
+
+def _metrics(record: Record) -> dict[str, Any]:
+    return {**record.metrics, "cost": 0.0, "remaining_credits": CREDITS}
+
+
+def _urls(job: str, request: HttpRequest) -> dict[str, str]:
+    base = f"{_base(request)}/v2/requests/{job}"
+    return {"status_url": f"{base}/status", "response_url": base}
+
+
+def _base(request: HttpRequest) -> str:
+    """The address by which the client called us: its URLs must work where it is."""
+    return f"{request.scope['scheme']}://{request.headers['host']}"

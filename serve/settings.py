@@ -1,0 +1,71 @@
+"""What `vega-edge serve` was told, checked."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UsageError
+
+LIMITS = ("local", "segmind")
+BODY_BYTES = 64 * 1024
+BODY_S = 10.0  # a body must have arrived by then
+POLL_S = 20.0  # how long a status poll is held open: the SDK reads for 30
+CREDITS = 1_000_000.0  # nothing is charged here; clients want a number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """data: where jobs and pictures live. aliases: slug -> a model's name. rate: requests a minute for each key, 0 for
+    no limit. job_s: device time for one job. grace_s: for the running picture when stopping. keep_s: how long a
+    finished job and its pictures are kept. hosts: names, beside addresses and localhost, by which the server is called.
+    """
+
+    data: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: str = "auto"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    limits: str = "local"
+    api_keys: Path | None = None
+    no_auth: bool = False
+    hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+    queue: int = 64
+    prompt_chars: int = 4000
+    rate: int = 600
+    sockets: int = 64
+    connections: int = 512
+    job_s: float = 300.0
+    grace_s: float = 30.0
+    keep_s: float = 3600.0
+    batch: int = 4
+    preload: tuple[str, ...] = ()
+    memory_budget: int | None = None
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limits not in LIMITS:
+            raise UsageError(f"--limits must be one of {', '.join(LIMITS)}, got {self.limits!r}")
+        if not is_loopback(self.host) and not (self.api_keys or self.no_auth):
+            raise UsageError(
+                f"others can reach {self.host}; give --api-keys FILE (make one: vega-edge serve keys add NAME --api-keys FILE), or say --no-auth"
+            )
+        if self.api_keys and self.no_auth:
+            raise UsageError("--api-keys and --no-auth exclude each other; leave one of them out")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise UsageError(f"--trusted-proxy must be an address or a network, got {proxy!r}") from None
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,224 @@
+"""v2 jobs on disk, so that they outlive the process: SQLite for what is known of them, files for their pictures.
+
+Every change is one transaction that is on the disk when the call returns. Calls block: they are made from one thread.
+A job's picture files are named when it is accepted and appear whole or not at all, so a job whose files are all there
+was drawn, even if the process ended before it could say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import VegaEdgeError
+
+QUEUED, PROCESSING, COMPLETED, FAILED = "QUEUED", "PROCESSING", "COMPLETED", "FAILED"
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+    client TEXT NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL, options TEXT NOT NULL, base64 INTEGER NOT NULL,
+    files TEXT NOT NULL, error TEXT, metrics TEXT NOT NULL DEFAULT '{}', created REAL NOT NULL, finished REAL
+);
+CREATE INDEX by_status ON jobs (status, number);
+"""
+
+
+class StoreError(VegaEdgeError):
+    """The jobs can't be kept now: locked, full or damaged; it may pass."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job as it is on disk. files: of its pictures, made or to be made. created: seconds since 1970."""
+
+    id: str
+    status: str
+    attempts: int
+    client: str
+    model: str
+    prompt: str
+    options: Mapping[str, Any]
+    base64: bool
+    files: Sequence[str]
+    error: str | None
+    metrics: Mapping[str, Any]
+    created: float
+
+
+class Store:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pictures = folder / "generations"
+        self._database = folder / "jobs.sqlite"
+        self._connection: sqlite3.Connection | None = None
+        self.set_aside: Path | None = None  # a database that was damaged
+
+    def open(self) -> None:
+        """Nothing, where it is open. A damaged database is set aside and a new one begun; StoreError for anything that
+        may pass: another server that uses the folder, a full disk, a folder that can't be written."""
+        if self._connection is not None:
+            return
+        with _as_store_error(self._database):
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            try:
+                self._connection = self._connect()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._move_aside()
+                self._connection = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        # One server a folder: the lock is held as long as the process lives, and no longer, however it ends.
+        connection = sqlite3.connect(self._database, timeout=0.5, isolation_level=None, check_same_thread=False)
+        try:
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise sqlite3.OperationalError(f"it is of version {version}, this program reads {_VERSION}")
+            if version == 0:
+                connection.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
+            connection.execute("BEGIN EXCLUSIVE")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _move_aside(self) -> None:
+        aside = self._database.with_name(f"jobs-damaged-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.sqlite")
+        os.replace(self._database, aside)
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{self._database}{suffix}", f"{aside}{suffix}")
+        self.set_aside = aside
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def add(self, record: Record) -> None:
+        self._write(
+            "INSERT INTO jobs (id, status, client, model, prompt, options, base64, files, error, created, finished)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            record.id, record.status, record.client, record.model, record.prompt, json.dumps(dict(record.options)),
+            record.base64, json.dumps(list(record.files)), record.error, record.created,
+            record.created if record.status == FAILED else None,
+        )  # fmt: skip
+
+    def drop(self, job: str) -> None:
+        self._write("DELETE FROM jobs WHERE id = ?", job)
+
+    def begin(self, job: str) -> None:
+        self._write("UPDATE jobs SET status = ?, attempts = attempts + 1 WHERE id = ?", PROCESSING, job)
+
+    def put_back(self, job: str) -> None:
+        """It was stopped, through no fault of its own, and waits again."""
+        self._write(
+            "UPDATE jobs SET status = ?, attempts = max(attempts - 1, 0) WHERE id = ? AND status = ?",
+            QUEUED, job, PROCESSING,
+        )  # fmt: skip
+
+    def complete(self, job: str, metrics: Mapping[str, Any]) -> None:
+        self._end(job, COMPLETED, None, metrics)
+
+    def fail(self, job: str, error: str, metrics: Mapping[str, Any]) -> None:
+        self._end(job, FAILED, error, metrics)
+
+    def _end(self, job: str, status: str, error: str | None, metrics: Mapping[str, Any]) -> None:
+        """The first end counts; there is no second."""
+        self._write(
+            "UPDATE jobs SET status = ?, error = ?, metrics = ?, finished = ? WHERE id = ? AND status IN (?, ?)",
+            status, error, json.dumps(dict(metrics)), time.time(), job, QUEUED, PROCESSING,
+        )  # fmt: skip
+
+    def get(self, job: str) -> Record | None:
+        rows = self._read("SELECT * FROM jobs WHERE id = ?", job)
+        return _record(rows[0]) if rows else None
+
+    def recover(self) -> list[Record]:
+        """After a start: what is still to be drawn, in order. A job that was being drawn when the process ended waits
+        again, once; the second time it has failed. One whose pictures are all there has been drawn."""
+        for record in map(_record, self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", PROCESSING)):
+            if all((self.pictures / file).is_file() for file in record.files):
+                self.complete(record.id, {"retry_count": record.attempts - 1} if record.attempts > 1 else {})
+            elif record.attempts > 1:
+                self.fail(record.id, f"the server ended {record.attempts} times while it drew this", {"retry_count": 1})
+            else:
+                self._write("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, record.id)
+        return [_record(row) for row in self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", QUEUED)]
+
+    def expire(self, before: float) -> int:
+        """Forgets jobs that ended before a time, in seconds since 1970, and their pictures; also files of nobody."""
+        rows = self._read("SELECT id FROM jobs WHERE finished < ?", before)
+        self._write("DELETE FROM jobs WHERE finished < ?", before)
+        known = {file for row in self._read("SELECT files FROM jobs") for file in json.loads(row["files"])}
+        for path in self.pictures.iterdir():
+            with contextlib.suppress(OSError):
+                if path.name not in known and path.stat().st_mtime < before:
+                    path.unlink()
+        return len(rows)
+
+    def save(self, name: str, data: bytes) -> None:
+        """A picture, whole or not at all."""
+        temporary = self.pictures / f".{name}.part"
+        with _as_store_error(self.pictures):
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.pictures / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _write(self, text: str, *values: Any) -> None:
+        with _as_store_error(self._database):
+            self._required().execute(text, values)
+
+    def _read(self, text: str, *values: Any) -> list[sqlite3.Row]:
+        with _as_store_error(self._database):
+            return self._required().execute(text, values).fetchall()
+
+    def _required(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(f"{self._database} is not open")
+        return self._connection
+
+
+@contextlib.contextmanager
+def _as_store_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        cure = "another server uses it: stop that one, or give this one another --data folder"
+        text = str(error)
+        raise StoreError(f"{path} can't be used: {text}{f'; {cure}' if 'locked' in text else ''}") from error
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{path} can't be used: {error}") from error
+    except OSError as error:
+        raise StoreError(f"{path} can't be used: {error.strerror or error}") from error
+
+
+def _record(row: sqlite3.Row) -> Record:
+    return Record(
+        row["id"], row["status"], row["attempts"], row["client"], row["model"], row["prompt"],
+        json.loads(row["options"]), bool(row["base64"]), json.loads(row["files"]), row["error"],
+        json.loads(row["metrics"]), row["created"],
+    )  # fmt: skip

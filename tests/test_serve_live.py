@@ -1,0 +1,408 @@
+"""The live WebSocket: latest wins, previews, keys, limits, and the page in a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from vega_edge.errors import EngineError
+from vega_edge.serve import keys
+
+from .serve_fakes import FakeDrawer, Gate
+from .serve_running import Running, running, wait_until
+
+REPLY_S = 30
+
+
+@contextlib.contextmanager
+def live(server: Running, ready: bool = True, **options: Any) -> Iterator[Any]:
+    address = server.url.replace("http", "ws") + "/live"
+    with connect(address, proxy=None, **options) as socket:
+        if ready:
+            assert receive(socket)["type"] == "ready"
+        yield socket
+
+
+def send(socket: Any, **message: Any) -> None:
+    socket.send(json.dumps(message))
+
+
+def receive(socket: Any) -> dict[str, Any]:
+    """A message; of a binary one its head, with the picture under "image"."""
+    data = socket.recv(timeout=REPLY_S)
+    if isinstance(data, str):
+        return dict(json.loads(data))
+    length = int.from_bytes(data[:4], "big")
+    image = Image.open(io.BytesIO(data[4 + length :]))
+    return {**json.loads(data[4 : 4 + length]), "image": image}
+
+
+def until(socket: Any, kind: str, **facts: Any) -> dict[str, Any]:
+    while True:
+        message = receive(socket)
+        if message["type"] == kind and all(message.get(k) == v for k, v in facts.items()):
+            return message
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    def before(request: Any, index: int) -> None:
+        if request.prompt == "fail":
+            raise EngineError("the engine failed")
+
+    with running(tmp_path_factory.mktemp("live"), FakeDrawer(before_step=before)) as server:
+        yield server
+
+
+def test_previews_and_the_picture(server: Running) -> None:
+    with live(server) as socket:
+        send(socket, type="draw", id=5, prompt="a star", seed=9, num_inference_steps=4, previews="on")
+        heads = [receive(socket) for _ in range(4)]
+    assert [(h["type"], h.get("index")) for h in heads[:3]] == [("preview", 1), ("preview", 2), ("preview", 3)]
+    picture = heads[3]
+    assert {
+        "type": "picture",
+        "id": 5,
+        "slot": "a",
+        "seed": 9,
+        "steps": 4,
+        "scheduler": "LCM",
+    }.items() <= picture.items()
+    assert picture["image"].format == "JPEG" and picture["image"].size == (picture["width"], picture["height"])
+    assert {"queue", "draw", "decode"} <= set(picture["seconds"])
+    assert picture["parameters"].startswith("a star\nSteps: 4")
+
+
+def test_webp_and_what_ready_says(server: Running) -> None:
+    with live(server, ready=False) as socket:
+        ready = receive(socket)
+        assert [m["name"] for m in ready["models"]] == ["demo-vegart"]
+        assert ready["models"][0]["parameters"]["num_inference_steps"]["default"] == 4
+        assert {"LCM", "Euler a"} <= set(ready["schedulers"])
+        send(socket, type="draw", id=1, prompt="a", format="webp", previews="off")
+        assert until(socket, "picture")["image"].format == "WEBP"
+
+
+def test_the_latest_wins(tmp_path: Path) -> None:
+    gate = Gate()
+    drawer = FakeDrawer(before_step=gate)
+    with running(tmp_path, drawer) as server, live(server) as socket:
+        send(socket, type="draw", id=1, prompt="first", num_inference_steps=50)
+        gate.wait()
+        for i in range(2, 30):
+            send(socket, type="draw", id=i, prompt=f"p{i}", num_inference_steps=2)
+        wait_until(lambda: server.service.worker.waiting == 1 and "p29" in str(_waiting(server)))
+        gate.let(100)
+        assert until(socket, "picture")["id"] == 29
+        assert [step for step in drawer.steps if step[0] == "first"] == [("first", 1)]
+        assert not any(prompt.startswith("p") and prompt != "p29" for prompt, _ in drawer.steps)
+
+
+def _waiting(server: Running) -> list[str]:
+    return [job.prompt for job in server.service.worker._lines["live"].in_order()]
+
+
+def test_two_slots_are_two_pictures_and_stop_stops_one(server: Running) -> None:
+    with live(server) as socket:
+        for slot, seed in (("a", 1), ("b", 2)):
+            send(socket, type="draw", id=seed, slot=slot, prompt="a star", seed=seed, previews="off")
+        got = {h["slot"]: h["seed"] for h in (receive(socket), receive(socket))}
+    assert got == {"a": 1, "b": 2}
+
+
+def test_a_page_that_waits_is_told(tmp_path: Path) -> None:
+    gate = Gate()
+    with running(tmp_path, FakeDrawer(before_step=gate)) as server, live(server) as first, live(server) as second:
+        send(first, type="draw", id=1, prompt="long", num_inference_steps=9, previews="off")
+        gate.wait()
+        send(second, type="draw", id=1, prompt="waits", num_inference_steps=1)
+        assert receive(second) == {"type": "waiting", "id": 1, "slot": "a", "ahead": 0}
+        gate.let(100)
+        assert until(second, "picture")["id"] == 1
+        assert until(first, "picture")["id"] == 1
+
+
+def test_a_page_that_leaves_takes_its_picture_with_it(tmp_path: Path) -> None:
+    gate = Gate()
+    drawer = FakeDrawer(before_step=gate)
+    with running(tmp_path, drawer) as server:
+        with live(server) as socket:
+            send(socket, type="draw", id=1, prompt="left", num_inference_steps=50)
+            gate.wait()
+        wait_until(lambda: all(w.jobs[0].cancelled for w in server.service.worker._walks.values()))
+        gate.let(60)
+        with live(server) as socket:
+            send(socket, type="draw", id=1, prompt="next", num_inference_steps=1)
+            until(socket, "picture")
+        assert len([s for s in drawer.steps if s[0] == "left"]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("garbage", "the message is not JSON"),
+        ("[" * 30000, "the message is not JSON"),
+        ("[]", "the message must be a JSON object with a type"),
+        (b"\0\1", "messages must be text, got bytes"),
+        ('{"type": "x"}', "type: must be draw, stop or hello, got 'x'"),
+        ('{"type": "draw"}', "prompt: must be text, got nothing"),
+        ('{"type": "draw", "prompt": "a", "slot": ["a"]}', "slot: must be one of a, b, got \"['a']\""),
+        ('{"type": "draw", "prompt": "a", "seed": NaN}', "the message is not JSON"),
+        ('{"type": "draw", "prompt": "a", "model": {"x": 1}}', "model: must be one of demo-vegart"),
+        ('{"type": "draw", "prompt": "a", "model": "../etc"}', "model: must be one of demo-vegart"),
+        ('{"type": "draw", "prompt": "a", "num_inference_steps": 99}', "num_inference_steps: must be from 1 to 50, got 99"),
+        ('{"type": "draw", "prompt": "fail"}', "the engine failed"),
+    ],
+)  # fmt: skip
+def test_garbage_is_answered_and_the_next_request_works(server: Running, message: str | bytes, text: str) -> None:
+    with live(server) as socket:
+        socket.send(message)
+        assert until(socket, "error")["error"] == text
+        send(socket, type="draw", id=2, prompt="a star", previews="off")
+        assert until(socket, "picture")["id"] == 2
+
+
+def test_an_oversized_message_ends_its_socket_only(server: Running) -> None:
+    with live(server) as socket:
+        with contextlib.suppress(ConnectionClosed):
+            socket.send("x" * 100_000)
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=REPLY_S)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+    with live(server):
+        pass
+
+
+def test_foreign_origins_get_no_socket(server: Running) -> None:
+    for origin in ("http://evil.com", "null"):
+        with pytest.raises(InvalidStatus) as refused, live(server, origin=origin):  # type: ignore[arg-type]
+            pass
+        assert refused.value.response.status_code == 403
+    with live(server, origin=server.url):  # type: ignore[arg-type]
+        pass
+
+
+def test_the_key_is_the_first_message(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with running(tmp_path / "data", api_keys=file) as server:
+        for first in ('{"type": "hello", "key": "SG_no"}', '{"type": "draw", "prompt": "a"}', "garbage"):
+            with live(server, ready=False) as socket:
+                socket.send(first)
+                assert receive(socket)["error"] == "Unauthorized. API key is invalid or may have expired."
+                with pytest.raises(ConnectionClosed) as closed:
+                    socket.recv(timeout=REPLY_S)
+                assert closed.value.rcvd is not None and closed.value.rcvd.code == 4401
+        with live(server, ready=False) as socket:
+            send(socket, type="hello", key=key)
+            assert receive(socket)["type"] == "ready"
+
+
+def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
+    with running(tmp_path, sockets=1) as server, live(server):
+        with live(server, ready=False) as second:
+            assert receive(second)["error"] == "1 live pages are open, which is the most; try again later"
+            with pytest.raises(ConnectionClosed):
+                second.recv(timeout=REPLY_S)
+        assert "vega_edge_live_sockets 1.0" in server.http.get("/metrics").text
+
+
+# The page, in Chromium
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def page_of(browser: Any) -> Iterator[Open]:
+    faults: list[str] = []
+    contexts = []
+
+    def open_page(server: Running, path: str = "/", **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((server.url, "blob:")) else None)
+        page.goto(server.url + path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []  # no script error, and nothing was fetched from anywhere else
+
+
+def drawn(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
+    """Does something and waits for the picture that comes of it; what the caption says."""
+    before = page.evaluate("document.documentElement.dataset.shown || ''")
+    act()
+    page.wait_for_function("before => (document.documentElement.dataset.shown || '') !== before", arg=before)
+    page.wait_for_selector('#status[data-state="ready"]')
+    return {"caption": page.inner_text("#frame-a figcaption"), "alt": page.get_attribute("#frame-a img", "alt")}
+
+
+def test_the_page_draws_while_you_type(server: Running, page_of: Open) -> None:
+    page = page_of(server)
+    page.wait_for_selector('#status[data-state="ready"]')
+    got = drawn(page, lambda: page.type("#prompt", "a star"))
+    page.wait_for_function("() => document.querySelector('#frame-a img').alt === 'a star'")
+    assert page.evaluate("document.querySelector('#frame-a img').naturalWidth") == 128
+    assert got["caption"] == "LCM, 4 steps, seed 7, 128 × 128"
+    assert page.inner_text("#latency").endswith(("ms", "s")) and page.inner_text("#rate") != ""
+
+
+def test_the_page_works_by_keyboard_alone(server: Running, page_of: Open) -> None:
+    page = page_of(server)
+    page.wait_for_selector('#status[data-state="ready"]')
+    drawn(page, lambda: page.keyboard.type("a star"))  # the prompt has the focus
+    page.keyboard.press("Tab")
+    assert drawn(page, lambda: page.keyboard.type("5"))["caption"].startswith("LCM, 4 steps, seed ")
+    page.keyboard.press("Tab")
+    seed = page.input_value("#seed")
+    drawn(page, lambda: page.keyboard.press("Enter"))  # the dice
+    assert page.input_value("#seed") != seed
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert page.get_attribute("#lock", "aria-pressed") == "false"
+    page.focus("#prompt")
+    seed = page.input_value("#seed")
+    drawn(page, lambda: page.keyboard.press("Enter"))  # not locked: another seed
+    assert page.input_value("#seed") != seed
+
+
+def test_every_control_has_a_name(server: Running, page_of: Open) -> None:
+    page = page_of(server)
+    page.wait_for_selector('#status[data-state="ready"]')
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('button, input:not([hidden]), select, textarea, a, summary')]
+        .filter(e => !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length)))
+        .map(e => e.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.get_attribute("#status", "role") == "status"
+
+
+def test_parameters_history_compare_and_download(server: Running, page_of: Open) -> None:
+    page = page_of(server, accept_downloads=True)
+    page.wait_for_selector('#status[data-state="ready"]')
+    drawn(page, lambda: page.fill("#prompt", "a red house"))
+    page.wait_for_selector("#history li")
+    page.select_option("#scheduler", "Euler a")
+    got = drawn(page, lambda: page.fill("#steps", "6"))
+    assert got["caption"] == "Euler a, 6 steps, seed 7, 128 × 128"
+    drawn(page, lambda: page.select_option("#size", "192x128"))
+    assert page.evaluate("document.querySelector('#frame-a img').naturalHeight") == 128
+    drawn(page, lambda: page.click("#history li:last-child button"))
+    assert (page.input_value("#steps"), page.input_value("#size"), page.input_value("#scheduler")) == (
+        "4",
+        "128x128",
+        "",
+    )
+    page.select_option("#compare", "seed")
+    page.wait_for_function("() => document.querySelector('#frame-b figcaption').textContent.includes('seed 8')")
+    page.select_option("#compare", "")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "a-red-house-7.jpg"
+    image = Image.open(download.value.path())
+    comment = image.getexif().get_ifd(0x8769)[0x9286].removeprefix(b"UNICODE\0").decode("utf-16-be")
+    assert comment.startswith("a red house\nSteps: 4")
+
+
+def test_a_fault_is_said_plainly(server: Running, page_of: Open) -> None:
+    page = page_of(server)
+    page.wait_for_selector('#status[data-state="ready"]')
+    page.fill("#prompt", "fail")
+    page.wait_for_selector("figcaption.fault")
+    assert page.inner_text("#frame-a figcaption") == "the engine failed"
+    drawn(page, lambda: page.fill("#prompt", "a star"))
+
+
+def test_a_lost_connection_is_said_and_heals(tmp_path: Path, page_of: Open) -> None:
+    port = None
+    with running(tmp_path) as server:
+        port = server.service.settings.port
+        page = page_of(server)
+        page.wait_for_selector('#status[data-state="ready"]')
+        drawn(page, lambda: page.fill("#prompt", "a star"))
+    page.wait_for_selector('#status[data-state="lost"]')
+    assert page.inner_text("#status") == "Connection lost. Trying again…"
+    page.fill("#prompt", "typed while it was away")
+    with running(tmp_path, port=port):
+        page.wait_for_function("() => document.querySelector('#frame-a img').alt === 'typed while it was away'")
+
+
+def test_the_page_asks_for_a_key(tmp_path: Path, page_of: Open) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with running(tmp_path / "data", api_keys=file) as server:
+        page = page_of(server)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "SG_wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.querySelector('#key-fault').textContent.startsWith('Unauthorized')")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector('#status[data-state="ready"]')
+        drawn(page, lambda: page.fill("#prompt", "a star"))
+
+
+def test_a_kiosk_draws_by_itself(server: Running, page_of: Open) -> None:
+    page = page_of(server, "/?kiosk", viewport={"width": 1080, "height": 1920})
+    page.wait_for_function("() => document.documentElement.dataset.shown", timeout=60000)
+    assert page.input_value("#prompt") != ""
+    assert not page.is_visible("#panel") and page.is_visible("#dice")
+    assert (
+        page.evaluate(
+            "Math.min(...[...document.querySelectorAll('#chips button, #dice')].map(b => b.getBoundingClientRect().height))"
+        )
+        >= 44
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1440, 900), (3840, 2160)])
+def test_nothing_sticks_out_from_phone_to_4k(server: Running, page_of: Open, width: int, height: int) -> None:
+    for scheme in ("dark", "light"):
+        page = page_of(server, viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.wait_for_selector('#status[data-state="ready"]')
+        drawn(page, lambda page=page: page.fill("#prompt", "a star"))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        box = page.locator("#frame-a .canvas").bounding_box()
+        assert box["width"] >= 0.25 * width and box["x"] >= 0 and box["y"] + box["height"] <= height
+
+
+def test_the_docs_are_there_without_a_network(server: Running, page_of: Open) -> None:
+    page = page_of(server, "/docs")
+    page.wait_for_selector("summary")
+    assert page.locator("summary code", has_text="/v1/segmind-vega").count() == 2
+    page.locator("summary").first.click()
+    time.sleep(0.1)

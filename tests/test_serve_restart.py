@@ -1,0 +1,261 @@
+"""Jobs outlive the process: killed in the middle of ten, stopped in the middle of ten, damaged, locked, full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
+
+from vega_edge.serve.store import COMPLETED, FAILED, QUEUED, Record, Store, StoreError
+
+from .serve_fakes import FakeDrawer
+from .serve_running import Running, free_port, running, wait_until
+
+
+class Process:
+    def __init__(self, folder: Path) -> None:
+        self.port, self.log = free_port(), folder / "drawn.txt"
+        self.log.touch()
+        self._arguments = [
+            sys.executable,
+            "-m",
+            "tests.serve_running",
+            str(self.port),
+            str(folder / "data"),
+            str(self.log),
+        ]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
+
+    def start(self) -> None:
+        root = Path(__file__).parent.parent
+        paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(self._arguments, cwd=root, env={**os.environ, "PYTHONPATH": paths})
+        wait_until(self._ready)
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/readyz").status_code == 200
+        return False
+
+    def submit(self, prompt: str) -> str:
+        answer = self.http.post("/v2/demo-vegart", json={"prompt": prompt, "num_inference_steps": 3})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["request_id"])
+
+    def wait(self, job: str) -> httpx.Response:
+        end = time.monotonic() + 60
+        while True:
+            answer = self.http.get(f"/v2/requests/{job}/status")
+            if answer.json()["status"] in ("COMPLETED", "FAILED"):
+                return answer
+            assert time.monotonic() < end
+
+    @property
+    def drawn(self) -> list[str]:
+        return self.log.read_text().split()
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Process]:
+    process = Process(tmp_path)
+    process.start()
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+def kill(process: Process) -> None:
+    process.process.kill()
+    process.process.wait()
+
+
+def test_killed_in_the_middle_of_ten_jobs_all_complete_once(process: Process) -> None:
+    jobs = {f"p{i}": process.submit(f"p{i}") for i in range(10)}
+    wait_until(lambda: len(process.drawn) >= 4)
+    kill(process)
+    before = process.drawn
+    process.start()
+    answers = {prompt: process.wait(job) for prompt, job in jobs.items()}
+    assert {prompt: answer.json()["status"] for prompt, answer in answers.items()} == dict.fromkeys(jobs, COMPLETED)
+    again = [prompt for prompt in set(process.drawn) if process.drawn.count(prompt) > 1]
+    assert sorted(set(process.drawn)) == sorted(jobs)
+    # Only what was under way at that moment may have been drawn again, and then its first picture was never handed out.
+    assert set(again) <= {before[-1]}
+    for prompt, job in jobs.items():
+        result = process.http.get(f"/v2/requests/{job}").json()
+        assert result["prompt"] == prompt
+        assert process.http.get(result["output"]).headers["content-type"] == "image/jpeg"
+
+
+def test_a_job_that_takes_the_process_down_twice_has_failed(process: Process) -> None:
+    job = process.submit("poison")
+    for _ in range(2):
+        wait_until(lambda: process.http.get(f"/v1/requests/{job}").json()["status"] == "PROCESSING")
+        kill(process)
+        process.start()
+    answer = process.wait(job)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "the server ended 2 times while it drew this"
+    assert answer.json()["metrics"] == {"retry_count": 1}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_polite_stop_finishes_the_running_picture_and_keeps_the_rest(process: Process) -> None:
+    jobs = {f"p{i}": process.submit(f"p{i}") for i in range(6)}
+    wait_until(lambda: len(process.drawn) >= 1)
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.wait(30) in (0, -signal.SIGTERM)
+    before = process.drawn
+    assert len(before) < 6
+    process.start()
+    for job in jobs.values():
+        assert process.wait(job).json()["status"] == COMPLETED
+    assert sorted(process.drawn) == sorted(jobs)
+    assert process.drawn[: len(before)] == before
+
+
+def record(job: str, status: str = QUEUED, files: tuple[str, ...] = ("f.jpeg",)) -> Record:
+    return Record(job, status, 0, "me", "demo-vegart", "a star", {"seed": 1}, False, files, None, {}, time.time())
+
+
+def test_pictures_that_are_all_there_are_not_drawn_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    for name in ("done", "half"):
+        store.add(record(name, files=(f"{name}-1.jpeg", f"{name}-2.jpeg")))
+        store.begin(name)
+        store.save(f"{name}-1.jpeg", b"jpeg")
+    store.save("done-2.jpeg", b"jpeg")
+    store.close()
+    again = Store(tmp_path)
+    again.open()
+    assert [r.id for r in again.recover()] == ["half"]
+    done = again.get("done")
+    assert done is not None and done.status == COMPLETED
+    again.close()
+
+
+def test_the_first_end_of_a_job_is_its_only_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    store.add(record("a"))
+    store.fail("a", "no", {})
+    store.complete("a", {})
+    ended = store.get("a")
+    assert ended is not None and (ended.status, ended.error) == (FAILED, "no")
+    assert store.expire(time.time() + 1) == 1 and store.get("a") is None
+    store.close()
+
+
+def test_finished_jobs_and_their_pictures_are_forgotten_in_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    store.add(record("old"))
+    store.save("f.jpeg", b"jpeg")
+    store.complete("old", {})
+    store.add(record("waiting", files=("w.jpeg",)))
+    assert store.expire(time.time() - 3600) == 0 and (store.pictures / "f.jpeg").is_file()
+    assert store.expire(time.time() + 3600) == 1
+    assert store.get("old") is None and not (store.pictures / "f.jpeg").exists()
+    assert store.get("waiting") is not None
+    store.close()
+
+
+def test_a_second_server_on_the_same_folder_goes_on_without_a_queue(tmp_path: Path) -> None:
+    holder = Store(tmp_path)
+    holder.open()
+    with running(tmp_path) as server:
+        ready = server.http.get("/readyz")
+        assert ready.status_code == 503
+        why = f"{tmp_path / 'jobs.sqlite'} can't be used: database is locked; another server uses it: stop that one, or give this one another --data folder"
+        assert ready.json() == {"ready": False, "why": [f"v2 jobs are not accepted: {why}"]}
+        answer = server.post("/v2/demo-vegart")
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+        assert server.http.get("/v2/requests/" + "0" * 32).status_code == 429
+        assert server.post("/v1/demo-vegart").status_code == 200
+        assert server.http.get("/healthz").status_code == 200
+        holder.close()
+        server.service.queue.failure = None  # what its housekeeping does a few seconds later
+    holder.close()
+
+
+def test_a_damaged_database_is_set_aside_and_a_new_one_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "jobs.sqlite").write_bytes(b"this is no database, " * 500)
+    with running(tmp_path) as server:
+        assert submitted(server) == COMPLETED
+        (aside,) = tmp_path.glob("jobs-damaged-*.sqlite")
+        assert aside.read_bytes().startswith(b"this is no database")
+    assert f"the database of jobs was damaged; it is kept as {aside}, a new one is begun" in caplog.text
+
+
+def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite")
+    connection.execute("PRAGMA user_version=7")
+    connection.close()
+    with pytest.raises(StoreError) as failure:
+        Store(tmp_path).open()
+    assert str(failure.value) == f"{tmp_path / 'jobs.sqlite'} can't be used: it is of version 7, this program reads 1"
+
+
+def submitted(server: Running) -> str:
+    answer = server.post("/v2/demo-vegart")
+    assert answer.status_code == 200, answer.text
+    return str(server.http.get(answer.json()["status_url"]).json()["status"])
+
+
+def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tmp_path) as server:
+        replace = os.replace
+
+        def full(a: object, b: object) -> None:
+            if str(b).endswith(".jpeg"):
+                raise OSError(28, "No space left on device")
+            replace(a, b)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "replace", full)
+        job = server.post("/v2/demo-vegart").json()
+        answer = server.http.get(job["status_url"])
+        assert answer.status_code == 422
+        folder = tmp_path / "generations"
+        assert (
+            answer.json()["error"] == f"the picture could not be kept: {folder} can't be used: No space left on device"
+        )
+        assert server.post("/v1/demo-vegart").status_code == 200
+        monkeypatch.undo()
+        assert submitted(server) == COMPLETED
+
+
+def test_a_database_that_can_not_grow_refuses_new_jobs_only(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        store = server.service.queue._store
+        pages = store._required().execute("PRAGMA page_count").fetchone()[0]
+        store._required().execute(f"PRAGMA max_page_count={pages + 4}")
+        answers = [server.post("/v2/demo-vegart", {"prompt": "x" * 3900}) for _ in range(8)]
+        assert {a.status_code for a in answers} == {200, 429}
+        full = next(a for a in answers if a.status_code == 429)
+        assert full.json()["error"] == f"{tmp_path / 'jobs.sqlite'} can't be used: database or disk is full"
+        assert server.post("/v1/demo-vegart").status_code == 200
+
+
+def test_a_model_that_is_gone_fails_its_old_jobs(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    store = Store(tmp_path)
+    store.open()
+    store.add(replace(record("0" * 32), model="gone"))
+    store.close()
+    with running(tmp_path, FakeDrawer()) as server:
+        answer = server.http.get("/v2/requests/" + "0" * 32 + "/status")
+        assert (answer.status_code, answer.json()["error"]) == (422, "there is no model gone any more")
