@@ -1,4 +1,4 @@
-"""The command line: `vega-edge generate|models|export|doctor`. Results go to stdout, all else to stderr.
+"""The command line: `vega-edge generate|export|verify|models|doctor`. Results go to stdout, all else to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import doctor, export, generate, models
+from .verbs import doctor, export, generate, models, verify
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -25,6 +25,12 @@ _VERBS = (
         export,
         "turn a checkpoint into a bundle of ONNX graphs",
         "Turn a local diffusers checkpoint into a bundle of ONNX graphs. Needs the export extra.",
+    ),
+    (
+        "verify",
+        verify,
+        "say whether a bundle is whole and runs here",
+        "Compare a bundle's files with its manifest, and run each of its graphs once. Needs no torch.",
     ),
     ("models", models, "list the models", "List the models this version knows."),
     (

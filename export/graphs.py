@@ -18,6 +18,7 @@ from ..errors import ExportError
 from .quiet import quiet
 
 OPSET = 18  # the last at which attention and GroupNorm are decomposed, which is what TensorRT-RTX builds
+OPSET_BF16 = 22  # the first at which convolutions and instance normalization may be bfloat16
 TOKENS = 77  # CLIP's context
 ROOT = "model"  # the wrapped module's attribute: what every parameter's name in the graph begins with
 
@@ -139,7 +140,9 @@ class Traced:
     parameters: Mapping[str, ir.Value]
 
 
-def trace(part: str, wrapper: nn.Module, spec: GraphSpec, feeds: Mapping[str, torch.Tensor]) -> Traced:
+def trace(
+    part: str, wrapper: nn.Module, spec: GraphSpec, feeds: Mapping[str, torch.Tensor], arithmetic: str = "fp32"
+) -> Traced:
     """Trace with `feeds` as the example and translate. ExportError if torch's exporter refuses or fixes an axis.
 
     While the graph is optimized its parameters are inputs: nothing can be folded into them or made of them, so they
@@ -149,18 +152,19 @@ def trace(part: str, wrapper: nn.Module, spec: GraphSpec, feeds: Mapping[str, to
         name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(axes) if isinstance(size, str)}
         for name, axes in spec.inputs.items()
     }
+    opset = OPSET_BF16 if arithmetic == "bf16" else OPSET
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 wrapper.eval(), (), kwargs=dict(feeds), input_names=list(spec.inputs), output_names=list(spec.outputs),
-                opset_version=OPSET, dynamo=True, dynamic_shapes=dynamic, optimize=False, verbose=False,
+                opset_version=opset, dynamo=True, dynamic_shapes=dynamic, optimize=False, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as e:
         cause = e.__cause__ or e
         raise ExportError(f"{part}: torch's exporter refused it: {type(cause).__name__}: {_first_line(cause)}") from e
     model: ir.Model = program.model
-    if model.opset_imports.get("") != OPSET:
-        raise ExportError(f"{part}: torch's exporter wrote opset {model.opset_imports.get('')}, needed is {OPSET}")
+    if model.opset_imports.get("") != opset:
+        raise ExportError(f"{part}: torch's exporter wrote opset {model.opset_imports.get('')}, needed is {opset}")
     parameters = _parameters_to_inputs(model.graph, {name for name, _ in wrapper.named_parameters()})
     with quiet():
         optimizer.optimize_ir(model)

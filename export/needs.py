@@ -16,6 +16,13 @@ MEMORY_PER_WEIGHT, MEMORY_BASE = 1.6, 900_000_000
 DISK_SLACK = 1.02  # graphs, tokenizers
 
 
+def bundle_parts(checkpoint: Checkpoint, vae: str) -> list[str]:
+    """The folders of the bundle that hold graphs, in the order in which they are made."""
+    encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
+    beside = ["tiny_vae_decoder"] if "tiny_vae" in checkpoint.parts and vae == "full" else []
+    return [*encoders, "vae_encoder", "vae_decoder", *beside, "unet"]
+
+
 def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], out: Path, done: int = 0) -> None:
     """ExportError if the disk or the memory is too small. done: bytes of the bundle that are there already."""
     sizes = part_bytes(checkpoint, precision, parts)

@@ -15,6 +15,7 @@ from ..lora import LoraLayer
 from . import graphs, quantize, samples
 from .autoencoders import Autoencoders
 from .checkpoint import Checkpoint, fused, load_module, missing_weight, published_name
+from .needs import bundle_parts
 from .packed import Packed
 from .precision import Precision
 from .records import Records
@@ -167,10 +168,3 @@ class PartsExporter:
                 "(LoRA, or a checkpoint of higher precision)"
             )
         return packed
-
-
-def bundle_parts(checkpoint: Checkpoint, vae: str) -> list[str]:
-    """The folders of the bundle that hold graphs, in the order in which they are made."""
-    encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
-    beside = ["tiny_vae_decoder"] if "tiny_vae" in checkpoint.parts and vae == "full" else []
-    return [*encoders, "vae_encoder", "vae_decoder", *beside, "unet"]

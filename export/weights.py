@@ -74,7 +74,6 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, arithmetic: ir.DataType) -> None:
         self.graph, self.arithmetic = graph, arithmetic
-        self._first = next(iter(graph))
 
     def write(self, name: str, weight: Stored, transposed: bool, users: Iterable[tuple[ir.Node, int]]) -> None:
         data = weight.data
@@ -131,7 +130,7 @@ class _Writer:
     def _first_node(self, op: str, inputs: list[ir.Value], output: str, **attributes: int) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, name=output)
         node.outputs[0].name = output
-        self.graph.insert_before(self._first, node)
+        self.graph.insert_before(next(iter(self.graph)), node)
         return node.outputs[0]
 
     @staticmethod

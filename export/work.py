@@ -56,7 +56,7 @@ class Work:
             n: t.to(kind) if t.is_floating_point() and n not in _ALWAYS_FLOAT32 else t for n, t in example.items()
         }
         with packed.tracing(self.precision.arithmetic):
-            traced = graphs.trace(self.part, wrapper, spec, example)
+            traced = graphs.trace(self.part, wrapper, spec, example, self.precision.arithmetic)
         self.announce(self.part, "write")
         onnx_edit.strip(traced.model)
         placed = place(

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
 from .checkpoint import Checkpoint, open_checkpoint
-from .needs import check_room
+from .needs import bundle_parts, check_room
 from .precision import Precision, make_precision
 from .records import Records
 from .report import ExportReport, PartReport, Progress
@@ -84,7 +84,7 @@ def export_bundle(
         records = Records(folder, _key(checkpoint, request))
         done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
         records.remove()
-        _copy_configs(checkpoint, folder, done, vae)
+        _copy_configs(checkpoint, folder, vae)
         write_manifest(folder, _manifest(request, folder, done, defaults or {}, limits or {}))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     parts: tuple[PartReport, ...] = tuple(part.report for part in done.values())
@@ -157,7 +157,7 @@ def _export_parts(
     progress: Callable[[Progress], None],
     records: Records,
 ) -> tuple[dict[str, Exported], list[str]]:
-    from .parts import PHASES, PartsExporter, bundle_parts  # torch, here and not before
+    from .parts import PHASES, PartsExporter  # torch, here and not before
 
     parts = bundle_parts(checkpoint, request.vae)
     left = [part for part in parts if records.load(part) is None]
@@ -176,7 +176,7 @@ def _export_parts(
     return exporter.run(), exporter.notes
 
 
-def _copy_configs(checkpoint: Checkpoint, folder: Path, parts: Iterable[str], vae: str) -> None:
+def _copy_configs(checkpoint: Checkpoint, folder: Path, vae: str) -> None:
     """The files that diffusers writes, unchanged: facts about the model stay where other tools look for them."""
     shutil.copyfile(checkpoint.path / "model_index.json", folder / "model_index.json")
     (folder / "scheduler").mkdir()
@@ -184,7 +184,7 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path, parts: Iterable[str], va
         checkpoint.path / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
     )
     sources = {"vae_encoder": "vae", "vae_decoder": "tiny_vae" if vae == "tiny" else "vae", "tiny_vae_decoder": "tiny_vae"}
-    for part in parts:
+    for part in bundle_parts(checkpoint, vae):
         shutil.copyfile(checkpoint.parts[sources.get(part, part)] / "config.json", folder / part / "config.json")
 
 
