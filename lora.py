@@ -2,23 +2,25 @@
 
 Three spellings are read, and may be mixed: Kohya's (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.alpha`),
 PEFT's (`unet.down_blocks.0....to_q.lora_A.weight`) and diffusers' older one (`...to_q.lora.down.weight`,
-`...processor.to_q_lora.down.weight`). The change is strength * alpha / rank * up @ down (Hu et al. 2021,
+`...processor.to_q_lora.down.weight`). Modules may have diffusers' names or the original layout's (`input_blocks_4_1_...`),
+which Kohya's scripts write for SDXL. The change is strength * alpha / rank * up @ down (Hu et al. 2021,
 arXiv:2106.09685, section 4.1). Knows no torch and no ONNX: weights are names and shapes here.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CheckpointError
+from .ldm_names import ldm_names
+from .lora_scales import RAW_PEFT, Scales
 from .safetensors_file import read_float32
 
 _ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
@@ -36,10 +38,12 @@ _PARTS = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "unet.": "unet",
+    "diffusion_model.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
-_RAW_PEFT = "base_model.model."  # PEFT's own save: the module inside its wrapper, and the alpha in a JSON file
+_TEXT_CHANNELS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # what a U-Net's cross-attention reads
+_SHOWN = 3
 
 
 class ModuleKey(NamedTuple):
@@ -110,7 +114,7 @@ def read_lora(path: Path) -> Lora:
             f"{', the first is ' + strange[0] if strange else ''}; known are lora_down/lora_up with alpha, "
             "lora_A/lora_B and lora.down/lora.up (no DoRA, LoHa, LoKr)"
         )
-    scales = _Scales(path, metadata, raw_peft=any(m.startswith(_RAW_PEFT) for m in found))
+    scales = Scales(path, metadata, raw_peft=any(m.startswith(RAW_PEFT) for m in found))
     layers: dict[ModuleKey, LoraLayer] = {}
     for module, roles in found.items():
         key, layer = module_key(module), _layer(path, module, roles, scales)
@@ -125,38 +129,58 @@ def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]])
 
     Returns part -> weight name -> layer. CheckpointError if any layer fits nothing: no layer is dropped in silence.
     """
-    modules = {
-        ModuleKey(part, name.removesuffix(".weight").replace(".", "_")): (part, name)
-        for part, shapes in weights.items()
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4)
-    }
+    modules = _modules(weights)
     matched: dict[str, dict[str, LoraLayer]] = {}
-    missing, misshapen = [], []
+    faults = []
     for key, layer in lora.layers.items():
         # transformers 5 has dropped the 'text_model' level that checkpoints and Kohya's keys still name
         part, name = modules.get(key) or modules.get(ModuleKey(key.part, f"text_model_{key.name}")) or ("", "")
         if not name:
-            missing.append(layer.label)
+            faults.append(f"{layer.label} ({_x(layer.shape)}, no such module)")
         elif not layer.fits(weights[part][name]):
-            misshapen.append(f"{layer.label} ({_x(layer.shape)} here, {_x(weights[part][name])} in the checkpoint)")
+            faults.append(f"{layer.label} ({_x(layer.shape)} here, {_x(weights[part][name])} in the checkpoint)")
         elif name in matched.setdefault(part, {}):
             raise CheckpointError(
                 f"LoRA {lora.path}: {layer.label} and {matched[part][name].label} are the same module, spelled twice"
             )
         else:
             matched[part][name] = layer
-    if missing or misshapen:
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError(
-            f"LoRA {lora.path}: {len(missing) + len(misshapen)} of its {len(lora.layers)} modules fit nothing in this "
-            f"checkpoint, the first is {(missing + misshapen)[0]}; use a LoRA made for this architecture"
+            f"LoRA {lora.path}: {len(faults)} of its {len(lora.layers)} modules fit nothing in this checkpoint: "
+            f"{', '.join(faults[:_SHOWN])}{more}; {_made_for(lora, weights)}use a LoRA made for this architecture"
         )
     return matched
 
 
+def _modules(weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[ModuleKey, tuple[str, str]]:
+    """Every name that a module with a matrix or a kernel may have in a LoRA file -> its part and weight name."""
+    found = {}
+    for part, shapes in weights.items():
+        names = [
+            name.removesuffix(".weight")
+            for name, shape in shapes.items()
+            if name.endswith(".weight") and len(shape) in (2, 4)
+        ]
+        spellings = {name: name for name in names} | (
+            {old: name for name, old in ldm_names(names).items()} if part == "unet" else {}
+        )
+        found |= {ModuleKey(part, s.replace(".", "_")): (part, f"{name}.weight") for s, name in spellings.items()}
+    return found
+
+
+def _made_for(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
+    """'it is for SDXL, this is SD 1.x; ' where both read text of a known width and the widths differ."""
+    theirs = {layer.shape[1] for key, layer in lora.layers.items() if key.name.endswith("attn2_to_k")}
+    ours = {shape[1] for name, shape in weights.get("unet", {}).items() if name.endswith("attn2.to_k.weight")}
+    named = [next((_TEXT_CHANNELS[n] for n in sorted(widths) if n in _TEXT_CHANNELS), "") for widths in (theirs, ours)]
+    return f"it is for {named[0]}, this is {named[1]}; " if all(named) and named[0] != named[1] else ""
+
+
 def module_key(module: str) -> ModuleKey:
     """'unet.mid_block.resnets.0.conv1' or 'lora_unet_mid_block_resnets_0_conv1' -> ('unet', 'mid_block_...conv1')."""
-    module = module.removeprefix(_RAW_PEFT)
+    module = module.removeprefix(RAW_PEFT)
     prefix = next((p for p in _PARTS if module.startswith(p)), "")
     return ModuleKey(_PARTS.get(prefix, "unet"), module.removeprefix(prefix).replace(".", "_"))
 
@@ -169,7 +193,7 @@ def _module(match: re.Match[str]) -> str:
     return module
 
 
-def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scales: _Scales) -> LoraLayer:
+def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scales: Scales) -> LoraLayer:
     down, up = roles.get("down"), roles.get("up")
     if down is None or up is None:
         raise CheckpointError(
@@ -186,42 +210,6 @@ def _layer(path: Path, module: str, roles: dict[str, NDArray[np.float32]], scale
         )
     alpha = float(roles["alpha"].item()) if "alpha" in roles else None
     return LoraLayer(module, down, up, scales.of(module, rank) if alpha is None else alpha / rank)
-
-
-class _Scales:
-    """alpha / rank for modules whose alpha is not a tensor: PEFT keeps it in metadata or in adapter_config.json."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, str], raw_peft: bool) -> None:
-        self._config: dict[str, Any] = {}
-        if "lora_adapter_metadata" in metadata:  # diffusers' save_lora_weights: {'unet.lora_alpha': 8, ...}
-            self._config = _config(path, metadata["lora_adapter_metadata"])
-        elif raw_peft:
-            beside = path.with_name("adapter_config.json")
-            if not beside.is_file():
-                raise CheckpointError(
-                    f"LoRA {path} is as PEFT saves it, and its alpha is in {beside.name}; put that beside it"
-                )
-            self._config = _config(beside, beside.read_text(encoding="utf-8", errors="replace"))
-
-    def of(self, module: str, rank: int) -> float:
-        prefix = next((p for p in ("unet.", "text_encoder.", "text_encoder_2.") if module.startswith(p)), "")
-        name = module.removeprefix(_RAW_PEFT).removeprefix(prefix)
-        alpha = self._config.get(f"{prefix}lora_alpha", rank)
-        for pattern, value in (self._config.get(f"{prefix}alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's own rule (get_pattern_key)
-                alpha = value
-        rank_stabilised = self._config.get(f"{prefix}use_rslora", False)  # Kalajdzievski 2023, arXiv:2312.03732
-        return float(alpha) / (rank**0.5 if rank_stabilised else rank)
-
-
-def _config(path: Path, text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"LoRA: the configuration in {path} is no JSON object; fetch it again")
-    return config
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:

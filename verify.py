@@ -134,9 +134,7 @@ def _smoke(bundle: Bundle, graph: str) -> _Smoke:
     return _Smoke({"latent_sample": latents}, {"sample": (1, 3, pixels, pixels)})
 
 
-def _unet_feeds(
-    unet: Mapping[str, Any], latents: NDArray[Any], random: np.random.Generator
-) -> dict[str, NDArray[Any]]:
+def _unet_feeds(unet: Mapping[str, Any], latents: NDArray[Any], random: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Feeds of both kinds; those that the graph does not have are left out."""
     feeds = {
         "sample": latents,
@@ -175,7 +173,9 @@ def render(verdict: Verdict) -> str:
         f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip()
         for r in rows
     ]
-    files = f"{verdict.files} files are as the manifest says" if verdict.files else "no manifest: nothing to compare with"
+    files = (
+        f"{verdict.files} files are as the manifest says" if verdict.files else "no manifest: nothing to compare with"
+    )
     faulty = sum(bool(check.fault) for check in verdict.checks)
     state = f"{faulty} of {len(verdict.checks)} graphs are faulty" if faulty else "all graphs run"
     return "\n".join([*lines, f"{verdict.name} on {verdict.engine}: {files}; {state}"])

@@ -113,7 +113,14 @@ def main() -> None:
     )  # fmt: skip
     if arguments.output:
         load = os.getloadavg() if hasattr(os, "getloadavg") else ()
-        told = {**facts(), "checkpoint": arguments.checkpoint.name, **options, "load": load, "parts": parts, "phases": phases}
+        told = {
+            **facts(),
+            "checkpoint": arguments.checkpoint.name,
+            **options,
+            "load": load,
+            "parts": parts,
+            "phases": phases,
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(told, indent=1) + "\n")
 

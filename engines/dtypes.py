@@ -1,6 +1,6 @@
 """Which exported precision runs on which engine: one table, asked before a bundle is opened and printed in the docs.
 
-    python -m vega_edge.engines.dtypes      # writes docs/dtypes.md's table to stdout
+python -m vega_edge.engines.dtypes      # writes docs/dtypes.md's table to stdout
 """
 
 from __future__ import annotations

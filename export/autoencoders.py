@@ -98,7 +98,9 @@ class Autoencoders:
             return packed, self.precision, 1.0
         if source == "vae":
             name = "encoder" if part == "vae_encoder" else "decoder"
-            self.notes.append(f"{part}: inner values are scaled by {scale:g} to stay in fp16's range; results are the same")
+            self.notes.append(
+                f"{part}: inner values are scaled by {scale:g} to stay in fp16's range; results are the same"
+            )
             return self._packed(source, self.precision, (name, scale)), self.precision, scale
         self.notes.append(f"{part} computes in fp32: its inner values reach {peak:.3g}, too near fp16's 65504")
         return packed, Precision("fp32", self.precision.weights), 1.0

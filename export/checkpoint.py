@@ -1,20 +1,23 @@
 """A diffusers folder on disk: what is in it, whether it can be exported, and its parts as torch modules.
 
-Everything that can be refused is refused from JSON and file headers, before torch is imported.
+Everything that can be refused is refused from JSON and file headers, before torch is imported. Weights that are not in
+the folder's safetensors files (a single file's, random ones) come from a `Loader`; `sources.py` puts them together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import ExportError
 from ..lora import LoraLayer
 from ..safetensors_file import read_header
+from .pickles import pickled_shapes
 from .quiet import quiet
+from .weight_files import choose_weights, expected, pickled
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +34,23 @@ _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "tiny_vae": ("AutoencoderTiny",),
 }
-_STEM = {"text_encoder": "model", "text_encoder_2": "model"}  # transformers' file name; diffusers' is the default below
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+
+
+class Loader(Protocol):
+    """A part's weights from elsewhere than diffusers' files. Names are those of the published checkpoints."""
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]: ...
+
+    def load(self, part: str) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked diffusers folder. `parts`: the parts to export -> their folders ('tiny_vae' may lie elsewhere)."""
+    """A checked diffusers folder. `parts`: the parts to export -> their folders ('tiny_vae' may lie elsewhere).
+
+    loaders: of the parts whose weights are elsewhere; those have no weight_files in diffusers' sense. pickles: the
+    pickled files of parts that have no others. random_weights: the seed, where weights are made up.
+    """
 
     path: Path
     model_index: Mapping[str, Any]
@@ -46,6 +59,9 @@ class Checkpoint:
     weight_files: Mapping[str, tuple[Path, ...]] = field(repr=False)
     variant: Mapping[str, str | None] = field(repr=False)
     scheduler: Mapping[str, Any] = field(repr=False)
+    loaders: Mapping[str, Loader] = field(default_factory=dict, repr=False)
+    pickles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict, repr=False)
+    random_weights: int | None = None
 
     @property
     def sdxl(self) -> bool:
@@ -54,12 +70,33 @@ class Checkpoint:
 
     def weight_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Names (as the published checkpoints have them) and shapes, from the files' headers alone."""
+        if part in self.loaders:
+            return self.loaders[part].shapes(part)
+        if part in self.pickles:
+            return {published_name(part, n): s for path in self.pickles[part] for n, s in pickled_shapes(path).items()}
         headers = (read_header(path) for path in self.weight_files[part])
         return {published_name(part, name): e.shape for header in headers for name, e in header.entries.items()}
 
 
-def open_checkpoint(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, tiny_vae: Path | None = None, *, allow_pickle: bool = False) -> Checkpoint:
     """Check a local diffusers folder. ExportError says what is missing, pickled or of a kind that is not exported."""
+    checkpoint = open_configs(path, tiny_vae)
+    return with_weights(checkpoint, checkpoint.parts, allow_pickle)
+
+
+def with_weights(checkpoint: Checkpoint, parts: Iterable[str], allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint with the files of these parts, which must be in their folders."""
+    found = {part: _weight_files(part, checkpoint.parts[part], allow_pickle) for part in parts}
+    return replace(
+        checkpoint,
+        weight_files={**checkpoint.weight_files, **{p: () if f.pickled else f.files for p, f in found.items()}},
+        variant={**checkpoint.variant, **{part: f.variant for part, f in found.items()}},
+        pickles={part: f.files for part, f in found.items() if f.pickled},
+    )
+
+
+def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
+    """As `open_checkpoint`, for a folder whose weights are elsewhere: only its configurations are looked at."""
     _require_folder(path)
     index = read_json(path / "model_index.json")
     kind = index.get("_class_name")
@@ -69,20 +106,13 @@ def open_checkpoint(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
     if tiny_vae is not None:
         parts["tiny_vae"] = tiny_vae
     configs = {name: read_json(folder / "config.json") for name, folder in parts.items()}
-    found = {name: _weight_files(name, folder) for name, folder in parts.items()}
     for name, config in configs.items():
         _check_config(name, config)
     if tiny_vae is not None:
         _check_same_latents(configs["vae"], configs["tiny_vae"])
-    return Checkpoint(
-        path,
-        index,
-        parts,
-        configs,
-        {n: files for n, (files, _) in found.items()},
-        {n: v for n, (_, v) in found.items()},
-        read_json(path / "scheduler" / "scheduler_config.json"),
-    )
+    nothing: dict[str, tuple[Path, ...]] = dict.fromkeys(parts, ())
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    return Checkpoint(path, index, parts, configs, nothing, dict.fromkeys(parts), scheduler)
 
 
 def load_module(
@@ -136,36 +166,41 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_folder(path: Path) -> None:
-    if path.is_file():
-        raise ExportError(
-            f"{path} is a single file; export needs a diffusers folder: convert it where you trust it with "
-            "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder, safe_serialization=True)"
-        )
     if not path.is_dir():
-        raise ExportError(f"{path} does not exist; give the path of a local diffusers folder")
-
-
-def _weight_files(part: str, folder: Path) -> tuple[tuple[Path, ...], str | None]:
-    """The safetensors files of a part (several when sharded) and diffusers' name of the variant, fp32 before fp16."""
-    stem = _STEM.get(part, "diffusion_pytorch_model")
-    for variant, whole, shards in (
-        (None, f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-        ("fp16", f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
-    ):
-        if (folder / whole).is_file():
-            return (folder / whole,), variant
-        if (folder / shards).is_file():
-            return tuple(
-                folder / name for name in sorted(set(read_json(folder / shards)["weight_map"].values()))
-            ), variant
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
-    if pickled:
         raise ExportError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run any code when they are read; allowed "
-            "is .safetensors: fetch that version, or convert it where you trust it with "
+            f"{path} does not exist; give a model's name, a diffusers folder, a .safetensors checkpoint, or "
+            "hf:OWNER/NAME for a repository of the hub"
+        )
+
+
+class _Found(NamedTuple):
+    files: tuple[Path, ...]
+    variant: str | None
+    pickled: bool
+
+
+def _weight_files(part: str, folder: Path, allow_pickle: bool) -> _Found:
+    """The files of a part (several when sharded) and diffusers' name of the variant, fp32 before fp16."""
+    names = {path.name for path in folder.iterdir()}
+    weights = choose_weights(part, names, half_first=False, pickles=allow_pickle)
+    if weights:
+        files = shards(folder / weights.file) if weights.sharded else [weights.file]
+        return _Found(tuple(folder / name for name in files), weights.variant, weights.pickled)
+    if found := pickled(names):
+        raise ExportError(
+            f"{folder} holds only pickled weights ({found}), which can run any code when they are read; if you trust "
+            "them, --allow-pickle reads them with torch's weights_only, or convert them with "
             "from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
         )
-    raise ExportError(f"{folder} holds no weights; expected {stem}.safetensors or {stem}.fp16.safetensors")
+    raise ExportError(f"{folder} holds no weights; expected {expected(part)}")
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index of split weights names, sorted."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ExportError(f"{index} names no files of weights; fetch it again")
+    return sorted(set(names.values()))
 
 
 def _check_config(part: str, config: Mapping[str, Any]) -> None:
@@ -202,13 +237,23 @@ def _or(values: tuple[Any, ...]) -> str:
 
 
 def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
+    if part in checkpoint.loaders:
+        return checkpoint.loaders[part].load(part)
+    for path in checkpoint.pickles.get(part, ()):
+        pickled_shapes(path)  # refuses what holds more than weights
     import torch
 
     folder, variant = checkpoint.parts[part], checkpoint.variant[part]
     # read_header says in one line what a truncated or missing file would say in ten
     kinds = {e.dtype for path in checkpoint.weight_files[part] for e in read_header(path).entries.values()} - {"I64"}
-    dtype = next((d for kind, d in (("F16", torch.float16), ("BF16", torch.bfloat16)) if kinds == {kind}), torch.float32)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
+    dtype = next(
+        (d for kind, d in (("F16", torch.float16), ("BF16", torch.bfloat16)) if kinds == {kind}), torch.float32
+    )
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": part not in checkpoint.pickles,
+        "variant": variant,
+    }
     with quiet():
         if part.startswith("text_encoder"):
             import transformers

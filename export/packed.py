@@ -72,7 +72,9 @@ class Packed:
         kept = value.to(FLOATS["fp16" if weights == "int8" else weights]).contiguous()
         if not torch.isfinite(kept).all():
             worst = float(value.abs().max())
-            raise ExportError(f"{part}: {name} holds {worst:.3g}, beyond fp16's 65504; export with weights fp32 or bf16")
+            raise ExportError(
+                f"{part}: {name} holds {worst:.3g}, beyond fp16's 65504; export with weights fp32 or bf16"
+            )
         self.changed += kept.dtype != value.dtype and not torch.equal(kept.to(value.dtype), value)
         return Stored(kept)
 

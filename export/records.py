@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +17,24 @@ from .report import PartReport
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint import Checkpoint
     from .work import Exported
 
 FOLDER = ".resume"
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a checkpoint from another, without reading its weights: their files' sizes and times, as make does."""
+    files = {path for found in (checkpoint.weight_files, checkpoint.pickles) for p in found.values() for path in p}
+    files |= {loader.path for loader in checkpoint.loaders.values() if hasattr(loader, "path")}  # a single file's
+    small = [path for folder in sorted(checkpoint.path.glob("tokenizer*")) for path in sorted(folder.iterdir())]
+    return {
+        "files": sorted((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files),
+        "configs": {part: dict(config) for part, config in checkpoint.configs.items()},
+        "scheduler": dict(checkpoint.scheduler),
+        "tokenizers": [hashlib.sha256(path.read_bytes()).hexdigest() for path in small],
+        "random_weights": checkpoint.random_weights,
+    }
 
 
 class Records:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import shutil
@@ -19,11 +18,13 @@ from ..bundle import describe_files, write_manifest
 from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .needs import bundle_parts, check_room
+from .packages import require
 from .precision import Precision, make_precision
-from .records import Records
+from .records import Records, fingerprint
 from .report import ExportReport, PartReport, Progress
+from .sources import ModelSource, path_source
 from .staging import staging
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Layers = Mapping[str, Mapping[str, Sequence[tuple[LoraLayer, float]]]]
 class _Request:
     """The arguments of export_bundle, checked."""
 
-    source: Path
+    source: ModelSource
     out: Path
     loras: tuple[tuple[Path, float], ...]
     precision: Precision
@@ -47,7 +48,7 @@ class _Request:
 
 
 def export_bundle(
-    source: Path,
+    source: Path | ModelSource,
     out: Path,
     *,
     loras: Sequence[tuple[Path, float]] = (),
@@ -61,7 +62,7 @@ def export_bundle(
     progress: Callable[[Progress], None] = lambda _: None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export the diffusers folder `source` to the bundle `out`.
+    """Export `source`, a path (see `model_source`) or what else `sources` knows, to the bundle `out`.
 
     loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
     arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
@@ -77,9 +78,9 @@ def export_bundle(
     request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite)
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
-    checkpoint = open_checkpoint(request.source, tiny_vae)
+    checkpoint = request.source.open(tiny_vae)
     layers = _match_loras(checkpoint, request.loras)
-    _require_packages()
+    require(*_NEEDED)
     with staging(request.out, overwrite) as folder:
         records = Records(folder, _key(checkpoint, request))
         done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
@@ -92,7 +93,7 @@ def export_bundle(
 
 
 def _checked(
-    source: Path,
+    source: Path | ModelSource,
     out: Path,
     loras: Sequence[tuple[Path, float]],
     precision: Precision,
@@ -111,7 +112,8 @@ def _checked(
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
-    return _Request(Path(source), out, tuple(loras), precision, vae, name or out.name)
+    found = source if isinstance(source, ModelSource) else path_source(source)
+    return _Request(found, out, tuple(loras), precision, vae, name or out.name)
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:
@@ -127,22 +129,11 @@ def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) ->
     return layers
 
 
-def _require_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f'export needs {", ".join(missing)}, not installed here; install: pip install "vega-edge[export]"'
-        )
-
-
 def _key(checkpoint: Checkpoint, request: _Request) -> str:
-    """What decides the graphs' bytes: sources (by size and time, as make does), options, versions."""
+    """What decides the graphs' bytes: sources, options, versions."""
     versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in _NEEDED}
-    files = [path for paths in checkpoint.weight_files.values() for path in paths]
-    files += [path for folder in {checkpoint.path, *checkpoint.parts.values()} for path in folder.rglob("*.json")]
     told = {
-        "format": FORMAT, "versions": versions | {"vega-edge": __version__},
-        "files": sorted((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files),
+        "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
         "loras": [(_sha256(path), strength) for path, strength in request.loras],
         "precision": [request.precision.dtype, request.precision.weights], "vae": request.vae,
     }  # fmt: skip
@@ -183,7 +174,11 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path, vae: str) -> None:
     shutil.copyfile(
         checkpoint.path / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
     )
-    sources = {"vae_encoder": "vae", "vae_decoder": "tiny_vae" if vae == "tiny" else "vae", "tiny_vae_decoder": "tiny_vae"}
+    sources = {
+        "vae_encoder": "vae",
+        "vae_decoder": "tiny_vae" if vae == "tiny" else "vae",
+        "tiny_vae_decoder": "tiny_vae",
+    }
     for part in bundle_parts(checkpoint, vae):
         shutil.copyfile(checkpoint.parts[sources.get(part, part)] / "config.json", folder / part / "config.json")
 
@@ -206,7 +201,7 @@ def _manifest(
         created_by=f"vega-edge {__version__}",
         dtype=request.precision.dtype,  # type: ignore[arg-type]  # checked to be one of DTYPES
         weights=request.precision.weights,  # type: ignore[arg-type]
-        source=Source(request.source.resolve().name, loras, request.vae),  # type: ignore[arg-type]
+        source=Source(request.source.name, loras, request.vae, request.source.random_weights),  # type: ignore[arg-type]
         defaults=defaults,
         limits=limits,
         parts=parts,

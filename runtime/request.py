@@ -104,6 +104,8 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
     for name in options:
         if name not in known:
             raise UsageError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
+    if options.get("scheduler") is not None:  # a model's schedule is meant for its own scheduler
+        defaults = {k: v for k, v in defaults.items() if k != "schedule"}
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     prompt, negative = _text("prompt", value.get("prompt")), value.get("negative")
     for name in ("scheduler", "family", "schedule", "rng", "noise_dtype"):

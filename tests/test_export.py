@@ -113,7 +113,12 @@ def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """SD kind without a middle block, half precision throughout, with the tiny autoencoder."""
     source = checkpoints["sd"]
     return made(
-        source, tmp_path_factory.mktemp("bundles") / "half", dtype="fp16", tiny_vae=source / "tiny", vae="tiny", name="other"
+        source,
+        tmp_path_factory.mktemp("bundles") / "half",
+        dtype="fp16",
+        tiny_vae=source / "tiny",
+        vae="tiny",
+        name="other",
     )
 
 

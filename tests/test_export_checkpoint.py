@@ -278,15 +278,18 @@ def test_refuses_a_tiny_autoencoder_of_other_latents(broken: Path, out: Path) ->
 
 
 def test_refuses_arguments(sd: Path, out: Path, tmp_path: Path) -> None:
-    assert refusal(sd, out, dtype="fp8") == "unknown dtype 'fp8'; did you mean 'fp16'? there are: bf16, fp16, fp32, int8"
-    assert refusal(sd, out, weights="int4") == "unknown weights 'int4'; did you mean 'int8'? there are: bf16, fp16, fp32, int8"
+    assert (
+        refusal(sd, out, dtype="fp8") == "unknown dtype 'fp8'; did you mean 'fp16'? there are: bf16, fp16, fp32, int8"
+    )
+    assert (
+        refusal(sd, out, weights="int4")
+        == "unknown weights 'int4'; did you mean 'int8'? there are: bf16, fp16, fp32, int8"
+    )
     assert refusal(sd, out, dtype="fp16", weights="fp32") == (
         "weights fp32 with dtype fp16 is not a pair that is exported; with dtype fp16 weights can be fp16 or int8"
     )
     assert refusal(sd, out, vae="half") == "unknown vae 'half'; there are: full, tiny"
-    assert refusal(sd, out, vae="tiny") == (
-        "vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER"
-    )
+    assert refusal(sd, out, vae="tiny") == ("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
     lora = tmp_path / "lora.safetensors"
     assert refusal(sd, out, loras=[(lora, float("nan"))]) == (
         f"LoRA {lora}: its strength is nan; it must be a finite number, 1 is as trained"

@@ -12,8 +12,7 @@ pytest.importorskip("torch")
 
 from vega_edge.bundle import Bundle
 from vega_edge.errors import BundleError, ExportError
-from vega_edge.export import Progress, export_bundle
-from vega_edge.export import needs
+from vega_edge.export import Progress, export_bundle, needs
 from vega_edge.export.checkpoint import open_checkpoint
 from vega_edge.export.precision import Precision
 

@@ -124,9 +124,7 @@ def test_weights_beyond_half_precision() -> None:
     net.conv.weight.data[0, 0, 0, 0] = 7e4
     with pytest.raises(ExportError) as caught:
         Packed("unet", net, "fp16")
-    assert str(caught.value) == (
-        "unet: conv.weight holds 7e+04, beyond fp16's 65504; export with weights fp32 or bf16"
-    )
+    assert str(caught.value) == ("unet: conv.weight holds 7e+04, beyond fp16's 65504; export with weights fp32 or bf16")
 
 
 def test_precisions() -> None:
@@ -149,7 +147,7 @@ def autoencoder(gain: float) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4,
     )  # fmt: skip
     for module in vae.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             parameter.data += 0.05 * torch.randn(parameter.shape)
         if type(module).__name__ == "ResnetBlock2D":
             module.conv2.weight.data *= gain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from vega_edge.errors import CheckpointError
 from vega_edge.lora import match_lora, read_lora
 from vega_edge.safetensors_file import read_float32
+from vega_edge.verbs.common import lora as lora_argument
 
 TO_OUT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV = "down_blocks.1.resnets.0.conv1"
@@ -165,26 +167,104 @@ def test_alpha_of_peft(tmp_path: Path, config: dict[str, Any], scale: float) -> 
 
 
 def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
-    other = {
-        f"lora_unet_{n}.lora_{w}.weight": m
-        for n in ("mid_block_x", "mid_block_y")
-        for w, m in (("down", DOWN), ("up", UP))
-    }
+    other = {f"lora_unet_mid_block_{n}.lora_{w}.weight": m for n in "vwxyz" for w, m in (("down", DOWN), ("up", UP))}
     fitting = {f"unet.{TO_OUT}.lora_A.weight": DOWN, f"unet.{TO_OUT}.lora_B.weight": UP}
     path = write_safetensors(tmp_path / "l.safetensors", {**fitting, **other})
     with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(path), WEIGHTS)
     assert str(caught.value) == (
-        f"LoRA {path}: 2 of its 3 modules fit nothing in this checkpoint, the first is lora_unet_mid_block_x; "
+        f"LoRA {path}: 5 of its 6 modules fit nothing in this checkpoint: lora_unet_mid_block_v (6x5, no such module), "
+        "lora_unet_mid_block_w (6x5, no such module), lora_unet_mid_block_x (6x5, no such module) and 2 more; "
         "use a LoRA made for this architecture"
     )
     wider = {**WEIGHTS, "unet": {f"{TO_OUT}.weight": (6, 7)}}
     with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(write_safetensors(path, fitting)), wider)
     assert str(caught.value) == (
-        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint, the first is unet.{TO_OUT} "
+        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint: unet.{TO_OUT} "
         "(6x5 here, 6x7 in the checkpoint); use a LoRA made for this architecture"
     )
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    down, up = np.zeros((RANK, 2048)), np.zeros((320, RANK))
+    tensors = {f"unet.{key}.lora_A.weight": down, f"unet.{key}.lora_B.weight": up}
+    path = write_safetensors(tmp_path / "l.safetensors", tensors)
+    with pytest.raises(CheckpointError) as caught:
+        match_lora(read_lora(path), {"unet": {f"{key}.weight": (320, 768)}})
+    assert str(caught.value) == (
+        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint: unet.{key} (320x2048 here, 320x768 in the "
+        "checkpoint); it is for SDXL, this is SD 1.x; use a LoRA made for this architecture"
+    )
+
+
+# As in Segmind-Vega: two layers a level, no attention on the first, a middle block of one resnet; 1x1 and 3x3 kernels.
+ORIGINAL = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_out_layers_3": "down_blocks.0.resnets.1.conv2",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_5_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q",
+    "middle_block_0_emb_layers_1": "mid_block.resnets.0.time_emb_proj",
+    "output_blocks_0_1_proj_in": "up_blocks.0.attentions.0.proj_in",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_0_in_layers_2": "up_blocks.1.resnets.2.conv1",
+    "out_2": "conv_out",
+}
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model_"])
+def test_modules_in_the_original_layouts_names(tmp_path: Path, prefix: str) -> None:
+    shape = (6, 5)
+    weights = {"unet": {f"{name}.weight": shape for name in ORIGINAL.values()}, "text_encoder": {}}
+    tensors = {}
+    for old in ORIGINAL:
+        key = f"lora_unet_{old}" if prefix == "lora_unet_" else f"diffusion_model.{old.replace('_', '.')}"
+        tensors |= {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP}
+    lora = read_lora(write_safetensors(tmp_path / "l.safetensors", tensors))
+    matched = match_lora(lora, weights)["unet"]
+    got = {name: layer.label.removeprefix("lora_unet_") for name, layer in matched.items()}
+    if prefix == "lora_unet_":
+        assert got == {f"{name}.weight": old for old, name in ORIGINAL.items()}
+    assert len(got) == len(ORIGINAL)
+
+
+def test_a_module_in_the_original_and_in_diffusers_names_is_refused(tmp_path: Path) -> None:
+    tensors = {}
+    for key in ("lora_unet_out_2", "lora_unet_conv_out"):
+        tensors |= {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP}
+    lora = read_lora(write_safetensors(tmp_path / "l.safetensors", tensors))
+    with pytest.raises(
+        CheckpointError, match="lora_unet_conv_out and lora_unet_out_2 are the same module, spelled twi"
+    ):
+        match_lora(lora, {"unet": {"conv_out.weight": (6, 5)}})
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("in:side/a.safetensors:-1", ("in:side/a.safetensors", -1.0)),
+        (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1.0)),
+        (r"C:\loras\a.safetensors:.5", (r"C:\loras\a.safetensors", 0.5)),
+        ("my:style.safetensors", ("my:style.safetensors", 1.0)),
+    ],
+)
+def test_a_lora_and_its_strength(text: str, wanted: tuple[str, float]) -> None:
+    file, strength = lora_argument(text)
+    assert (str(file), strength) == wanted
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:half", "a.safetensors:", "a.safetensors:nan", "a.safetensors:inf"])
+def test_a_strength_is_a_number(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        lora_argument(text)
+    assert str(caught.value) == f"must be FILE or FILE:STRENGTH, such as style.safetensors:0.8, got {text!r}"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return export
 
 
-@pytest.fixture(scope="module", params=[n for n, r in sorted(recipes().items()) if r.checkpoint_path.is_dir()])
+@pytest.fixture(scope="module", params=[n for n, r in sorted(recipes().items()) if r.has_checkpoint])
 def both(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> tuple[Pipeline, Any]:
     return Pipeline.open(exported(request.param), "onnxruntime-cpu"), reference_pipeline(request.param)
 

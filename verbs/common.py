@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -28,8 +29,11 @@ def size(text: str) -> tuple[int, int]:
 
 
 def lora(text: str) -> tuple[Path, float]:
+    """'style.safetensors:0.8' to the file and its strength; 1 where none is given."""
     file, colon, strength = text.rpartition(":")
-    if colon:
-        with contextlib.suppress(ValueError):
+    if not colon or re.search(r"[\\/]|\.safetensors$", strength):  # a drive's colon, or one in the file's name
+        return Path(text), 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(strength)):
             return Path(file), float(strength)
-    return Path(text), 1.0
+    raise argparse.ArgumentTypeError(f"must be FILE or FILE:STRENGTH, such as style.safetensors:0.8, got {text!r}")

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ExportError, UsageError
 from .common import bar, lora
 
-if TYPE_CHECKING:
-    from ..models import Recipe
-
 
 def add(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="SOURCE", help="a model's name, or the folder of a diffusers checkpoint")
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a model's name (see: vega-edge models), a diffusers folder, a .safetensors checkpoint, or "
+        "hf:OWNER/NAME[@REVISION][/FILE] of the hub",
+    )
+    p.add_argument(
+        "--from",
+        dest="start",
+        metavar="PLACE",
+        help="take the named model's weights from this folder, file or hf: repository",
+    )
+    p.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin and .ckpt files too, with torch's weights_only"
+    )
+    p.add_argument(
+        "--random-weights", type=_seed, metavar="SEED", help="make the weights up: for benchmarks, without a download"
+    )
     p.add_argument(
         "-o",
         "--output",
@@ -34,7 +48,9 @@ def add(p: argparse.ArgumentParser) -> None:
         help="a LoRA to fuse in; may be repeated",
     )
     p.add_argument("--dtype", default="fp32", help="arithmetic: fp32, fp16, bf16 or int8; default: %(default)s")
-    p.add_argument("--weights", metavar="DTYPE", help="storage of the weights: fp32, fp16, bf16 or int8; default: as --dtype")
+    p.add_argument(
+        "--weights", metavar="DTYPE", help="storage of the weights: fp32, fp16, bf16 or int8; default: as --dtype"
+    )
     p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny (TAESD) for fast decoding")
     p.add_argument(
         "--vae",
@@ -51,14 +67,19 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from .. import models
-    from ..export import Progress, export_bundle, format_report
+    from ..export import Progress, export_bundle, format_report, lora_files, model_source
 
-    recipe = models.recipes().get(arguments.source)
-    source = _checkpoint(recipe) if recipe else Path(arguments.source)
-    options = recipe.export_options() if recipe else {"name": None, "loras": []}
-    options["loras"] += arguments.lora
+    source = model_source(
+        arguments.source,
+        start=arguments.start,
+        allow_pickle=arguments.allow_pickle,
+        random_weights=arguments.random_weights,
+    )
+    recipe = source.recipe
+    options = recipe.export_options() if recipe else {"name": None}
     options["name"] = arguments.name or options["name"]
-    output = arguments.output or (models.bundles_folder() / recipe.name if recipe else None)
+    named = recipe is not None and arguments.random_weights is None  # made-up weights never go by the model's name
+    output = arguments.output or (models.bundles_folder() / recipe.name if recipe and named else None)
     if output is None:
         raise UsageError(f"say where the bundle goes: vega-edge export {arguments.source} -o BUNDLE")
     if not arguments.output:
@@ -66,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
+    options["loras"] = lora_files(source, arguments.lora)
     with bar(0) as shown:
 
         def progress(at: Progress) -> None:
@@ -85,9 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(output)
 
 
-def _checkpoint(recipe: Recipe) -> Path:
-    if not recipe.checkpoint_path.is_dir():
-        raise ExportError(
-            f"the checkpoint of {recipe.name} is not part of this install ({recipe.checkpoint_path} does not exist); export it in a clone of the project"
-        )
-    return recipe.checkpoint_path
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,15}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 999999999999999, got {text!r}")
+    return int(text)

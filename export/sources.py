@@ -1,0 +1,167 @@
+"""What to export, by any of its names: a recipe, a diffusers folder, a single file, a hub repository, random weights.
+
+Nothing is opened, fetched or written before `open`, so that an export can refuse its other arguments first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import CheckpointError, ExportError, UsageError
+from ..models import Origin, Recipe, architectures
+from ..models.storage import checkpoints_folder
+from .checkpoint import Checkpoint, open_checkpoint, open_configs, with_weights
+from .hub import fetch_file, fetch_folder
+from .skeleton import skeleton_folder
+from .weight_files import PICKLED
+
+_HUB = re.compile(r"hf:(?P<hub>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?")
+Lora = tuple[Path, float]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """place: a path or a hub's. name: as the manifest says it. random_weights: the seed, None for trained ones."""
+
+    place: Path | Origin
+    name: str
+    recipe: Recipe | None = None
+    allow_pickle: bool = False
+    random_weights: int | None = None
+
+    def open(self, tiny_vae: Path | None = None) -> Checkpoint:
+        """Fetches what has to be fetched. CheckpointError and ExportError say in one line what is wrong."""
+        if self.random_weights is not None:
+            return self._random(self.random_weights, tiny_vae)
+        place = self.place
+        if isinstance(place, Origin):
+            if place.hub is None:
+                place = self._own_file(place)
+            elif place.file is None:
+                place = fetch_folder(place, allow_pickle=self.allow_pickle)
+            else:
+                place = self._fetched(place)
+        if place.is_file():
+            return self._single_file(place, tiny_vae)
+        return open_checkpoint(place, tiny_vae, allow_pickle=self.allow_pickle)
+
+    def _random(self, seed: int, tiny_vae: Path | None) -> Checkpoint:
+        from .random_weights import RandomWeights
+
+        if self.recipe and self.recipe.architecture:
+            folder = skeleton_folder(architectures()[self.recipe.architecture], self.recipe.scheduler)
+        elif isinstance(self.place, Path):
+            folder = self.place
+        else:
+            raise UsageError(f"{self.name}: random weights need a model's name or a diffusers folder")
+        checkpoint = _configs(folder, tiny_vae)
+        loader = RandomWeights(seed, checkpoint.configs)
+        loaders = {part: loader for part in checkpoint.parts if part != "tiny_vae"}
+        return replace(checkpoint, loaders=loaders, random_weights=seed)
+
+    def _fetched(self, origin: Origin) -> Path:
+        assert origin.file is not None
+        if origin.file.endswith(PICKLED) and not self.allow_pickle:
+            raise _refused(str(origin))
+        return fetch_file(origin)
+
+    def _own_file(self, origin: Origin) -> Path:
+        path = checkpoints_folder() / str(origin.file)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.name} needs {path}, which can't be downloaded by name; put it there, or name it with --from FILE"
+            )
+        return path
+
+    def _single_file(self, path: Path, tiny_vae: Path | None) -> Checkpoint:
+        from .detect import detect
+        from .single_file import SingleFile, file_shapes
+
+        if path.suffix in PICKLED and not self.allow_pickle:
+            raise _refused(str(path))
+        if path.suffix not in (*PICKLED, ".safetensors"):
+            raise ExportError(
+                f"{path} is no checkpoint that is known; allowed are .safetensors and {', '.join(PICKLED)}"
+            )
+        shapes = file_shapes(path)
+        found = detect(path, shapes, architectures())
+        recipe = self.recipe
+        if recipe and recipe.architecture and recipe.architecture != found.name:
+            raise CheckpointError(
+                f"{path} is of the architecture {found.name}, and {recipe.name} of {recipe.architecture}; leave the "
+                "model's name out, or choose another file"
+            )
+        loader = SingleFile(path, found, shapes)
+        loader.check()
+        folder = skeleton_folder(found, recipe.scheduler if recipe else None)
+        checkpoint = _configs(folder, tiny_vae)
+        files = dict.fromkeys(found.parts, (path,))
+        return replace(
+            checkpoint, loaders=dict.fromkeys(found.parts, loader), weight_files={**checkpoint.weight_files, **files}
+        )
+
+
+def path_source(path: Path) -> ModelSource:
+    """A diffusers folder or a single-file checkpoint."""
+    return ModelSource(Path(path), Path(path).resolve().name)
+
+
+def model_source(
+    given: str | Path, *, start: str | None = None, allow_pickle: bool = False, random_weights: int | None = None
+) -> ModelSource:
+    """What the command line says: a recipe's name, a path, or hf:OWNER/NAME[@REVISION][/FILE].
+
+    start: where a recipe's weights come from, in place of its own sources.
+    """
+    from ..models import recipes
+
+    recipe = recipes().get(str(given))
+    if start is not None and recipe is None:
+        raise UsageError(f"--from goes with a model's name; {given} is none of: {', '.join(recipes())}")
+    options = {"recipe": recipe, "allow_pickle": allow_pickle, "random_weights": random_weights}
+    if recipe is None or start is not None:
+        place = _place(str(start if start is not None else given))
+        base = path_source(place) if isinstance(place, Path) else ModelSource(place, str(place).removeprefix("hf:"))
+        return replace(base, **options)
+    if recipe.has_checkpoint or not recipe.sources:
+        if recipe.checkpoint_path is None or not recipe.has_checkpoint:
+            raise ExportError(
+                f"the checkpoint of {recipe.name} is not part of this install ({recipe.checkpoint_path} does not "
+                "exist); export it in a clone of the project"
+            )
+        return ModelSource(recipe.checkpoint_path, recipe.checkpoint_path.name, **options)
+    return ModelSource(recipe.sources[0], str(recipe.sources[0]).removeprefix("hf:"), **options)
+
+
+def lora_files(source: ModelSource, own: Sequence[Lora] = ()) -> list[Lora]:
+    """A recipe's LoRAs, fetched where they are the hub's, then the user's own. Random weights have only those."""
+    recipe = source.recipe
+    if recipe is None or source.random_weights is not None:
+        return list(own)
+    fetched = [(fetch_file(Origin(r.hub, r.revision, r.file)), r.strength) for r in recipe.hub_loras]
+    return [*recipe.lora_paths, *fetched, *own]
+
+
+def _place(text: str) -> Path | Origin:
+    if not text.startswith("hf:"):
+        return Path(text)
+    match = _HUB.fullmatch(text)
+    if not match:
+        raise UsageError(f"{text!r} names no hub repository; it is hf:OWNER/NAME, hf:OWNER/NAME@REVISION or .../FILE")
+    return Origin(match["hub"], match["revision"], match["file"])
+
+
+def _configs(folder: Path, tiny_vae: Path | None) -> Checkpoint:
+    """A folder whose weights are elsewhere; the tiny autoencoder has its own files all the same."""
+    checkpoint = open_configs(folder, tiny_vae)
+    return checkpoint if tiny_vae is None else with_weights(checkpoint, ["tiny_vae"])
+
+
+def _refused(what: str) -> ExportError:
+    return ExportError(
+        f"{what} is pickled, which can run any code when it is read; if you trust it, --allow-pickle reads it with "
+        "torch's weights_only"
+    )
