@@ -53,6 +53,8 @@ def float_ends(model: ir.Model) -> None:
 
 def save(model: ir.Model, path: Path) -> None:
     """Write the graph, and its larger initializers to `model.onnx_data` beside it (no 2 GB limit there)."""
+    for value in model.graph.initializers.values():
+        value.type = value.shape = None  # the tensors say them; a graph of eight-bit weights would grow by a tenth
     ir.save(model, path, external_data=WEIGHTS_FILE, size_threshold_bytes=_EXTERNAL_BYTES)
 
 

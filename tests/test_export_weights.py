@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import nn  # noqa: E402
 
 from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import ExportError, UsageError  # noqa: E402
-from vega_edge.export import graphs, onnx_edit, rescale  # noqa: E402
+from vega_edge.export import graphs, onnx_edit, rescale, samples  # noqa: E402
+from vega_edge.export.autoencoders import Autoencoders  # noqa: E402
 from vega_edge.export.packed import Packed, quantized  # noqa: E402
 from vega_edge.export.precision import Precision, make_precision  # noqa: E402
 from vega_edge.export.weights import place  # noqa: E402
@@ -80,7 +82,7 @@ def test_the_graph_computes_what_the_stored_weights_say(
     engine = open_engine(tmp_path / "model.onnx", "onnxruntime-cpu", threads=1)
     got = engine.run({"ids": ids.numpy()})["out"]
     engine.close()
-    assert np.abs(got - wanted).max() / np.abs(wanted).max() < error
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=error * np.abs(wanted).max())
     onnx.checker.check_model(graph, full_check=True)
     stored = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.graph.initializer}
     floats = {n: k for n, k in stored.items() if k != "INT64"}
@@ -140,7 +142,7 @@ def test_precisions() -> None:
 
 
 def autoencoder(gain: float) -> AutoencoderKL:
-    """Its residual sums grow to about 5e3 * gain."""
+    """Its residual sums grow with `gain`."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -155,19 +157,50 @@ def autoencoder(gain: float) -> AutoencoderKL:
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-@pytest.mark.parametrize("scale", [2.0**-3, 2.0**-9])
-def test_rescaling_changes_nothing_but_the_range(half: str, scale: float) -> None:
-    plain, scaled = autoencoder(1000.0), autoencoder(1000.0)
-    rescale.rescale(getattr(scaled, half), scale)
+def test_rescaling_changes_nothing_but_the_range(half: str) -> None:
+    """Half precision overflows without it, and gives float32's results with it."""
+    plain, scaled = autoencoder(1e5), autoencoder(1e5)
+    rescale.rescale(getattr(scaled, half), 2.0**-9)
     x = torch.randn(2, 3 if half == "encoder" else 4, 12, 8, generator=torch.Generator().manual_seed(0))
 
-    def run(vae: AutoencoderKL) -> Any:
-        return vae.encode(x).latent_dist.parameters if half == "encoder" else vae.decode(x).sample
+    def run(vae: AutoencoderKL, x: Any) -> Any:
+        with torch.no_grad():
+            return vae.encode(x).latent_dist.parameters if half == "encoder" else vae.decode(x).sample
 
-    with torch.no_grad():
-        np.testing.assert_allclose(run(scaled), run(plain), atol=2e-5 * float(run(plain).abs().max()))
-        peaks = [rescale.largest_inner(getattr(vae, half), lambda vae=vae: run(vae)) for vae in (plain, scaled)]
-    assert peaks[0] > 1000 and peaks[1] / peaks[0] == pytest.approx(scale, rel=1e-3)
+    wanted = run(plain, x)
+    largest = float(wanted.abs().max())
+    np.testing.assert_allclose(run(scaled, x), wanted, atol=2e-5 * largest)
+    peaks = [rescale.largest_inner(getattr(vae, half), lambda vae=vae: run(vae, x)) for vae in (plain, scaled)]
+    assert peaks[0] > rescale.LARGEST and peaks[1] / peaks[0] == pytest.approx(2.0**-9, rel=1e-3)
+    assert not torch.isfinite(run(plain.half(), x.half())).all()
+    np.testing.assert_allclose(run(scaled.half(), x.half()).float(), wanted, atol=2e-2 * largest)
+
+
+@pytest.fixture
+def wild(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Autoencoders:
+    """An autoencoder whose decoder overflows in fp16, ready to be exported in fp16."""
+    monkeypatch.setattr("vega_edge.export.autoencoders.load_module", lambda *_: autoencoder(1e5))
+    configs = {"vae": dict(autoencoder(1.0).config), "unet": {"block_out_channels": (8, 8), "sample_size": 8}}
+    checkpoint: Any = SimpleNamespace(configs=configs, sdxl=False)
+    sizes = samples.latent_sizes(configs["unet"])
+    return Autoencoders(checkpoint, tmp_path, Precision("fp16", "fp16"), sizes, lambda *_: None)
+
+
+def test_a_decoder_that_overflows_is_exported_in_range(wild: Autoencoders) -> None:
+    """The export itself holds the fp16 graph, rounded after each node, against torch in float32."""
+    latents = [torch.randn(size.batch, 4, size.height, size.width) * 0.2 for size in wild.sizes]
+    done = wild.decoder("vae_decoder", "vae", latents)
+    assert done.activation_scale < 2.0**-5 and done.report.dtype == "fp16" and done.report.max_relative_error < 1e-2
+    assert wild.notes == [
+        f"vae_decoder: inner values are scaled by {done.activation_scale:g} to stay in fp16's range; results are the same"
+    ]
+
+
+def test_without_rescaling_that_decoder_is_refused(wild: Autoencoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescale, "scale_for", lambda *_: 1.0)
+    latents = [torch.randn(size.batch, 4, size.height, size.width) * 0.2 for size in wild.sizes]
+    with pytest.raises(ExportError, match=r"vae_decoder: sample is not finite \(overflow\)"):
+        wild.decoder("vae_decoder", "vae", latents)
 
 
 def test_the_scale_is_a_power_of_two_that_leaves_room() -> None:
