@@ -23,10 +23,12 @@ def bundle_parts(checkpoint: Checkpoint, vae: str) -> list[str]:
     return [*encoders, "vae_encoder", "vae_decoder", *beside, "unet"]
 
 
-def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], out: Path, done: int = 0) -> None:
-    """ExportError if the disk or the memory is too small. done: bytes of the bundle that are there already."""
+def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], out: Path) -> None:
+    """ExportError if the disk or the memory is too small for the parts that are still to be made."""
+    if not parts:
+        return
     sizes = part_bytes(checkpoint, precision, parts)
-    disk, free = int(sum(sizes.values()) * DISK_SLACK) - done, shutil.disk_usage(out.absolute().parent).free
+    disk, free = int(sum(sizes.values()) * DISK_SLACK), shutil.disk_usage(out.absolute().parent).free
     if disk > free:
         raise ExportError(
             f"exporting to {out} takes {_size(disk)} of disk, {_size(free)} are free there; free some, "

@@ -70,6 +70,8 @@ class Packed:
         if weights == "int8" and value.numel() >= _INT8_ELEMENTS and isinstance(owner, _QUANTIZED):
             return quantized(value)
         kept = value.to(FLOATS["fp16" if weights == "int8" else weights]).contiguous()
+        if not torch.isfinite(value).all():
+            raise ExportError(f"{part}: {name} holds values that are not finite; fetch the checkpoint again")
         if not torch.isfinite(kept).all():
             worst = float(value.abs().max())
             raise ExportError(

@@ -82,7 +82,7 @@ def make_integer(model: ir.Model, consumers: Mapping[str, Sequence[ir.Node]], ra
                 continue
             source = node.inputs[0]
             if source is not None:
-                node.replace_input_with(0, rounder.rounded(source, ranges[name].input, node))
+                node.replace_input_with(0, rounder.rounded(source, ranges[name].input))
             if node.op_type == "Conv":
                 rounder.round_output(node.outputs[0], ranges[name].output, node)
 
@@ -94,18 +94,16 @@ class _Rounder:
         self._zero = self._constant("int8_zero", np.array(0, np.int8))
         self._count = 0
 
-    def rounded(self, value: ir.Value, largest: float, before: ir.Node) -> ir.Value:
+    def rounded(self, value: ir.Value, largest: float) -> ir.Value:
         key = id(value), largest
         if key not in self._done:  # to_q, to_k and to_v read one value
             pair = self._pair(value, largest)
             producer = value.producer()
             for node in reversed(pair):
                 if producer is None:
-                    self.graph.insert_before(before, node)
+                    self.graph.insert_before(next(iter(self.graph)), node)
                 else:
                     self.graph.insert_after(producer, node)
-            if producer is None:
-                self.graph.remove(pair[0]), self.graph.insert_before(pair[1], pair[0])
             self._done[key] = pair[1].outputs[0]
         return self._done[key]
 

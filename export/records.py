@@ -50,9 +50,11 @@ class Records:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.folder.mkdir()
             (self.folder / key).touch()
-        for part in {p.name for p in bundle.iterdir()} - {FOLDER}:  # begun, and not finished
-            if self.load(part) is None and not part.startswith("tokenizer"):
-                shutil.rmtree(bundle / part) if (bundle / part).is_dir() else (bundle / part).unlink()
+        names = {path.name for path in bundle.iterdir()} - {FOLDER}
+        whole = {name for name in names if self.load(name) is not None}
+        whole |= {name.replace("text_encoder", "tokenizer") for name in whole}
+        for name in names - whole:  # begun, and not finished
+            shutil.rmtree(bundle / name) if (bundle / name).is_dir() else (bundle / name).unlink()
 
     def save(self, part: str, exported: Exported, handed: Mapping[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
@@ -73,7 +75,7 @@ class Records:
         if not record.is_file():
             return None
         told: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if told["files"] != self._files(part):
+        if told["files"].items() - self._files(part).items():
             return None
         parameters = {name: Parameter(**place) for name, place in told["parameters"].items()}
         exported = Exported(PartReport(**told["report"]), parameters, told["activation_scale"])
@@ -82,10 +84,9 @@ class Records:
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
-    def _files(self, part: str) -> dict[str, list[int]]:
-        """Sizes and times of a part's files, and of its tokenizer's."""
+    def _files(self, part: str) -> dict[str, str]:
+        """Size and time of each of a part's files, and of its tokenizer's."""
         folders = [self.bundle / part, self.bundle / part.replace("text_encoder", "tokenizer")]
         files = sorted({path for folder in folders if folder.is_dir() for path in folder.iterdir()})
-        return {
-            path.relative_to(self.bundle).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns] for path in files
-        }
+        states = {path.relative_to(self.bundle).as_posix(): path.stat() for path in files}
+        return {name: f"{state.st_size} bytes, {state.st_mtime_ns} ns" for name, state in states.items()}

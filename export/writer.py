@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import shutil
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .work import Exported
 
 _NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "filelock", "psutil")
+_MAKERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")  # a graph depends on their versions
 _WITHOUT_GRAPH = ("feature_extractor", "image_encoder", "scheduler", "tokenizer", "tokenizer_2")
 Layers = Mapping[str, Mapping[str, Sequence[tuple[LoraLayer, float]]]]
 
@@ -81,11 +83,16 @@ def export_bundle(
     checkpoint = request.source.open(tiny_vae)
     layers = _match_loras(checkpoint, request.loras)
     require(*_NEEDED)
+    if request.precision.dtype == "bf16" and importlib.util.find_spec("openvino") is None:
+        raise ExportError(
+            "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
+            'pip install "vega-edge[openvino]"'
+        )
     with staging(request.out, overwrite) as folder:
         records = Records(folder, _key(checkpoint, request))
         done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
-        records.remove()
         _copy_configs(checkpoint, folder, vae)
+        records.remove()
         write_manifest(folder, _manifest(request, folder, done, defaults or {}, limits or {}))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     parts: tuple[PartReport, ...] = tuple(part.report for part in done.values())
@@ -131,7 +138,7 @@ def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) ->
 
 def _key(checkpoint: Checkpoint, request: _Request) -> str:
     """What decides the graphs' bytes: sources, options, versions."""
-    versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in _NEEDED}
+    versions = {name: importlib.metadata.version(name) for name in _MAKERS}
     told = {
         "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
         "loras": [(_sha256(path), strength) for path, strength in request.loras],

@@ -1,7 +1,7 @@
 """What optimum-onnx does, in an environment of its own: `python interop_peer.py export|draw FOLDER ...`. No test.
 
-    export CHECKPOINT OUT      a diffusers checkpoint to ONNX, by optimum's exporter
-    draw BUNDLE OUT.npy        latents and picture of a bundle in optimum's pipeline, for the request in interop.json
+export CHECKPOINT OUT      a diffusers checkpoint to ONNX, by optimum's exporter
+draw BUNDLE OUT.npy        latents and picture of a bundle in optimum's pipeline, for the request in interop.json
 """
 
 from __future__ import annotations

@@ -8,7 +8,14 @@ import venv
 from pathlib import Path
 
 # torch's exact version: a range would replace a CPU build by gigabytes of CUDA packages
-PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "diffusers==0.39.0", "onnxruntime", "accelerate")
+PACKAGES = (
+    "torch==2.13.0",
+    "optimum-onnx==0.1.0",
+    "transformers==4.57.6",
+    "diffusers==0.39.0",
+    "onnxruntime",
+    "accelerate",
+)
 
 
 def main() -> None:
