@@ -1,4 +1,4 @@
-"""The command line: `vega-edge generate|serve|models|export|doctor`. Results go to stdout, all else to stderr.
+"""The command line: `vega-edge generate|serve|export|verify|models|doctor`. Results go to stdout, all else to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import doctor, export, generate, models, serve
+from .verbs import doctor, export, generate, models, serve, verify
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -31,6 +31,12 @@ _VERBS = (
         serve,
         "serve Segmind's API and a live page on this machine",
         "Serve Segmind's HTTP API on this machine, and a page that draws while you type. Needs the serve extra.",
+    ),
+    (
+        "verify",
+        verify,
+        "say whether a bundle is whole and runs here",
+        "Compare a bundle's files with its manifest, and run each of its graphs once. Needs no torch.",
     ),
     ("models", models, "list the models", "List the models this version knows."),
     (

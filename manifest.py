@@ -18,6 +18,7 @@ from .errors import BundleError
 MANIFEST = "vega-edge.json"
 FORMAT = 1
 INDEX = "model_index.json"
+Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 ROOT_PART = "config"  # the part of the files that lie in no subfolder
 
 
@@ -37,11 +38,18 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Part:
-    """`max_relative_error` is the largest difference from torch on real inputs that the exporter saw."""
+    """`max_relative_error` is the largest difference from torch on real inputs that the exporter saw.
+
+    dtype, weights: where they are not the bundle's. activation_scale: what the decoder's or encoder's inner values were
+    multiplied by to stay in fp16's range; its results are the same.
+    """
 
     files: Mapping[str, FileEntry]
     max_relative_error: float | None = None
     parameters: Mapping[str, Parameter] | None = None
+    dtype: Dtype | None = None
+    weights: Dtype | None = None
+    activation_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ class Manifest:
 
     name: str
     created_by: str
-    dtype: Literal["fp32", "fp16"]
-    weights: Literal["fp32", "fp16"]
+    dtype: Dtype
+    weights: Dtype
     source: Source
     defaults: Mapping[str, Any]
     limits: Mapping[str, Any]

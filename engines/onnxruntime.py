@@ -49,6 +49,8 @@ def open_graph(path: Path, provider: str, threads: int, cache: Path | None) -> O
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # at 3 it prints each failure in colour and then raises the same text
+    # It would round float inputs to 8 bits wherever weights are stored in 8; only graphs that say so are integer.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
     session = ort.InferenceSession(path, options, providers=[provider], enable_fallback=0)
     got = session.get_providers()

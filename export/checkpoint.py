@@ -20,6 +20,7 @@ from .quiet import quiet
 from .weight_files import choose_weights, expected, pickled
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 PIPELINES = {
@@ -117,22 +118,32 @@ def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
 def load_module(
     checkpoint: Checkpoint, part: str, layers: Mapping[str, Sequence[tuple[LoraLayer, float]]]
 ) -> nn.Module:
-    """One part as a torch module in float32, evaluation mode, with `layers` (weight name -> LoRA layers) fused in."""
+    """One part as a torch module in the precision of its files, with `layers` (weight name -> LoRA layers) fused in.
+
+    Weights that a LoRA changes are float32 then, whatever the files hold.
+    """
+    module = _from_pretrained(checkpoint, part)
+    if missed := set(layers) - {published_name(part, name) for name, _ in module.named_parameters()}:
+        raise missing_weight(part, missed)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.data = fused(parameter.data, layers.get(published_name(part, name), ()))
+    return module.eval()
+
+
+def missing_weight(part: str, missed: set[str]) -> ExportError:
+    return ExportError(
+        f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused"
+    )
+
+
+def fused(weight: torch.Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> torch.Tensor:
+    """The weight with LoRA layers added, in float32; without any, the weight as it is."""
     import torch
 
-    module = _from_pretrained(checkpoint, part)
-    fused = set()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(False)
-            for layer, strength in layers.get(published_name(part, name), ()):
-                parameter += torch.from_numpy(layer.delta(tuple(parameter.shape), strength))
-                fused.add(published_name(part, name))
-    if missed := set(layers) - fused:
-        raise ExportError(
-            f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused"
-        )
-    return module.eval()
+    for layer, strength in layers:
+        weight = weight.float() + torch.from_numpy(layer.delta(tuple(weight.shape), strength))
+    return weight
 
 
 def published_name(part: str, name: str) -> str:
@@ -227,14 +238,17 @@ def _or(values: tuple[Any, ...]) -> str:
 
 def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
     if part in checkpoint.loaders:
-        return checkpoint.loaders[part].load(part).float()
+        return checkpoint.loaders[part].load(part)
     for path in checkpoint.pickles.get(part, ()):
         pickled_shapes(path)  # refuses what holds more than weights
     import torch
 
     folder, variant = checkpoint.parts[part], checkpoint.variant[part]
-    for path in checkpoint.weight_files[part]:
-        read_header(path)  # says in one line what a truncated or missing file would say in ten
+    # read_header says in one line what a truncated or missing file would say in ten
+    kinds = {e.dtype for path in checkpoint.weight_files[part] for e in read_header(path).entries.values()} - {"I64"}
+    dtype = next(
+        (d for kind, d in (("F16", torch.float16), ("BF16", torch.bfloat16)) if kinds == {kind}), torch.float32
+    )
     options: dict[str, Any] = {
         "local_files_only": True,
         "use_safetensors": part not in checkpoint.pickles,
@@ -245,13 +259,13 @@ def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
             import transformers
 
             # eager: one causal mask for all layers, where the other kinds of attention build one in each
-            options |= {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True}
+            options |= {"attn_implementation": "eager", "dtype": dtype, "output_loading_info": True}
             module, info = getattr(transformers, _CLASSES[part][0]).from_pretrained(folder, **options)
             missing = info["missing_keys"]
         else:
             import diffusers
 
-            options |= {"dtype": torch.float32, "output_loading_info": True}
+            options |= {"dtype": dtype, "output_loading_info": True}
             module, info = getattr(diffusers, _CLASSES[part][0]).from_pretrained(folder, **options)
             missing = info["missing_keys"]
     for parameter in module.parameters() if part in checkpoint.pickles else ():

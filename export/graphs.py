@@ -11,12 +11,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import nn
 
 from ..errors import ExportError
 from .quiet import quiet
 
 OPSET = 18  # the last at which attention and GroupNorm are decomposed, which is what TensorRT-RTX builds
+OPSET_BF16 = 22  # the first at which convolutions and instance normalization may be bfloat16
 TOKENS = 77  # CLIP's context
 ROOT = "model"  # the wrapped module's attribute: what every parameter's name in the graph begins with
 
@@ -58,6 +60,17 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class Encoder(nn.Module):
+    """sample in [-1, 1] -> latent_parameters: mean and logarithm of the variance, one after the other (axis 1)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(sample).latent_dist.parameters
 
 
 class Decoder(nn.Module):
@@ -105,6 +118,13 @@ def denoiser_spec(unet: nn.Module) -> GraphSpec:
     return GraphSpec(inputs, {"out_sample": ("batch", config.out_channels, "height", "width")})
 
 
+def encoder_spec(vae: nn.Module) -> GraphSpec:
+    return GraphSpec(
+        {"sample": ("batch", vae.config.in_channels, "image_height", "image_width")},
+        {"latent_parameters": ("batch", 2 * vae.config.latent_channels, "height", "width")},
+    )
+
+
 def decoder_spec(vae: nn.Module) -> GraphSpec:
     return GraphSpec(
         {"latent_sample": ("batch", vae.config.latent_channels, "height", "width")},
@@ -112,33 +132,66 @@ def decoder_spec(vae: nn.Module) -> GraphSpec:
     )
 
 
-def export_graph(part: str, wrapper: nn.Module, spec: GraphSpec, feeds: Mapping[str, torch.Tensor]) -> ir.Model:
-    """Trace with `feeds` as the example and translate. ExportError if torch's exporter refuses or fixes an axis."""
+@dataclass(frozen=True)
+class Traced:
+    """A graph without numbers; `parameters`: the inputs that stand for the module's parameters, by their names in it."""
+
+    model: ir.Model
+    parameters: Mapping[str, ir.Value]
+
+
+def trace(
+    part: str, wrapper: nn.Module, spec: GraphSpec, feeds: Mapping[str, torch.Tensor], arithmetic: str = "fp32"
+) -> Traced:
+    """Trace with `feeds` as the example and translate. ExportError if torch's exporter refuses or fixes an axis.
+
+    While the graph is optimized its parameters are inputs: nothing can be folded into them or made of them, so they
+    need no numbers here (see `packed.Packed.tracing`) and keep their names.
+    """
     dynamic = {
         name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(axes) if isinstance(size, str)}
         for name, axes in spec.inputs.items()
     }
+    opset = OPSET_BF16 if arithmetic == "bf16" else OPSET
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 wrapper.eval(), (), kwargs=dict(feeds), input_names=list(spec.inputs), output_names=list(spec.outputs),
-                opset_version=OPSET, dynamo=True, dynamic_shapes=dynamic, optimize=True, verbose=False,
+                opset_version=opset, dynamo=True, dynamic_shapes=dynamic, optimize=False, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as e:
         cause = e.__cause__ or e
         raise ExportError(f"{part}: torch's exporter refused it: {type(cause).__name__}: {_first_line(cause)}") from e
     model: ir.Model = program.model
-    if model.opset_imports.get("") != OPSET:
-        raise ExportError(f"{part}: torch's exporter wrote opset {model.opset_imports.get('')}, needed is {OPSET}")
+    if model.opset_imports.get("") != opset:
+        raise ExportError(f"{part}: torch's exporter wrote opset {model.opset_imports.get('')}, needed is {opset}")
+    parameters = _parameters_to_inputs(model.graph, {name for name, _ in wrapper.named_parameters()})
+    with quiet():
+        optimizer.optimize_ir(model)
     name_axes(model, spec)
-    return model
+    used = {name: value for name, value in parameters.items() if value.uses()}
+    for value in parameters.values():
+        if not value.uses():
+            model.graph.inputs.remove(value)
+    return Traced(model, {name.removeprefix(f"{ROOT}."): value for name, value in used.items()})
+
+
+def _parameters_to_inputs(graph: ir.Graph, names: set[str]) -> dict[str, ir.Value]:
+    found = {}
+    for name in [name for name in graph.initializers if name in names]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+        found[name] = value
+    return found
 
 
 def name_axes(model: ir.Model, spec: GraphSpec) -> None:
     """Replace the exporter's symbols (s23, 4*(((s30 - 1)//4)) + 4, ...) by the axes' names."""
     for values, axes in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         for value in values:
-            value.shape = ir.Shape(axes[value.name])
+            if value.name in axes:  # not a parameter
+                value.shape = ir.Shape(axes[value.name])
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Edits of an exported graph, before and after it is written: clean, rename, store in half precision, append pixels.
+"""Edits of an exported graph, before and after it is written: clean, float ends, append pixels.
 
 Works on onnx_ir models; knows no torch, and of diffusion only how a decoder's output becomes pixels.
 """
@@ -6,21 +6,15 @@ Works on onnx_ir models; knows no torch, and of diffusion only how a decoder's o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
-
-from ..errors import ExportError
-from ..manifest import Parameter
 
 WEIGHTS_FILE = "model.onnx_data"
 _EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph, where every engine's shape inference reads them
-_HALF_ELEMENTS = 64  # below this a Cast costs more than it saves
-_PROBE = 16  # values compared first when looking for a weight by its content
 
 
 def strip(model: ir.Model) -> None:
@@ -34,64 +28,33 @@ def strip(model: ir.Model) -> None:
         value.type = value.shape = None
 
 
-def name_weights(
-    model: ir.Model, weights: Mapping[str, NDArray[Any]], rename: Callable[[str], str]
-) -> dict[str, Parameter]:
-    """Give initializers the checkpoint's names (`rename`), and say where each of `weights` is stored.
-
-    The exporter keeps a weight's name where the node takes it as it is (Conv, Gemm, Gather) and calls it `val_N` where
-    it folded a Transpose; the latter are found by content and renamed. Weights of equal content share one initializer
-    in the graph, and the orientation of a symmetric one can't be told: such weights are left out of the result, since
-    patching one would be wrong. ExportError if a weight is not in the graph at all.
-    """
-    initializers = model.graph.initializers
-    for name in list(initializers):
-        initializers[name].name = rename(name)
-    probes: dict[Any, list[ir.Value]] = {}
-    for value in initializers.values():
-        if value.const_value is not None and len(value.const_value.shape) in (2, 4):
-            probes.setdefault(_probe(value.const_value.numpy()), []).append(value)
-    owners: dict[str, list[tuple[str, bool]]] = {}
-    ambiguous = set()
-    for name, weight in weights.items():
-        places = [(name, False)] if name in initializers else _places(weight, probes)
-        if not places:
-            raise ExportError(f"{name} is not in the graph that torch's exporter wrote; this version can't be exported")
-        if len(places) > 1:
-            ambiguous.add(name)
-        owners.setdefault(places[0][0], []).append((name, places[0][1]))
-    return _rename_to_owners(initializers, owners, ambiguous)
-
-
-def store_half(model: ir.Model) -> None:
-    """Store float32 initializers as float16 followed by a Cast, so that arithmetic stays float32.
-
-    Only those which float16 holds exactly: rounding the checkpoint's weights is the caller's decision (and is done on
-    the module before export), and a constant that is no weight, such as the frequencies of the timestep embedding,
-    must not lose digits: at timestep 999 their rounding would turn the sinusoids by half a radian.
-    """
+def float_ends(model: ir.Model) -> None:
+    """Make bfloat16 inputs and outputs float32, cast inside the graph: numpy has no bfloat16."""
     graph = model.graph
     first = next(iter(graph))
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size <= _HALF_ELEMENTS:
-            continue
-        array = tensor.numpy()
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), array):
-            continue
-        cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.cast")
-        cast.outputs[0].name = f"{name}.float32"
-        value.replace_all_uses_with(cast.outputs[0])
-        cast.replace_input_with(0, value)
-        graph.insert_before(first, cast)
-        value.const_value = ir.tensor(half, name=name)
-        value.type = ir.TensorType(ir.DataType.FLOAT16)
+    for index, inner in enumerate(list(graph.inputs)):
+        if inner.dtype == ir.DataType.BFLOAT16:
+            outer = ir.Value(name=inner.name, type=ir.TensorType(ir.DataType.FLOAT), shape=inner.shape)
+            graph.inputs[index] = outer
+            cast = ir.node("Cast", [outer], attributes={"to": ir.DataType.BFLOAT16}, name=f"{inner.name}.bf16")
+            cast.outputs[0].name = inner.name = f"{inner.name}.bf16"
+            inner.replace_all_uses_with(cast.outputs[0])
+            graph.insert_before(first, cast)
+    for index, inner in enumerate(list(graph.outputs)):
+        if inner.dtype == ir.DataType.BFLOAT16:
+            cast = ir.node("Cast", [inner], attributes={"to": ir.DataType.FLOAT}, name=f"{inner.name}.float32")
+            outer = cast.outputs[0]
+            outer.name, inner.name = inner.name, f"{inner.name}.bf16"
+            outer.type, outer.shape = ir.TensorType(ir.DataType.FLOAT), inner.shape
+            graph.append(cast)
+            graph.outputs[index] = outer
+            inner.shape = None
 
 
 def save(model: ir.Model, path: Path) -> None:
     """Write the graph, and its larger initializers to `model.onnx_data` beside it (no 2 GB limit there)."""
+    for value in model.graph.initializers.values():
+        value.type = value.shape = None  # the tensors say them; a graph of eight-bit weights would grow by a tenth
     ir.save(model, path, external_data=WEIGHTS_FILE, size_threshold_bytes=_EXTERNAL_BYTES)
 
 
@@ -160,29 +123,3 @@ class _Chain:
         value = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=tensor.shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
-
-
-def _probe(array: NDArray[Any]) -> Any:
-    return array.shape, array.flat[:_PROBE].tobytes()
-
-
-def _places(weight: NDArray[Any], probes: Mapping[Any, list[ir.Value]]) -> list[tuple[str, bool]]:
-    """(initializer, transposed) for every initializer that holds this weight as it is or transposed."""
-    return [
-        (str(value.name), transposed)
-        for candidate, transposed in ((weight.T, True), (weight, False))
-        for value in probes.get(_probe(candidate), ())
-        if value.const_value is not None and np.array_equal(value.const_value.numpy(), candidate)
-    ]
-
-
-def _rename_to_owners(
-    initializers: Mapping[str, ir.Value], owners: Mapping[str, list[tuple[str, bool]]], ambiguous: set[str]
-) -> dict[str, Parameter]:
-    found = {}
-    for initializer, names in owners.items():
-        (name, transposed), *others = names
-        if not others and name not in ambiguous:
-            initializers[initializer].name = name
-            found[name] = Parameter(name, transposed)
-    return found

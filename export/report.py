@@ -20,7 +20,8 @@ class Progress(NamedTuple):
 class PartReport:
     """One exported part. `dtype` is that of its arithmetic, which may be fp32 in an fp16 export (see the notes).
 
-    max_relative_error: of any output on real inputs, relative to the output's largest value. pixel_levels: of the
+    weights: how its numbers
+    are stored. max_relative_error: of any output on real inputs, relative to the output's largest value. pixel_levels: of the
     decoder, the largest difference of its uint8 pixels from diffusers'.
     """
 
@@ -31,6 +32,7 @@ class PartReport:
     max_relative_error: float
     tolerance: float
     pixel_levels: int | None = None
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class ExportReport:
 
 def format_report(report: ExportReport) -> str:
     """The table shown when an export ends, with the notes below it; no final newline."""
-    rows = [("part", "dtype", "size", "time", "largest difference from torch (allowed)")]
+    rows = [("part", "dtype, weights", "size", "time", "largest difference from torch (allowed)")]
     for part in report.parts:
         error = f"{part.max_relative_error:.1e} ({part.tolerance:.0e})"
         error += "" if part.pixel_levels is None else f", pixels {part.pixel_levels} of 255"
-        rows.append((part.name, part.dtype, megabytes(part.bytes), f"{part.seconds:.1f} s", error))
+        rows.append((part.name, f"{part.dtype}, {part.weights}", megabytes(part.bytes), f"{part.seconds:.1f} s", error))
     rows.append(("whole bundle", "", megabytes(report.bytes), f"{report.seconds:.1f} s", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

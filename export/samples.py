@@ -60,6 +60,15 @@ def noised(latents: torch.Tensor, timestep: float, scheduler: Mapping[str, Any])
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
+def from_moments(moments: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """The encoder's means as latents in the U-Net's scale: the way back from `unscaled`."""
+    mean = moments.chunk(2, 1)[0]
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        std, middle = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_std", "latents_mean"))
+        return (mean - middle) * config["scaling_factor"] / std
+    return (mean - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
 def unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """From the U-Net's scale to the decoder's, in the words of diffusers' pipelines."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,19 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..bundle import describe_files, write_manifest
-from ..errors import BundleError, ExportError, unknown
+from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
-from ..manifest import MANIFEST, ROOT_PART, Lora, Manifest, Part, Source
+from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
 from .checkpoint import Checkpoint
+from .needs import bundle_parts, check_room
 from .packages import require
+from .precision import Precision, make_precision
+from .records import Records, fingerprint
 from .report import ExportReport, PartReport, Progress
 from .sources import ModelSource, path_source
+from .staging import staging
 
 if TYPE_CHECKING:
-    from .parts import Exported
+    from .work import Exported
 
-DTYPES = ("fp32", "fp16")
-_NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "filelock", "psutil")
+_MAKERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")  # a graph depends on their versions
 _WITHOUT_GRAPH = ("feature_extractor", "image_encoder", "scheduler", "tokenizer", "tokenizer_2")
 Layers = Mapping[str, Mapping[str, Sequence[tuple[LoraLayer, float]]]]
 
@@ -40,8 +44,8 @@ class _Request:
     source: ModelSource
     out: Path
     loras: tuple[tuple[Path, float], ...]
-    dtype: str
-    weights: str
+    precision: Precision
+    vae: str
     name: str
 
 
@@ -53,6 +57,7 @@ def export_bundle(
     dtype: str = "fp32",
     weights: str | None = None,
     tiny_vae: Path | None = None,
+    vae: str = "full",
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
@@ -62,23 +67,33 @@ def export_bundle(
     """Export `source`, a path (see `model_source`) or what else `sources` knows, to the bundle `out`.
 
     loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
-    arithmetic; weights: of their storage (default: as dtype; fp16 with dtype fp32 halves the files and keeps full
-    arithmetic). tiny_vae: an AutoencoderTiny's folder, for the decoder. name: the bundle's, default `out`'s.
-    defaults, limits: go into the manifest as they are. Every part is compared with torch on real inputs.
+    arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
+    and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
+    previews; "tiny" in its place. name: the bundle's, default `out`'s. defaults, limits: go into the manifest as they
+    are. Every part is compared with torch on real inputs.
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
-    included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end.
+    included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A
+    process that is killed leaves that folder; the next export of the same goes on from the parts that are whole.
     """
     start = time.monotonic()
-    request = _checked(source, out, loras, dtype, weights, name, overwrite)
+    request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite)
+    if vae == "tiny" and tiny_vae is None:
+        raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
     checkpoint = request.source.open(tiny_vae)
     layers = _match_loras(checkpoint, request.loras)
     require(*_NEEDED)
-    with _staging(request.out, overwrite) as folder:
-        done, notes = _export_parts(checkpoint, folder, request, layers, progress)
-        _copy_configs(checkpoint, folder)
-        manifest = _manifest(request, folder, done, "tiny" if tiny_vae else "full", defaults or {}, limits or {})
-        write_manifest(folder, manifest)
+    if request.precision.dtype == "bf16" and importlib.util.find_spec("openvino") is None:
+        raise ExportError(
+            "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
+            'pip install "vega-edge[openvino]"'
+        )
+    with staging(request.out, overwrite) as folder:
+        records = Records(folder, _key(checkpoint, request))
+        done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
+        _copy_configs(checkpoint, folder, vae)
+        records.remove()
+        write_manifest(folder, _manifest(request, folder, done, defaults or {}, limits or {}))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     parts: tuple[PartReport, ...] = tuple(part.report for part in done.values())
     return ExportReport(out, parts, size, time.monotonic() - start, (*_left_out(checkpoint), *notes))
@@ -88,16 +103,13 @@ def _checked(
     source: Path | ModelSource,
     out: Path,
     loras: Sequence[tuple[Path, float]],
-    dtype: str,
-    weights: str | None,
+    precision: Precision,
+    vae: str,
     name: str | None,
     overwrite: bool,
 ) -> _Request:
-    for kind, value in (("dtype", dtype), ("weights", weights or dtype)):
-        if value not in DTYPES:
-            raise unknown(kind, value, DTYPES)
-    if dtype == "fp16" and weights == "fp32":
-        raise ExportError("weights fp32 with dtype fp16 would store digits that are never used; leave weights out")
+    if vae not in ("full", "tiny"):
+        raise unknown("vae", vae, ("full", "tiny"))
     for path, strength in loras:
         if not math.isfinite(strength):
             raise ExportError(f"LoRA {path}: its strength is {strength}; it must be a finite number, 1 is as trained")
@@ -107,14 +119,8 @@ def _checked(
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
-    return _Request(
-        source if isinstance(source, ModelSource) else path_source(source),
-        out,
-        tuple(loras),
-        dtype,
-        weights or dtype,
-        name or out.name,
-    )
+    found = source if isinstance(source, ModelSource) else path_source(source)
+    return _Request(found, out, tuple(loras), precision, vae, name or out.name)
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:
@@ -130,105 +136,99 @@ def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) ->
     return layers
 
 
-@contextlib.contextmanager
-def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
-    out = out.absolute()
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir()
-    except OSError as failure:
-        raise ExportError(
-            f"{out} can't be made ({failure.strerror}); choose a folder that you may write to"
-        ) from failure
-    try:
-        yield folder
-        _move_into_place(folder, out, overwrite)
-    except (OSError, BundleError) as failure:
-        cause = failure if isinstance(failure, OSError) else failure.__cause__
-        if isinstance(cause, OSError):
-            raise ExportError(_why_not_written(out, cause)) from failure
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already if it became `out`
-
-
-def _why_not_written(out: Path, failure: OSError) -> str:
-    # numpy's tofile says "3 requested and 0 written", without an errno
-    full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or (failure.errno is None and shutil.disk_usage(out.parent).free < 1 << 20):
-        return f"disk full while exporting to {out}; free some space: nothing was left behind"
-    return f"{out} can't be written: {failure.strerror or failure}; nothing was left behind"
-
-
-def _move_into_place(folder: Path, out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ExportError(f"{out} was made by another process meanwhile; choose another folder, or ask to overwrite it")
-    old = folder.with_suffix(".old")
-    try:
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _key(checkpoint: Checkpoint, request: _Request) -> str:
+    """What decides the graphs' bytes: sources, options, versions."""
+    versions = {name: importlib.metadata.version(name) for name in _MAKERS}
+    told = {
+        "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
+        "loras": [(_sha256(path), strength) for path, strength in request.loras],
+        "precision": [request.precision.dtype, request.precision.weights], "vae": request.vae,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _export_parts(
-    checkpoint: Checkpoint, folder: Path, request: _Request, layers: Layers, progress: Callable[[Progress], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    request: _Request,
+    layers: Layers,
+    progress: Callable[[Progress], None],
+    records: Records,
 ) -> tuple[dict[str, Exported], list[str]]:
-    from .parts import PHASES, PartsExporter, Precision  # torch, here and not before
+    from .parts import PHASES, PartsExporter  # torch, here and not before
 
-    count = len([part for part in checkpoint.parts if part != "tiny_vae"]) * len(PHASES)
+    parts = bundle_parts(checkpoint, request.vae)
+    left = [part for part in parts if records.load(part) is None]
+    check_room(checkpoint, request.precision, left, request.out)
+    count = len(left) * len(PHASES)
     seen = iter(range(1, count + 1))
     exporter = PartsExporter(
         checkpoint,
         folder,
-        Precision(request.dtype, request.weights),
+        request.precision,
         layers,
         lambda part, phase: progress(Progress(part, phase, next(seen), count)),
+        records,
+        request.vae,
     )
     return exporter.run(), exporter.notes
 
 
-def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_configs(checkpoint: Checkpoint, folder: Path, vae: str) -> None:
     """The files that diffusers writes, unchanged: facts about the model stay where other tools look for them."""
     shutil.copyfile(checkpoint.path / "model_index.json", folder / "model_index.json")
     (folder / "scheduler").mkdir()
     shutil.copyfile(
         checkpoint.path / "scheduler" / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"
     )
-    for part, source in checkpoint.parts.items():  # the tiny autoencoder comes last and replaces the full one's
-        shutil.copyfile(source / "config.json", folder / ("vae_decoder" if "vae" in part else part) / "config.json")
+    sources = {
+        "vae_encoder": "vae",
+        "vae_decoder": "tiny_vae" if vae == "tiny" else "vae",
+        "tiny_vae_decoder": "tiny_vae",
+    }
+    for part in bundle_parts(checkpoint, vae):
+        shutil.copyfile(checkpoint.parts[sources.get(part, part)] / "config.json", folder / part / "config.json")
 
 
 def _manifest(
     request: _Request,
     folder: Path,
     done: Mapping[str, Exported],
-    vae: str,
     defaults: Mapping[str, Any],
     limits: Mapping[str, Any],
 ) -> Manifest:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     parts = {ROOT_PART: Part(describe_files(folder, ROOT_PART))}
     for name in names:
-        exported = done.get(name)
-        error = exported.report.max_relative_error if exported else None
-        parts[name] = Part(describe_files(folder, name), error, (exported.parameters or None) if exported else None)
-    loras = tuple(Lora(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), float(s)) for path, s in request.loras)
+        files = describe_files(folder, name)
+        parts[name] = _part(files, done[name], request.precision) if name in done else Part(files)
+    loras = tuple(Lora(path.name, _sha256(path), float(s)) for path, s in request.loras)
     return Manifest(
         name=request.name,
         created_by=f"vega-edge {__version__}",
-        dtype=request.dtype,  # type: ignore[arg-type]  # checked to be one of DTYPES
-        weights=request.weights,  # type: ignore[arg-type]
-        source=Source(request.source.name, loras, vae, request.source.random_weights),  # type: ignore[arg-type]
+        dtype=request.precision.dtype,  # type: ignore[arg-type]  # checked to be one of DTYPES
+        weights=request.precision.weights,  # type: ignore[arg-type]
+        source=Source(request.source.name, loras, request.vae, request.source.random_weights),  # type: ignore[arg-type]
         defaults=defaults,
         limits=limits,
         parts=parts,
     )
+
+
+def _part(files: Mapping[str, FileEntry], exported: Exported, bundle: Precision) -> Part:
+    report, scale = exported.report, exported.activation_scale
+    return Part(
+        files,
+        report.max_relative_error,
+        exported.parameters or None,
+        None if report.dtype == bundle.dtype else report.dtype,  # type: ignore[arg-type]
+        None if report.weights == bundle.weights else report.weights,  # type: ignore[arg-type]
+        None if scale == 1 else scale,
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _left_out(checkpoint: Checkpoint) -> Iterator[str]:

@@ -113,7 +113,12 @@ def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """SD kind without a middle block, half precision throughout, with the tiny autoencoder."""
     source = checkpoints["sd"]
     return made(
-        source, tmp_path_factory.mktemp("bundles") / "half", dtype="fp16", tiny_vae=source / "tiny", name="other"
+        source,
+        tmp_path_factory.mktemp("bundles") / "half",
+        dtype="fp16",
+        tiny_vae=source / "tiny",
+        vae="tiny",
+        name="other",
     )
 
 
@@ -219,6 +224,7 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
         "text_encoder": graph,
         "text_encoder_2": graph,
         "unet": graph,
+        "vae_encoder": graph,
         "vae_decoder": graph | {"pixels.onnx"},
     }
     for file in (
@@ -230,6 +236,7 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
         "tokenizer/merges.txt",
     ):
         assert (path / file).read_bytes() == (xl.source / file).read_bytes()
+    assert (path / "vae_encoder/config.json").read_bytes() == (xl.source / "vae/config.json").read_bytes()
     assert (path / "vae_decoder/config.json").read_bytes() == (xl.source / "vae/config.json").read_bytes()
     assert (manifest.name, manifest.dtype, manifest.weights) == ("tiny", "fp32", "fp16")
     assert manifest.created_by.startswith("vega-edge ")
@@ -241,7 +248,7 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
 
 
 def test_report_and_progress(xl: Made, sd: Made) -> None:
-    parts = ("text_encoder", "text_encoder_2", "vae_decoder", "unet")
+    parts = ("text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder", "unet")
     phases = [(part, phase) for part in parts for phase in ("load", "trace", "write", "check")]
     assert xl.progress == [Progress(*phase, i, len(phases)) for i, phase in enumerate(phases, 1)]
     manifest = xl.bundle.manifest
@@ -252,10 +259,10 @@ def test_report_and_progress(xl: Made, sd: Made) -> None:
         on_disk = sum(f.stat().st_size for f in (xl.bundle.path / part.name).glob("*.onnx*"))
         assert part.bytes == on_disk and (part.pixel_levels is not None) == (part.name == "vae_decoder")
     text = format_report(xl.report)
-    assert re.search(r"^unet +fp32 +0\.\d MB +\d+\.\d s  \d\.\de-0\d \(2e-04\)$", text, re.MULTILINE)
+    assert re.search(r"^unet +fp32, fp16 +0\.\d MB +\d+\.\d s  \d\.\de-0\d \(2e-04\)$", text, re.MULTILINE)
     assert re.search(r"^vae_decoder .* \(2e-04\), pixels \d of 255$", text, re.MULTILINE)
     assert "note: unet: 64 weights were rounded to fp16" in text  # those that the LoRA changed
-    assert [p.dtype for p in sd.report.parts] == ["fp16"] * 3
+    assert [p.dtype for p in sd.report.parts] == ["fp16"] * 4
     assert sd.report.notes == ("safety_checker is not exported: a bundle has no such part",)
 
 
@@ -270,6 +277,7 @@ def hidden(width: int, kind: str) -> dict[str, str]:
 
 
 LATENTS, IMAGE = "[batch, 4, height, width]", "[batch, 3, image_height, image_width]"
+MOMENTS = {"latent_parameters": "float32[batch, 8, height, width]"}
 PIXELS = {"pixels": "uint8[batch, image_height, image_width, 3]"}
 XL_UNET = {
     "sample": f"float32{LATENTS}",
@@ -292,6 +300,7 @@ IDS = {"input_ids": "int64[batch, 77]"}
         ("xl", "text_encoder", IDS, {**hidden(16, "float32"), "pooler_output": "float32[batch, 16]"}),
         ("xl", "text_encoder_2", IDS, {**hidden(24, "float32"), "text_embeds": "float32[batch, 24]"}),
         ("xl", "unet", XL_UNET, {"out_sample": f"float32{LATENTS}"}),
+        ("xl", "vae_encoder", {"sample": f"float32{IMAGE}"}, MOMENTS),
         ("xl", "vae_decoder", {"latent_sample": f"float32{LATENTS}"}, {"sample": f"float32{IMAGE}"}),
         ("xl", "vae_decoder/pixels.onnx", {"latent_sample": f"float32{LATENTS}"}, PIXELS),
         ("sd", "text_encoder", IDS, {**hidden(16, "float16"), "pooler_output": "float16[batch, 16]"}),
@@ -386,6 +395,14 @@ def test_decoder_and_pixels_are_diffusers(xl: Made, checkpoints: dict[str, Path]
     assert pixels.shape == (3, 10, 14, 3)
     difference = np.abs(pixels.astype(int) - wanted)
     assert difference.max() <= 1 and (difference > 0).mean() < 2e-3
+
+
+def test_encoder_is_diffusers(xl: Made, checkpoints: dict[str, Path]) -> None:
+    vae = pipeline(checkpoints["xl"]).vae
+    picture = noise(3, 3, 12, 20).clamp(-1, 1)
+    with torch.no_grad():
+        wanted = vae.encode(picture).latent_dist.parameters
+    assert error(run(xl, "vae_encoder", sample=picture)["latent_parameters"], wanted) < 2e-5
 
 
 def test_half_precision(sd: Made, checkpoints: dict[str, Path]) -> None:

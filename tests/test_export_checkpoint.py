@@ -279,11 +279,18 @@ def test_refuses_a_tiny_autoencoder_of_other_latents(broken: Path, out: Path) ->
 
 
 def test_refuses_arguments(sd: Path, out: Path, tmp_path: Path) -> None:
-    assert refusal(sd, out, dtype="bf16") == "unknown dtype 'bf16'; did you mean 'fp16'? there are: fp16, fp32"
-    assert refusal(sd, out, weights="int8") == "unknown weights 'int8'; there are: fp16, fp32"
-    assert refusal(sd, out, dtype="fp16", weights="fp32") == (
-        "weights fp32 with dtype fp16 would store digits that are never used; leave weights out"
+    assert (
+        refusal(sd, out, dtype="fp8") == "unknown dtype 'fp8'; did you mean 'fp16'? there are: bf16, fp16, fp32, int8"
     )
+    assert (
+        refusal(sd, out, weights="int4")
+        == "unknown weights 'int4'; did you mean 'int8'? there are: bf16, fp16, fp32, int8"
+    )
+    assert refusal(sd, out, dtype="fp16", weights="fp32") == (
+        "weights fp32 with dtype fp16 is not a pair that is exported; with dtype fp16 weights can be fp16 or int8"
+    )
+    assert refusal(sd, out, vae="half") == "unknown vae 'half'; there are: full, tiny"
+    assert refusal(sd, out, vae="tiny") == ("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
     lora = tmp_path / "lora.safetensors"
     assert refusal(sd, out, loras=[(lora, float("nan"))]) == (
         f"LoRA {lora}: its strength is nan; it must be a finite number, 1 is as trained"
@@ -320,8 +327,8 @@ def assert_loads(source: Path, wanted: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(source)
     assert checkpoint.weight_shapes("unet") == {name: tuple(t.shape) for name, t in wanted.items()}
     for name, parameter in load_module(checkpoint, "unet", {}).named_parameters():
-        assert parameter.dtype == torch.float32
-        np.testing.assert_array_equal(parameter.numpy(), wanted[name].float().numpy())
+        assert parameter.dtype == torch.float16
+        np.testing.assert_array_equal(parameter.numpy(), wanted[name].numpy())
 
 
 def test_importing_needs_no_torch() -> None:

@@ -16,28 +16,19 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
 
-import onnx  # noqa: E402
 import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from torch import nn  # noqa: E402
 
 from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import ExportError  # noqa: E402
 from vega_edge.export import check, onnx_edit, samples  # noqa: E402
-from vega_edge.export.parts import Precision, decoder_precision, round_to_half  # noqa: E402
 from vega_edge.export.quiet import quiet  # noqa: E402
 from vega_edge.export.tokenizer_files import load_tokenizer, token_ids, write_tokenizer  # noqa: E402
-from vega_edge.manifest import Parameter  # noqa: E402
 
 from . import test_export_checkpoint as tiny  # noqa: E402
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 RANDOM = np.random.default_rng(0)
-
-
-def halves(*shape: int) -> NDArray[np.float32]:
-    """Values that half precision holds exactly."""
-    return RANDOM.standard_normal(shape).astype(np.float16).astype(np.float32)
 
 
 def model(
@@ -67,83 +58,6 @@ def run(path: Path, **feeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return engine.run(feeds)
     finally:
         engine.close()
-
-
-def test_half_storage_computes_the_same(tmp_path: Path) -> None:
-    """To the last bit; and a constant that half precision does not hold stays as it is."""
-    weights = {
-        "a": halves(9, 9),
-        "b": RANDOM.standard_normal((9, 9)).astype(np.float32),
-        "c": halves(9, 9),
-        "big": halves(9, 9),
-    }
-    weights["big"][0, 0] = 1e6
-    graph = chain(weights)
-    onnx_edit.save(graph, tmp_path / "plain.onnx")
-    (tmp_path / "half").mkdir()
-    onnx_edit.store_half(graph)
-    onnx_edit.save(graph, tmp_path / "half" / "model.onnx")
-    stored = onnx.load(tmp_path / "half" / "model.onnx")
-    assert {i.name: i.data_type for i in stored.graph.initializer} == {"a": HALF, "b": FLOAT, "c": HALF, "big": FLOAT}
-    assert [n.op_type for n in stored.graph.node].count("Cast") == 2
-    onnx.checker.check_model(stored, full_check=True)
-    x = RANDOM.standard_normal((3, 9)).astype(np.float32)
-    np.testing.assert_array_equal(
-        run(tmp_path / "half" / "model.onnx", x=x)["y"], run(tmp_path / "plain.onnx", x=x)["y"]
-    )
-
-
-def test_small_constants_are_not_stored_in_half() -> None:
-    weights = {"scale": halves(1, 9), "w": halves(9, 9)}
-    graph = model(
-        [helper.make_node("Mul", ["x", "scale"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])],
-        weights,
-        {"x": ["n", 9]},
-        {"y": ["n", 9]},
-    )
-    onnx_edit.store_half(graph)
-    assert {n: v.dtype for n, v in graph.graph.initializers.items()} == {
-        "scale": ir.DataType.FLOAT,
-        "w": ir.DataType.FLOAT16,
-    }
-
-
-def test_weights_are_found_by_name_and_by_content() -> None:
-    named, folded, straight, alike = (halves(9, 9) for _ in range(4))
-    symmetric = alike + alike.T
-    graph = chain(
-        {
-            "model.n.weight": named,
-            "val_1": folded.T.copy(),
-            "val_2": straight,
-            "val_3": alike,
-            "val_4": symmetric,
-            "val_5": halves(9, 9),
-        }
-    )
-    weights = {
-        "n.weight": named,
-        "f.weight": folded,
-        "s.weight": straight,
-        "a1.weight": alike,
-        "a2.weight": alike.copy(),
-        "sym.weight": symmetric,
-    }
-    found = onnx_edit.name_weights(graph, weights, lambda name: name.removeprefix("model."))
-    assert found == {
-        "n.weight": Parameter("n.weight", False),
-        "f.weight": Parameter("f.weight", True),
-        "s.weight": Parameter("s.weight", False),
-    }
-    assert list(graph.graph.initializers) == ["val_3", "val_4", "val_5", "n.weight", "f.weight", "s.weight"]
-    with pytest.raises(ExportError, match=r"gone\.weight is not in the graph that torch's exporter wrote"):
-        onnx_edit.name_weights(graph, {"gone.weight": halves(9, 9)}, str)
-
-
-def test_a_weight_that_shares_a_named_one_is_left_out() -> None:
-    weight = halves(9, 9)
-    graph = chain({"first.weight": weight})
-    assert onnx_edit.name_weights(graph, {"first.weight": weight, "second.weight": weight.copy()}, str) == {}
 
 
 CONFIGS: list[dict[str, Any]] = [
@@ -227,7 +141,7 @@ def test_pixel_tolerance_is_kept(tmp_path: Path) -> None:
 
     def compare(wanted: Any, dtype: str = "fp32") -> int:
         return check.compare_pixels(
-            tmp_path / "pixels.onnx", dtype, [({"x": x}, {"pixels": np.array(wanted, np.uint8)})]
+            "vae_decoder", tmp_path / "pixels.onnx", dtype, [({"x": x}, {"pixels": np.array(wanted, np.uint8)})]
         )
 
     assert (compare([[0, 100, 200, 255]]), compare([[0, 101, 200, 254]]), compare([[2, 100, 200, 255]], "fp16")) == (
@@ -240,26 +154,6 @@ def test_pixel_tolerance_is_kept(tmp_path: Path) -> None:
     assert str(caught.value) == "vae_decoder: pixels differ from torch's by 2 levels in fp32, allowed is 1"
     with pytest.raises(ExportError, match=r"pixels are uint8\[1, 4\], expected uint8\[4\]"):
         compare([0, 100, 200, 255])
-
-
-def test_rounding_to_half() -> None:
-    module = nn.Linear(8, 8)
-    module.bias.data = torch.arange(8.0)
-    assert round_to_half("unet", module) == 1
-    assert module.weight.dtype == torch.float32 and torch.equal(module.weight, module.weight.half().float())
-    module.weight.data[0, 0] = 7e4
-    with pytest.raises(ExportError) as caught:
-        round_to_half("unet", module)
-    assert str(caught.value) == "unet: weight holds 7e+04, beyond fp16's 65504; export with weights fp32"
-
-
-def test_autoencoders_that_overflow_stay_in_full_precision() -> None:
-    half, full = Precision("fp16", "fp16"), Precision("fp32", "fp16")
-    assert decoder_precision(half, {"force_upcast": True}, sdxl=False) == full
-    assert decoder_precision(half, {"force_upcast": False}, sdxl=True) == half
-    assert decoder_precision(half, {}, sdxl=True) == full
-    assert decoder_precision(half, {}, sdxl=False) == half
-    assert decoder_precision(Precision("fp32", "fp32"), {"force_upcast": True}, sdxl=True) == Precision("fp32", "fp32")
 
 
 @pytest.mark.parametrize(

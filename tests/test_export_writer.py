@@ -92,6 +92,7 @@ def test_a_write_that_fails_without_a_number(
         raise OSError("3 requested and 0 written")
 
     monkeypatch.setattr("vega_edge.export.parts.PartsExporter.run", run)
+    monkeypatch.setattr("vega_edge.export.writer.check_room", lambda *_: None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(ExportError, match=said):
         export_bundle(checkpoint, tmp_path / "bundle")
@@ -100,7 +101,7 @@ def test_a_write_that_fails_without_a_number(
 
 def test_of_two_exports_one_gets_the_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(exporter: Any) -> dict[str, Any]:
-        for part in ("text_encoder", "vae_decoder", "unet"):
+        for part in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
             (exporter.folder / part).mkdir()
         (tmp_path / "bundle").mkdir()
         (tmp_path / "bundle" / "other").touch()
@@ -117,7 +118,7 @@ def test_overwrite_replaces(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "bundle" / MANIFEST).write_text("old")
 
     def run(exporter: Any) -> dict[str, Any]:
-        for part in ("text_encoder", "vae_decoder", "unet"):
+        for part in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
             (exporter.folder / part).mkdir()
         return {}
 

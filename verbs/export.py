@@ -48,9 +48,17 @@ def add(p: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH]",
         help="a LoRA to fuse in; may be repeated",
     )
-    p.add_argument("--dtype", default="fp32", help="arithmetic of the graphs, fp32 or fp16; default: %(default)s")
-    p.add_argument("--weights", metavar="DTYPE", help="storage of the weights, fp32 or fp16; default: as --dtype")
-    p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny to decode with")
+    p.add_argument("--dtype", default="fp32", help="arithmetic: fp32, fp16, bf16 or int8; default: %(default)s")
+    p.add_argument(
+        "--weights", metavar="DTYPE", help="storage of the weights: fp32, fp16, bf16 or int8; default: as --dtype"
+    )
+    p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny (TAESD) for fast decoding")
+    p.add_argument(
+        "--vae",
+        default="full",
+        metavar="NAME",
+        help="the decoder pictures are made with: full (default; the tiny one goes beside it), or tiny, in its place",
+    )
     p.add_argument("--name", help="the bundle's name; default: that of the model or of the folder")
     p.add_argument("--overwrite", action="store_true", help="replace BUNDLE where it exists")
     p.add_argument("--json", action="store_true", help="print the bundle, its parts, sizes and differences as JSON")
@@ -91,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         report = export_bundle(
             source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
-            progress=progress, overwrite=arguments.overwrite, **options,
+            vae=arguments.vae, progress=progress, overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     if arguments.json:
         print(json.dumps(asdict(report), indent=2, default=str))

@@ -1,0 +1,129 @@
+"""What an export costs: time and peak memory of each part, against the size of its weights.
+
+    python -m vega_edge.bench.export CHECKPOINT --dtype fp16 -o bench/results/export-vega-fp16.json
+
+CHECKPOINT is a diffusers folder. The export runs in a process of its own, whose resident memory is read as the system
+counts it (files that are mapped included) while each part is under way. On a machine that others use too, the
+processor's seconds say more than the clock's; both are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .machine import facts, markdown
+
+_CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from vega_edge.export import export_bundle
+def progress(at):
+    print(json.dumps({"part": at.part, "phase": at.phase, "cpu_s": time.process_time()}), flush=True)
+options = json.loads(sys.argv[3])
+report = export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress, **options)
+print(json.dumps({"part": "", "phase": "end", "cpu_s": time.process_time(), "notes": list(report.notes)}), flush=True)
+"""
+
+
+def measure(checkpoint: Path, out: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a part: bytes of its weights file, seconds, processor seconds, largest resident memory while it ran."""
+    import psutil
+
+    command = [sys.executable, "-c", _CHILD, str(checkpoint), str(out), json.dumps(options)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watched, peak = psutil.Process(child.pid), [0]
+
+    def watch() -> None:
+        while child.poll() is None:
+            try:
+                peak[0] = max(peak[0], watched.memory_info().rss)
+            except psutil.Error:
+                return
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
+    rows: list[dict[str, Any]] = []
+    marks: list[dict[str, Any]] = []
+    assert child.stdout is not None
+    for line in child.stdout:
+        mark = json.loads(line) | {"clock_s": time.monotonic(), "peak": peak[0]}
+        if marks:
+            rows.append(_phase(marks[-1], mark))
+        marks.append(mark)
+        peak[0] = 0
+    if child.wait() != 0:
+        sys.exit(f"the export ended with status {child.returncode}")
+    for row in rows:
+        row["weights_bytes"] = (out / row["part"] / "model.onnx_data").stat().st_size
+    return rows
+
+
+def _phase(begun: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "part": begun["part"], "phase": begun["phase"], "clock_s": round(ended["clock_s"] - begun["clock_s"], 1),
+        "cpu_s": round(ended["cpu_s"] - begun["cpu_s"], 1), "peak_bytes": ended["peak"],
+    }  # fmt: skip
+
+
+def by_part(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    parts = dict.fromkeys(row["part"] for row in rows)
+    found = []
+    for part in parts:
+        own = [row for row in rows if row["part"] == part]
+        peak, weights = max(row["peak_bytes"] for row in own), own[0]["weights_bytes"]
+        found.append(
+            {
+                "part": part, "weights_bytes": weights, "clock_s": round(sum(row["clock_s"] for row in own), 1),
+                "cpu_s": round(sum(row["cpu_s"] for row in own), 1), "peak_bytes": peak,
+                "peak_over_weights": round(peak / weights, 2),
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--weights")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        options = {"dtype": arguments.dtype, "weights": arguments.weights}
+        phases = measure(arguments.checkpoint, Path(folder) / "bundle", options)
+    parts = by_part(phases)
+    print(
+        markdown(
+            ("part", "weights", "clock", "processor", "peak memory", "of the weights"),
+            [
+                (p["part"], f"{p['weights_bytes'] / 1e9:.2f} GB", f"{p['clock_s']} s", f"{p['cpu_s']} s",
+                 f"{p['peak_bytes'] / 1e9:.2f} GB", f"{p['peak_over_weights']:.2f} x")
+                for p in parts
+            ],
+        )
+    )  # fmt: skip
+    if arguments.output:
+        load = os.getloadavg() if hasattr(os, "getloadavg") else ()
+        told = {
+            **facts(),
+            "checkpoint": arguments.checkpoint.name,
+            **options,
+            "load": load,
+            "parts": parts,
+            "phases": phases,
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A torch module whose weights are kept as they will be stored, and widened to float32 one layer at a time.
+
+So one copy of the weights is all that an export holds, in their final size; and the results that the exported graph
+is compared with come from the very numbers that it stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ExportError
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_INT8_ELEMENTS = 1024  # smaller matrices are stored in half precision: scales and nodes would take what eight bits save
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One parameter. scale: float32[shape[0]] where `data` is int8, its value data * scale along the first axis."""
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    def widened(self) -> torch.Tensor:
+        """A float32 copy, or the data itself where that is float32."""
+        if self.scale is None:
+            return self.data.float()
+        return self.data.float() * self.scale.view(-1, *[1] * (self.data.ndim - 1))
+
+
+def quantized(weight: torch.Tensor) -> Stored:
+    """Symmetric int8, one scale for each slice along the first axis, from that slice's largest value."""
+    flat = weight.flatten(1).float()
+    scale = (flat.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return Stored((flat / scale[:, None]).round().to(torch.int8).view(weight.shape), scale)
+
+
+class Packed:
+    """Takes `module`'s parameters: they are in `stored` by name, and the module holds placeholders without memory.
+
+    prepare: what is done to each parameter (by name) before it is stored, such as fusing a LoRA. `changed`: how many of
+    them storage in `weights` (fp32, fp16, bf16, int8) has rounded.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        module: nn.Module,
+        weights: str,
+        prepare: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, tensor: tensor,
+    ) -> None:
+        self.module, self.changed = module.eval(), 0
+        self.stored: dict[str, Stored] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        for prefix, owner in module.named_modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                full = f"{prefix}.{name}" if prefix else name
+                self._owners[full] = owner, name
+                self.stored[full] = self._store(part, full, owner, prepare(full, parameter.detach()), weights)
+                setattr(owner, name, _placeholder(parameter, torch.float32))
+                del parameter
+
+    def _store(self, part: str, name: str, owner: nn.Module, value: torch.Tensor, weights: str) -> Stored:
+        if weights == "int8" and value.numel() >= _INT8_ELEMENTS and isinstance(owner, _QUANTIZED):
+            return quantized(value)
+        kept = value.to(FLOATS["fp16" if weights == "int8" else weights]).contiguous()
+        if not torch.isfinite(value).all():
+            raise ExportError(f"{part}: {name} holds values that are not finite; fetch the checkpoint again")
+        if not torch.isfinite(kept).all():
+            worst = float(value.abs().max())
+            raise ExportError(
+                f"{part}: {name} holds {worst:.3g}, beyond fp16's 65504; export with weights fp32 or bf16"
+            )
+        self.changed += kept.dtype != value.dtype and not torch.equal(kept.to(value.dtype), value)
+        return Stored(kept)
+
+    @property
+    def matrices(self) -> list[str]:
+        """The weights that a LoRA may touch: those of linear layers and 2-D convolutions."""
+        return [
+            full
+            for full, (owner, name) in self._owners.items()
+            if name == "weight" and isinstance(owner, (nn.Linear, nn.Conv2d))
+        ]
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[nn.Module]:
+        """The module computes in float32 inside the block: each layer is widened when called, and narrowed after."""
+        by_owner: dict[nn.Module, list[tuple[str, str]]] = {}
+        for full, (owner, name) in self._owners.items():
+            by_owner.setdefault(owner, []).append((full, name))
+
+        def widen(owner: nn.Module, _: Any) -> None:
+            for full, name in by_owner[owner]:
+                setattr(owner, name, nn.Parameter(self.stored[full].widened(), requires_grad=False))
+
+        def narrow(owner: nn.Module, *_: Any) -> None:
+            for full, name in by_owner[owner]:
+                setattr(owner, name, _placeholder(self.stored[full].data, torch.float32))
+
+        hooks = [owner.register_forward_pre_hook(widen) for owner in by_owner]
+        hooks += [owner.register_forward_hook(narrow) for owner in by_owner]
+        try:
+            with torch.no_grad():
+                yield self.module
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def tracing(self, arithmetic: str) -> Iterator[nn.Module]:
+        """The module has placeholders of the arithmetic's type inside the block: shapes without numbers."""
+        for full, (owner, name) in self._owners.items():
+            setattr(owner, name, _placeholder(self.stored[full].data, FLOATS[arithmetic]))
+        try:
+            yield self.module
+        finally:
+            for full, (owner, name) in self._owners.items():
+                setattr(owner, name, _placeholder(self.stored[full].data, torch.float32))
+
+
+_QUANTIZED = (nn.Linear, nn.Conv2d, nn.Embedding)
+
+
+def _placeholder(like: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(like.shape), requires_grad=False)

@@ -1,0 +1,210 @@
+"""Storage: what a packed module computes, where its weights go in a graph, and autoencoders kept in fp16's range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import onnx  # noqa: E402
+from diffusers import AutoencoderKL  # noqa: E402
+from torch import nn  # noqa: E402
+
+from vega_edge.engines import open_engine  # noqa: E402
+from vega_edge.errors import ExportError, UsageError  # noqa: E402
+from vega_edge.export import graphs, onnx_edit, rescale, samples  # noqa: E402
+from vega_edge.export.autoencoders import Autoencoders  # noqa: E402
+from vega_edge.export.packed import Packed, quantized  # noqa: E402
+from vega_edge.export.precision import Precision, make_precision  # noqa: E402
+from vega_edge.export.weights import place  # noqa: E402
+from vega_edge.manifest import Parameter  # noqa: E402
+
+
+class Net(nn.Module):
+    """Every way in which a graph takes a weight: lookup, Conv, Gemm, transposed MatMul, norm, one weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 36)
+        self.bare = nn.Linear(36, 36, bias=False)
+        self.twin = nn.Linear(36, 36, bias=False)
+        self.twin.weight.data = self.bare.weight.data.clone()  # equal content is no reason to mix them up
+        self.norm = nn.LayerNorm(36)
+        self.conv = nn.Conv2d(1, 128, 3, padding=1)
+        self.small = nn.Conv2d(128, 1, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.table(ids))
+        x = self.bare(x) + self.twin(x).tanh()
+        return self.small(self.conv(x[:, None]).tanh())
+
+
+def made(weights: str, arithmetic: str, path: Path) -> tuple[Packed, dict[str, Parameter], Any]:
+    torch.manual_seed(0)
+    net = Net()
+    wrapper = nn.Module()
+    wrapper.model = net
+    wrapper.forward = lambda ids: wrapper.model(ids)  # type: ignore[method-assign]
+    packed = Packed("unet", net, weights)
+    spec = graphs.GraphSpec({"ids": ("batch", 6)}, {"out": ("batch", 1, 6, 36)})
+    with packed.tracing(arithmetic):
+        traced = graphs.trace("unet", wrapper, spec, {"ids": torch.zeros((3, 6), dtype=torch.int64)})
+    onnx_edit.strip(traced.model)
+    names = {"published": lambda name: f"p.{name}", "mapped": packed.matrices}
+    placed = place(traced.model, traced.parameters, packed.stored, arithmetic, **names)
+    onnx_edit.save(traced.model, path)
+    return packed, placed.parameters, onnx.load(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "arithmetic", "kinds", "error"),
+    [
+        ("fp32", "fp32", {"FLOAT"}, 1e-6),
+        ("fp16", "fp32", {"FLOAT16", "FLOAT"}, 1e-6),
+        ("bf16", "fp32", {"BFLOAT16", "FLOAT"}, 1e-6),
+        ("int8", "fp32", {"INT8", "FLOAT16", "FLOAT"}, 1e-6),
+        ("fp16", "fp16", {"FLOAT16"}, 5e-3),
+        ("int8", "fp16", {"INT8", "FLOAT16", "FLOAT"}, 5e-3),
+    ],
+)
+def test_the_graph_computes_what_the_stored_weights_say(
+    tmp_path: Path, weights: str, arithmetic: str, kinds: set[str], error: float
+) -> None:
+    packed, parameters, graph = made(weights, arithmetic, tmp_path / "model.onnx")
+    ids = torch.randint(0, 40, (5, 6), generator=torch.Generator().manual_seed(1))
+    with packed.computing() as module:
+        wanted = module(ids).numpy()
+    engine = open_engine(tmp_path / "model.onnx", "onnxruntime-cpu", threads=1)
+    got = engine.run({"ids": ids.numpy()})["out"]
+    engine.close()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=error * np.abs(wanted).max())
+    onnx.checker.check_model(graph, full_check=True)
+    stored = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.graph.initializer}
+    floats = {n: k for n, k in stored.items() if k != "INT64"}
+    assert set(floats.values()) == kinds
+    large = {"p.table.weight", "p.bare.weight", "p.twin.weight", "p.conv.weight"}
+    want = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "int8": "INT8"}[weights]
+    assert {stored[name] for name in large} == {want}
+    if weights == "int8":
+        assert parameters.keys() == {"p.small.weight"}  # what is in eight bits can't be patched
+    else:
+        turned = {name: place.transposed for name, place in parameters.items()}
+        assert turned == {
+            "p.bare.weight": True, "p.twin.weight": True, "p.conv.weight": False, "p.small.weight": False,
+        }  # fmt: skip
+        assert all(name == place.initializer for name, place in parameters.items())
+
+
+def test_a_packed_module_holds_one_copy_and_computes_with_the_stored_numbers() -> None:
+    net = Net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    packed = Packed("unet", net, "fp16")
+    assert packed.changed == len([p for p in before.values() if not torch.equal(p.half().float(), p)]) > 5
+    assert all(p.untyped_storage().nbytes() <= 4 for p in net.parameters())
+    rounded = Net()
+    rounded.load_state_dict({name: p.half().float() for name, p in before.items()})
+    ids = torch.arange(12).reshape(2, 6)
+    with packed.computing() as module, torch.no_grad():
+        assert torch.equal(module(ids), rounded(ids))
+    assert all(p.untyped_storage().nbytes() <= 4 for p in net.parameters())
+
+
+def test_eight_bits_by_rows() -> None:
+    weight = torch.tensor([[127.0, -63.2, 0.4], [0.0, 0.0, 0.0], [1e-3, -1e-3, 5e-4]])
+    stored = quantized(weight)
+    assert stored.data.tolist() == [[127, -63, 0], [0, 0, 0], [127, -127, 64]]
+    np.testing.assert_allclose(stored.widened(), [[127, -63, 0], [0, 0, 0], [1e-3, -1e-3, 64e-3 / 127]], atol=1e-9)
+
+
+def test_weights_beyond_half_precision() -> None:
+    net = Net()
+    net.conv.weight.data[0, 0, 0, 0] = 7e4
+    with pytest.raises(ExportError) as caught:
+        Packed("unet", net, "fp16")
+    assert str(caught.value) == ("unet: conv.weight holds 7e+04, beyond fp16's 65504; export with weights fp32 or bf16")
+
+
+def test_precisions() -> None:
+    assert make_precision("fp32", None) == Precision("fp32", "fp32")
+    assert make_precision("int8", None).arithmetic == "fp32" and make_precision("int8", None).integer
+    with pytest.raises(UsageError, match="unknown dtype 'half'"):
+        make_precision("half", None)
+    with pytest.raises(ExportError) as caught:
+        make_precision("bf16", "fp16")
+    assert str(caught.value) == (
+        "weights fp16 with dtype bf16 is not a pair that is exported; with dtype bf16 weights can be bf16"
+    )
+
+
+def autoencoder(gain: float) -> AutoencoderKL:
+    """Its residual sums grow with `gain`."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    for module in vae.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        if type(module).__name__ == "ResnetBlock2D":
+            module.conv2.weight.data *= gain
+    return vae.eval()
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_rescaling_changes_nothing_but_the_range(half: str) -> None:
+    """Half precision overflows without it, and gives float32's results with it."""
+    plain, scaled = autoencoder(1e5), autoencoder(1e5)
+    rescale.rescale(getattr(scaled, half), 2.0**-9)
+    x = torch.randn(2, 3 if half == "encoder" else 4, 12, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(vae: AutoencoderKL, x: Any) -> Any:
+        with torch.no_grad():
+            return vae.encode(x).latent_dist.parameters if half == "encoder" else vae.decode(x).sample
+
+    wanted = run(plain, x)
+    largest = float(wanted.abs().max())
+    np.testing.assert_allclose(run(scaled, x), wanted, atol=2e-5 * largest)
+    peaks = [rescale.largest_inner(getattr(vae, half), lambda vae=vae: run(vae, x)) for vae in (plain, scaled)]
+    assert peaks[0] > rescale.LARGEST and peaks[1] / peaks[0] == pytest.approx(2.0**-9, rel=1e-3)
+    assert not torch.isfinite(run(plain.half(), x.half())).all()
+    np.testing.assert_allclose(run(scaled.half(), x.half()).float(), wanted, atol=2e-2 * largest)
+
+
+@pytest.fixture
+def wild(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Autoencoders:
+    """An autoencoder whose decoder overflows in fp16, ready to be exported in fp16."""
+    monkeypatch.setattr("vega_edge.export.autoencoders.load_module", lambda *_: autoencoder(1e5))
+    configs = {"vae": dict(autoencoder(1.0).config), "unet": {"block_out_channels": (8, 8), "sample_size": 8}}
+    checkpoint: Any = SimpleNamespace(configs=configs, sdxl=False)
+    sizes = samples.latent_sizes(configs["unet"])
+    return Autoencoders(checkpoint, tmp_path, Precision("fp16", "fp16"), sizes, lambda *_: None)
+
+
+def test_a_decoder_that_overflows_is_exported_in_range(wild: Autoencoders) -> None:
+    """The export itself holds the fp16 graph, rounded after each node, against torch in float32."""
+    latents = [torch.randn(size.batch, 4, size.height, size.width) * 0.2 for size in wild.sizes]
+    done = wild.decoder("vae_decoder", "vae", latents)
+    assert done.activation_scale < 2.0**-5 and done.report.dtype == "fp16" and done.report.max_relative_error < 1e-2
+    assert wild.notes == [
+        f"vae_decoder: inner values are scaled by {done.activation_scale:g} to stay in fp16's range; results are the same"
+    ]
+
+
+def test_without_rescaling_that_decoder_is_refused(wild: Autoencoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescale, "scale_for", lambda *_: 1.0)
+    latents = [torch.randn(size.batch, 4, size.height, size.width) * 0.2 for size in wild.sizes]
+    with pytest.raises(ExportError, match=r"vae_decoder: sample is not finite \(overflow\)"):
+        wild.decoder("vae_decoder", "vae", latents)
+
+
+def test_the_scale_is_a_power_of_two_that_leaves_room() -> None:
+    assert rescale.scale_for(1000.0, forced=False) == 1.0
+    assert rescale.scale_for(9000.0, forced=False) == 2.0**-2
+    assert rescale.scale_for(2e6, forced=False) * 2e6 * rescale.HEADROOM <= rescale.LARGEST
+    assert rescale.scale_for(1000.0, forced=True) == 1.0  # sixteen times that is far from the end of the range

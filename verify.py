@@ -1,0 +1,188 @@
+"""Is a bundle whole, and does it run here? Hashes, the shapes its configurations promise, one small run of each graph.
+
+Needs no torch: it repeats on the machine that runs a bundle what its export checked on the machine that made it. What
+the numbers should be is not known here; that they are numbers, and of the right shape, is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .engines import Engine, choose_engine, open_engine
+from .engines.dtypes import check_dtype
+from .errors import BundleError, EngineError, VegaEdgeError
+
+TOKENS = 77
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One graph. dtype, weights: as the manifest says; fault: '' if all is well, else what is wrong, in one line."""
+
+    graph: str
+    dtype: str
+    weights: str
+    bytes: int
+    seconds: float
+    fault: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """files: how many were compared with their hashes; 0 for a bundle without manifest, which has none."""
+
+    path: str
+    name: str
+    engine: str
+    files: int
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(check.fault for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Smoke:
+    """What to feed a graph, and the shapes that must come out (outputs that are not named here only have to be finite)."""
+
+    feeds: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, Shape]
+
+
+def verify(path: str | os.PathLike[str], engine: str = "auto") -> Verdict:
+    """Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
+    there is no engine; what a graph does wrong is in its check's `fault`."""
+    bundle = Bundle.open(path)
+    if engine == "auto":
+        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")))
+    if bundle.manifest:
+        check_dtype(engine, bundle.manifest.dtype, bundle.manifest.weights)
+    files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
+    graphs = sorted(file.relative_to(bundle.path).as_posix() for file in bundle.path.glob("*/*.onnx"))
+    checks = tuple(_check(bundle, graph, engine) for graph in graphs)
+    name = bundle.manifest.name if bundle.manifest else bundle.path.name
+    return Verdict(str(bundle.path), name, engine, files, checks)
+
+
+def _check(bundle: Bundle, graph: str, engine: str) -> Check:
+    part = graph.partition("/")[0]
+    start = time.perf_counter()
+    fault = ""
+    try:
+        with contextlib.closing(open_engine(bundle.path / graph, engine)) as opened:
+            fault = _fault(opened, _smoke(bundle, graph))
+    except VegaEdgeError as failure:
+        fault = str(failure)
+    size = sum(file.stat().st_size for file in _files(bundle.path / graph))
+    dtype, weights = _precision(bundle, part)
+    return Check(graph, dtype, weights, size, time.perf_counter() - start, fault)
+
+
+def _fault(engine: Engine, smoke: _Smoke) -> str:
+    feeds = {name: value.astype(spec.dtype) for name, spec in engine.inputs.items() if (value := smoke.feeds.get(name)) is not None}  # fmt: skip
+    if "timestep" in feeds:  # other tools export it as a scalar
+        feeds["timestep"] = feeds["timestep"].reshape((1,) * len(engine.inputs["timestep"].shape))
+    got = engine.run(feeds)
+    for name, shape in smoke.outputs.items():
+        if name not in got:
+            return f"gives no {name}; it gives {', '.join(got)}"
+        if got[name].shape != shape:
+            return f"{name} has shape {list(got[name].shape)}, its configuration promises {list(shape)}"
+    broken = [name for name, value in got.items() if not np.isfinite(value).all()]
+    return f"{broken[0]} is not finite" if broken else ""
+
+
+def _smoke(bundle: Bundle, graph: str) -> _Smoke:
+    part, _, file = graph.partition("/")
+    random = np.random.default_rng(0)
+    if part.startswith("text_encoder"):
+        config = bundle.config(part)
+        # 0 to 76 are ids in any vocabulary; the largest id ends a text for CLIP's pooling
+        ids = np.minimum(np.arange(TOKENS), int(config["vocab_size"]) - 1)[None].astype(np.int64)
+        return _Smoke({"input_ids": ids}, {"last_hidden_state": (1, TOKENS, int(config["hidden_size"]))})
+    unet = bundle.config("unet")
+    side = 2 * 2 ** (len(unet["block_out_channels"]) - 1)
+    channels = int(unet["in_channels"])
+    latents = random.standard_normal((1, channels, side, side))
+    if part == "unet":
+        return _Smoke(_unet_feeds(unet, latents, random), {"out_sample": (1, int(unet["out_channels"]), side, side)})
+    if part not in ("vae_encoder", "vae_decoder", "tiny_vae_decoder"):
+        raise BundleError(f"{graph} is of no part that is known: it can't be run")
+    config = bundle.config(part)
+    levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+    pixels = side * 2 ** (len(levels) - 1)
+    if part == "vae_encoder":
+        picture = random.uniform(-1, 1, (1, 3, pixels, pixels))
+        return _Smoke({"sample": picture}, {"latent_parameters": (1, 2 * channels, side, side)})
+    if file == "pixels.onnx":
+        return _Smoke({"latent_sample": latents}, {"pixels": (1, pixels, pixels, 3)})
+    return _Smoke({"latent_sample": latents}, {"sample": (1, 3, pixels, pixels)})
+
+
+def _unet_feeds(unet: Mapping[str, Any], latents: NDArray[Any], random: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """Feeds of both kinds; those that the graph does not have are left out."""
+    feeds = {
+        "sample": latents,
+        "timestep": np.array([500.0]),
+        "encoder_hidden_states": random.standard_normal((1, TOKENS, int(unet["cross_attention_dim"]))),
+    }
+    if unet.get("addition_embed_type") == "text_time":
+        width = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
+        feeds["text_embeds"] = random.standard_normal((1, width))
+        feeds["time_ids"] = np.array([[512.0, 512, 0, 0, 512, 512]])
+    return feeds
+
+
+def _precision(bundle: Bundle, part: str) -> tuple[str, str]:
+    if bundle.manifest is None:
+        return "", ""
+    told = bundle.manifest.parts[part]
+    return told.dtype or bundle.manifest.dtype, told.weights or bundle.manifest.weights
+
+
+def _files(graph: Path) -> list[Path]:
+    """A graph and, for the part's own, the weights beside it."""
+    return [graph, *(file for file in [graph.with_name(f"{graph.name}_data")] if file.is_file())]
+
+
+def render(verdict: Verdict) -> str:
+    """The table for people; no final newline."""
+    rows = [("graph", "dtype, weights", "size", "time", "")]
+    for check in verdict.checks:
+        precision = f"{check.dtype}, {check.weights}" if check.dtype else "not said"
+        rows.append(
+            (check.graph, precision, f"{check.bytes / 1e6:.1f} MB", f"{check.seconds:.1f} s", check.fault or "ok")
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}".rstrip()
+        for r in rows
+    ]
+    files = (
+        f"{verdict.files} files are as the manifest says" if verdict.files else "no manifest: nothing to compare with"
+    )
+    faulty = sum(bool(check.fault) for check in verdict.checks)
+    state = f"{faulty} of {len(verdict.checks)} graphs are faulty" if faulty else "all graphs run"
+    return "\n".join([*lines, f"{verdict.name} on {verdict.engine}: {files}; {state}"])
+
+
+def raise_for(verdict: Verdict) -> None:
+    """EngineError if a graph is faulty: the first one's fault."""
+    for check in verdict.checks:
+        if check.fault:
+            raise EngineError(f"bundle {verdict.path}, {check.graph}: {check.fault}; export the bundle again")
