@@ -33,7 +33,7 @@ class Patches:
     """
 
     def __init__(self, bundle: Bundle, loras: Loras) -> None:
-        self._bundle, self._loras = bundle, tuple(loras)
+        self._bundle, self.loras = bundle, tuple(loras)
         self.key, self.parts = "", frozenset[str]()
         if not loras:
             return
@@ -58,7 +58,7 @@ class Patches:
         return {name: stored for name, stored in self._patched(part)}
 
     def _patched(self, part: str) -> Iterator[tuple[str, NDArray[Any]]]:
-        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self._loras]
+        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self.loras]
         for name in sorted({name for layers, _ in found for name in layers}):
             layers = [(by_name.pop(name), strength) for by_name, strength in found if name in by_name]
             place = self._maps[part][name]
