@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 # An escaped character, a bracket's end with its weight, a bracket, a run of anything else, or a lone colon or backslash
-_TOKENS = re.compile(r"\\[\\()\[\]]|:\s*[+-]?[.\d]+\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+_TOKENS = re.compile(r"\\[\\()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
@@ -54,8 +54,8 @@ def a1111(prompt: str) -> list[Segment]:
             state.multiply(state.round.pop(), _ROUND)
         elif token == "]" and state.square:
             state.multiply(state.square.pop(), _SQUARE)
-        elif token[0] == ":" and len(token) > 1 and state.round and (weight := _number(token[1:-1])) is not None:
-            state.multiply(state.round.pop(), weight)
+        elif token[0] == ":" and len(token) > 1 and state.round:
+            state.multiply(state.round.pop(), float(token[1:-1]))
         elif token[0] == "\\" and len(token) > 1:
             state.segments.append(Segment(token[1]))
         elif token != "\\":
@@ -68,13 +68,6 @@ def a1111(prompt: str) -> list[Segment]:
 
 
 SYNTAXES: Mapping[str, Callable[[str], list[Segment]]] = {"plain": plain, "a1111": a1111}
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "1.2.3", which the web UI fails on: it is text here
-        return None
 
 
 def _append(segments: list[Segment], text: str) -> None:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "verbs": {"", "errors", "bundle", "manifest", "models", "engines", "runtime", "export", "doctor"},
     "cli": {"", "errors", "verbs"},
     "demo": {"errors", "bundle", "models", "engines", "runtime"},
-    "bench": {"", "doctor", "errors", "bundle", "models", "engines", "runtime", "export", "demo"},
+    "bench": {"", "doctor", "errors", "bundle", "models", "onnx_file", "engines", "runtime", "export", "demo"},
 }
 
 
