@@ -25,7 +25,6 @@ BFLOAT16 = 16  # TensorProto.DataType
 _SAVED = {
     "optimized_model_external_initializers_file_name": "weights",
     "optimized_model_external_initializers_min_size_in_bytes": "1024",
-    "save_external_prepacked_constant_initializers": "1",
 }
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -61,6 +60,9 @@ def open_graph(path: Path, provider: str, how: Opening) -> OnnxRuntimeEngine:
         prepared = _prepare(path, provider, how, how.cache)
         options = _options(how)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done before
+        # Kernels would copy their weights into a layout of their own: a third faster, and once more the weights. Copies
+        # saved with the graph (session.save_external_prepacked_...) end in a crash when 1.31 reads a text encoder's.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         return OnnxRuntimeEngine(_session(prepared, provider, options))
     options = _options(how)
     return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options))
@@ -83,10 +85,10 @@ def _session(graph: Path | bytes, provider: str, options: Any) -> Any:
 
 
 def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:
-    """The graph as onnxruntime optimizes it, its weights in the layout that the kernels want, in `folder`.
+    """The graph as onnxruntime optimizes it, its weights in the precision that it computes in, in `folder`.
 
     Opened from there, weights are mapped from the file: memory that the system can take back and read again, where an
-    ordinary session holds copies of its own. Three to four times the size of half-precision weights, on disk.
+    ordinary session holds copies of its own. On disk it is as large as the weights are in that precision.
     """
     done = folder / path.name
     if not done.is_file():

@@ -86,7 +86,7 @@ class TextEncoder:
         """Each text's inputs, remembered or made now: one encoder after the other, each opened once."""
         missing = [t for t in dict.fromkeys(texts) if t not in self._remembered]
         if missing:
-            made = zip(*(self._encoded(i, missing) for i in range(len(self._parts))), strict=True)
+            made = zip(*[list(self._encoded(i, missing)) for i in range(len(self._parts))], strict=True)
             for text, outs in zip(missing, made, strict=True):
                 self._remembered[text] = _frozen(np.concatenate([hidden for hidden, _ in outs], -1), outs[-1][1])
         for text in texts:

@@ -57,7 +57,7 @@ def test_low_memory_draws_the_same_with_one_network_open(
     low = Pipeline.open(bundle, engine, verify=False, memory="low")
     for _ in range(2):  # the second time from the cache
         result = low(STAR, **OPTIONS)
-        assert np.abs(result.latents - normal.latents).max() <= 1e-5
+        assert np.abs(result.latents - normal.latents).max() <= 1e-4 * np.abs(normal.latents).max()
         pixels = [np.asarray(i).astype(int) for i in (*result.images, *normal.images)]
         assert np.abs(pixels[0] - pixels[2]).max() <= 1 and np.abs(pixels[1] - pixels[3]).max() <= 1
     assert (Counted.most, Counted.open) == (1, 0)
