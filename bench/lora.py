@@ -90,7 +90,15 @@ def main() -> None:
         if lora is None:
             lora = Path(folder) / "random.safetensors"
             random_lora(Bundle.open(arguments.bundle, verify=False), lora, arguments.rank)
-        command = [sys.executable, "-m", "vega_edge.bench.lora", str(arguments.bundle), "--one", "--engine", arguments.engine]
+        command = [
+            sys.executable,
+            "-m",
+            "vega_edge.bench.lora",
+            str(arguments.bundle),
+            "--one",
+            "--engine",
+            arguments.engine,
+        ]
         results = {}
         for name, more in (("without", []), ("with", ["--lora", str(lora)])):
             run = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
@@ -99,9 +107,29 @@ def main() -> None:
         (name, r["modules"], f"{r['patch_s']:.1f} s", f"{r['patch_cpu_s']:.1f} s", f"{r['open_s']:.1f} s", f"{r['patched_mb']:.0f} MB", f"{r['patch_peak_mb']:.0f} MB", f"{r['peak_mb']:.0f} MB")
         for name, r in results.items()
     ]  # fmt: skip
-    print(markdown(["LoRA", "modules", "patching", "of the CPU", "opening", "patched weights", "peak of patching", "peak of all"], rows))
+    print(
+        markdown(
+            [
+                "LoRA",
+                "modules",
+                "patching",
+                "of the CPU",
+                "opening",
+                "patched weights",
+                "peak of patching",
+                "peak of all",
+            ],
+            rows,
+        )
+    )
     if arguments.output:
-        record = {**facts(), "bundle": arguments.bundle.name, "engine": arguments.engine, "rank": arguments.rank, **results}
+        record = {
+            **facts(),
+            "bundle": arguments.bundle.name,
+            "engine": arguments.engine,
+            "rank": arguments.rank,
+            **results,
+        }
         arguments.output.parent.mkdir(exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -108,7 +108,14 @@ def run_all(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as home:
             for way in WAYS:
                 # A bundle's path must not be looked for in the temporary home, which holds the cache alone.
-                command = [sys.executable, "-m", "vega_edge.bench.memory", str(arguments.bundle.absolute()), "--one", way]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "vega_edge.bench.memory",
+                    str(arguments.bundle.absolute()),
+                    "--one",
+                    way,
+                ]
                 command += ["--part", arguments.part, "--engines", engine, "--latent", str(arguments.latent)]
                 done = subprocess.run(
                     command, capture_output=True, text=True, env={**os.environ, "VEGA_EDGE_HOME": home}, check=False
@@ -143,7 +150,20 @@ def main() -> None:
         (name, f"{r['resident_mb']:.0f} MB", f"{r['resident_ratio']:.2f}", f"{r['anonymous_mb']:.0f} MB", f"{r['anonymous_ratio']:.2f}", f"{r['open_s']:.1f} s", f"{r['run_s']:.2f} s")
         for name, r in results.items()
     ]  # fmt: skip
-    print(markdown([f"{arguments.part} of {arguments.bundle.name}", "resident", "of weights", "anonymous", "of weights", "open", "run"], rows))
+    print(
+        markdown(
+            [
+                f"{arguments.part} of {arguments.bundle.name}",
+                "resident",
+                "of weights",
+                "anonymous",
+                "of weights",
+                "open",
+                "run",
+            ],
+            rows,
+        )
+    )
     if arguments.output:
         arguments.output.parent.mkdir(exist_ok=True)
         record = {**facts(), "bundle": arguments.bundle.name, "part": arguments.part, "results": results}

@@ -69,7 +69,11 @@ def main() -> None:
         (f"{tile} px", f"{r['psnr_db']:.1f} dB", f"{r['mean']:.2f}", f"{r['largest']:.0f}", f"{r['edge_ratio']:.2f}")
         for tile, r in results.items()
     ]
-    print(markdown([f"tiles of a {arguments.size}x{arguments.size} picture", "PSNR", "mean level", "largest", "borders"], rows))
+    print(
+        markdown(
+            [f"tiles of a {arguments.size}x{arguments.size} picture", "PSNR", "mean level", "largest", "borders"], rows
+        )
+    )
     if arguments.output:
         arguments.output.parent.mkdir(exist_ok=True)
         record = {**facts(), "bundle": pipe.name, "size": arguments.size, "tiles": results}

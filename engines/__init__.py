@@ -55,7 +55,9 @@ def open_engine(
     except ImportError as failure:
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
-        kept = cache and compiled.entry(cache, engine, module.version(), identity or compiled.identity_of(path, weights))
+        kept = cache and compiled.entry(
+            cache, engine, module.version(), identity or compiled.identity_of(path, weights)
+        )
         how = Opening(threads, kept, weights, low_memory)
         opened: Engine = module.open_graph(path, backend.setting, how)
     except Exception as failure:

@@ -117,7 +117,9 @@ class ImageEncoder:
             outputs = engine.run({name: fitted(image, width, height).astype(spec.dtype)})
         moments = next(iter(outputs.values())).astype(np.float32)[0]
         if not np.isfinite(moments).all():
-            raise BundleError(f"bundle {self._parts.bundle.path}: vae_encoder gave values that are not finite; export it in fp32")
+            raise BundleError(
+                f"bundle {self._parts.bundle.path}: vae_encoder gave values that are not finite; export it in fp32"
+            )
         mean, log_variance = np.split(moments, 2)
         bundle = self._parts.bundle
         scaling = Scaling.of(bundle.config("vae_encoder" if bundle.has("vae_encoder/config.json") else "vae_decoder"))

@@ -102,8 +102,12 @@ class TextEncoder:
         with self._parts[index].running() as engine:
             for text in texts:
                 chunks = self._tokenizers[index].chunks(SYNTAXES[text.syntax](text.prompt))
-                outs = [engine.run({"input_ids": chunks.ids[i : i + 1]}) for i in range(len(chunks) if text.long else 1)]
-                hidden = [emphasized(out[state].astype(np.float32), w) for out, w in zip(outs, chunks.weights, strict=False)]
+                outs = [
+                    engine.run({"input_ids": chunks.ids[i : i + 1]}) for i in range(len(chunks) if text.long else 1)
+                ]
+                hidden = [
+                    emphasized(out[state].astype(np.float32), w) for out, w in zip(outs, chunks.weights, strict=False)
+                ]
                 pooled = outs[0]["text_embeds"].astype(np.float32) if self._sdxl and index else None
                 yield np.concatenate(hidden, 1), pooled
 

@@ -92,7 +92,13 @@ def test_the_same_latents_as_diffusers(made: tuple[Path, Path], scheduler: str, 
 
 def test_how_far_it_goes(made: tuple[Path, Path]) -> None:
     pipe = Pipeline.open(made[1], "onnxruntime-cpu")
-    options: dict[str, Any] = {"image": picture((64, 128)), "steps": 4, "seed": 1, "guidance": 1.0, "scheduler": "Euler"}
+    options: dict[str, Any] = {
+        "image": picture((64, 128)),
+        "steps": 4,
+        "seed": 1,
+        "guidance": 1.0,
+        "scheduler": "Euler",
+    }
     steps = list(pipe.stream(PROMPT, strength=0.5, **options))
     assert [(s.index, s.total) for s in steps] == [(1, 2), (2, 2)]
     assert pipe.total(pipe.request(PROMPT, strength=0.5, **options)) == 2

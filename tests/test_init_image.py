@@ -60,7 +60,9 @@ def test_exif_orientation(tmp_path: Path, orientation: int, turned: int) -> None
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     gradient().save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "a.png")), np.asarray(gradient().rotate(turned, expand=True)))
+    assert np.array_equal(
+        np.asarray(read_picture(tmp_path / "a.png")), np.asarray(gradient().rotate(turned, expand=True))
+    )
 
 
 def test_the_middle_is_cut_out_and_scaled() -> None:
@@ -120,7 +122,9 @@ def test_the_posterior_is_drawn_at_the_networks_scale() -> None:
     assert np.allclose(scaling.from_network(scaling.to_network(got)), got)
 
 
-def test_a_bundle_without_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_without_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = Pipeline.open("demo-vegart", "onnxruntime-cpu", verify=False)
     monkeypatch.setattr(pipe._encoder, "_part", None)
     with pytest.raises(BundleError) as error:

@@ -54,7 +54,9 @@ def test_all_of_vegarts_modules_are_touched(made: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("memory", ["normal", "low"])
-def test_it_is_what_fusing_gives(made: dict[str, Path], memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_is_what_fusing_gives(
+    made: dict[str, Path], memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
 
     def latents(bundle: str, **options: Any) -> np.ndarray:

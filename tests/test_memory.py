@@ -131,7 +131,9 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_free_memory_as_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = tmp_path / "meminfo"
-    told.write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\nSwapFree:  500 kB\nHugePages_Total: 0\n")
+    told.write_text(
+        "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\nSwapFree:  500 kB\nHugePages_Total: 0\n"
+    )
     monkeypatch.setattr(memory, "_MEMINFO", told)
     assert memory.free_bytes() == 3500 * 1024
     told.write_text("MemFree: 10 kB\n")
@@ -243,5 +245,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_the_key_is_the_contents(tmp_path: Path) -> None:
     assert compiled.entry(tmp_path, "a", "1", "x") == compiled.entry(tmp_path, "a", "1", "x")
-    others = {compiled.entry(tmp_path, e, v, i) for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))}
+    others = {
+        compiled.entry(tmp_path, e, v, i)
+        for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))
+    }
     assert len(others) == 4

@@ -34,7 +34,9 @@ def write(path: Path, tensors: list[onnx.TensorProto], outside: bool) -> Path:
 @pytest.mark.parametrize("outside", [False, True])
 def test_every_weight_is_found(tmp_path: Path, dtype: str, outside: bool) -> None:
     random = np.random.default_rng(0)
-    values = {f"layer.{i}.wéight": random.standard_normal((3 + i, 40, 3, 3)[: 2 + 2 * (i % 2)], np.float32) for i in range(5)}
+    values = {
+        f"layer.{i}.wéight": random.standard_normal((3 + i, 40, 3, 3)[: 2 + 2 * (i % 2)], np.float32) for i in range(5)
+    }
     path = write(tmp_path / "model.onnx", [tensor(n, v, dtype) for n, v in values.items()], outside)
     found = read_weights(path)
     assert list(found) == list(values)

@@ -41,7 +41,10 @@ def graph(path: Path, dtype: str, outside: bool) -> None:
     if dtype != "fp32":
         names = {name: f"{name}.float32" for name in stored}
         nodes = [helper.make_node("Cast", [n], [c], to=TensorProto.FLOAT) for n, c in names.items()]
-    nodes += [helper.make_node("MatMul", ["x", names[LINEAR]], ["a"]), helper.make_node("Conv", ["y", names[CONV]], ["b"])]
+    nodes += [
+        helper.make_node("MatMul", ["x", names[LINEAR]], ["a"]),
+        helper.make_node("Conv", ["y", names[CONV]], ["b"]),
+    ]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, v.shape) for n, v in X.items()]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "ab"]
     tensors = [tensor(n, v, dtype) for n, v in stored.items()]
@@ -53,7 +56,9 @@ def graph(path: Path, dtype: str, outside: bool) -> None:
     onnx.save(model, path, save_as_external_data=outside, location="model.onnx_data", size_threshold=0)
 
 
-def make_bundle(folder: Path, dtype: str = "fp32", outside: bool = True, maps: bool = True, weights: str | None = None) -> Bundle:
+def make_bundle(
+    folder: Path, dtype: str = "fp32", outside: bool = True, maps: bool = True, weights: str | None = None
+) -> Bundle:
     graph(folder / "unet" / "model.onnx", dtype, outside)
     (folder / "model_index.json").write_text("{}")
     places = {LINEAR: Parameter(LINEAR, True), CONV: Parameter(CONV, False)}
@@ -163,7 +168,10 @@ def test_integer_weights_take_no_lora(tmp_path: Path) -> None:
     object.__setattr__(bundle.manifest, "weights", "int8")
     with pytest.raises(BundleError) as error:
         Patches(bundle, [(path, 1.0)])
-    assert str(error.value) == f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16"
+    assert (
+        str(error.value)
+        == f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16"
+    )
 
 
 def test_a_map_that_is_wrong(tmp_path: Path) -> None:
@@ -179,14 +187,19 @@ def test_a_map_that_is_wrong(tmp_path: Path) -> None:
 
 def test_loras_that_do_not_fit(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", "fp16")
-    other = lora(tmp_path / "other.safetensors", **{"unet.x.to_q.lora_A.weight": np.ones((2, 24)), "unet.x.to_q.lora_B.weight": np.ones((32, 2))})
+    other = lora(
+        tmp_path / "other.safetensors",
+        **{"unet.x.to_q.lora_A.weight": np.ones((2, 24)), "unet.x.to_q.lora_B.weight": np.ones((32, 2))},
+    )
     with pytest.raises(CheckpointError, match=r"1 of its 1 modules fit nothing .*the first is unet\.x\.to_q"):
         Patches(bundle, [(other, 1.0)])
     path = lora(tmp_path / "a.safetensors")
     for strength in (float("nan"), float("inf")):
         with pytest.raises(CheckpointError) as error:
             Patches(bundle, [(path, strength)])
-        assert str(error.value) == f"LoRA {path}: its strength is {strength}; it must be a finite number, 1 is as trained"
+        assert (
+            str(error.value) == f"LoRA {path}: its strength is {strength}; it must be a finite number, 1 is as trained"
+        )
     with pytest.raises(CheckpointError) as error:
         Patches(bundle, [(path, 1e6)]).of("unet")
     assert "beyond fp16's 65504; lower its strength, or export the bundle with weights fp32" in str(error.value)

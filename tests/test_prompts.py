@@ -145,10 +145,9 @@ def test_weights_and_the_mean_that_is_restored() -> None:
 class Encoder:
     """A stand-in whose every output tells its input: counts how often it was asked."""
 
-    inputs = {"input_ids": Spec(np.dtype(np.int64), ("batch", 77))}
-    outputs: dict[str, Spec] = {}
-
     def __init__(self) -> None:
+        self.inputs = {"input_ids": Spec(np.dtype(np.int64), ("batch", 77))}
+        self.outputs: dict[str, Spec] = {}
         self.calls = 0
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -230,7 +229,10 @@ def test_the_options_draw(tmp_path: Any) -> None:
     same = pipe("a red star", prompt_syntax="a1111", **options).latents
     assert np.array_equal(same, pipe("a red star", **options).latents)
     long = pipe(STAR * 12, long_prompt=True, guidance=3.0, negative="moon", **options).latents
-    assert np.isfinite(long).all() and np.abs(long - pipe(STAR * 12, guidance=3.0, negative="moon", **options).latents).max() > 1e-4
+    assert (
+        np.isfinite(long).all()
+        and np.abs(long - pipe(STAR * 12, guidance=3.0, negative="moon", **options).latents).max() > 1e-4
+    )
     request = pipe.request(STAR, prompt_syntax="a1111")
     assert "Prompt syntax: a1111" in request.parameters("m", "1")
     with pytest.raises(UsageError) as error:

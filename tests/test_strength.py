@@ -87,7 +87,13 @@ def test_the_web_ui_takes_one_step_more() -> None:
 @pytest.mark.parametrize(
     ("name", "family", "steps", "strength", "message"),
     [
-        ("Euler", "diffusers", 4, 0.2, "strength 0.2 of 4 steps is not one step; the least is 0.25, or take more steps"),
+        (
+            "Euler",
+            "diffusers",
+            4,
+            0.2,
+            "strength 0.2 of 4 steps is not one step; the least is 0.25, or take more steps",
+        ),
         ("DPM adaptive", "a1111", 4, 0.5, "DPM adaptive chooses its own noise levels and can't start from a picture"),
     ],
 )

@@ -88,7 +88,9 @@ def _add_picture(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--strength", type=float, metavar="S", help="how far to go from --image: up to 1, all the way; default: 0.6"
     )
-    p.add_argument("--long-prompt", action="store_true", help="read all of a prompt, 75 tokens at a time, not the first 75")
+    p.add_argument(
+        "--long-prompt", action="store_true", help="read all of a prompt, 75 tokens at a time, not the first 75"
+    )
     p.add_argument(
         "--prompt-syntax",
         metavar="NAME",
@@ -118,7 +120,10 @@ def _add_opening(p: argparse.ArgumentParser) -> None:
         help="normal, or low for small boards: networks are opened one after another; default: %(default)s",
     )
     p.add_argument(
-        "--vae", default="full", metavar="WHICH", help="full, or tiny for the bundle's fast decoder; default: %(default)s"
+        "--vae",
+        default="full",
+        metavar="WHICH",
+        help="full, or tiny for the bundle's fast decoder; default: %(default)s",
     )
 
 
