@@ -18,7 +18,7 @@ from .errors import BundleError
 
 # TensorProto.DataType. numpy has no bfloat16: its bits are uint16 here.
 _STORED = {1: "fp32", 10: "fp16", 16: "bf16"}
-_NUMPY = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
+_NUMPY: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
@@ -64,7 +64,8 @@ def to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
         bits = np.ascontiguousarray(values).view(np.uint32)
         return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values, _NUMPY[dtype])
+        stored: NDArray[Any] = np.ascontiguousarray(values, _NUMPY[dtype])
+    return stored
 
 
 def read_weights(path: Path) -> dict[str, Weight]:
