@@ -30,6 +30,7 @@ def open_engine(
     identity: str = "",
     weights: Mapping[str, NDArray[Any]] | None = None,
     low_memory: bool = False,
+    device: int | None = None,
 ) -> Engine:
     """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto". Options not told of here: see `Opening`.
 
@@ -43,6 +44,8 @@ def open_engine(
         raise unknown("engine", engine, ["auto", *ENGINES])
     if threads < 0:
         raise UsageError(f"threads must be 0 (the engine decides) or more, not {threads}")
+    if device is not None and (engine != "onnxruntime-cuda" or device < 0):
+        raise UsageError(f"device is the number of a GPU, from 0, for onnxruntime-cuda; got {device} for {engine}")
     if missing := missing_here(engine):
         raise EngineError(f"engine {engine}: {missing.why}; {missing.cure}")
     if not path.is_file():
@@ -58,7 +61,7 @@ def open_engine(
         kept = cache and compiled.entry(
             cache, engine, module.version(), identity or compiled.identity_of(path, weights)
         )
-        how = Opening(threads, kept, weights, low_memory)
+        how = Opening(threads, kept, weights, low_memory, device or 0)
         opened: Engine = module.open_graph(path, backend.setting, how)
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure

@@ -66,6 +66,7 @@ class Parts:
     """Opens the graphs of `bundle` on `engine`, one of ENGINES.
 
     `low_memory`: each is open only while it runs. `cache`: the folder for what engines compile, None for none.
+    `device`: which GPU, from 0, for an engine that runs on one.
     """
 
     bundle: Bundle
@@ -73,6 +74,7 @@ class Parts:
     patches: Patches | None = None
     low_memory: bool = False
     cache: Path | None = None
+    device: int | None = None
     _made: list[Part] = field(default_factory=list)
 
     def part(self, file: str) -> Part:
@@ -86,7 +88,7 @@ class Parts:
         weights = self.patches.of(part_of(file)) if self.patches else {}
         opened = open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
-            low_memory=self.low_memory,
+            low_memory=self.low_memory, device=self.device,
         )  # fmt: skip
         if self.cache is not None:
             trim_cache(self.cache, int(cache_gb() * 1e9))
