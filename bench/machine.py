@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,16 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def peak_mb() -> float:
+    """This process's largest resident memory so far, in MB; file pages that are mapped count."""
+    if sys.platform == "win32":
+        raise SystemExit("this measurement needs a POSIX system: peak memory is read as getrusage tells it")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def _commit() -> str:

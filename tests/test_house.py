@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "lora_scales": {"errors"},
     "lora": {"errors", "ldm_names", "lora_scales", "safetensors_file"},
     "models": {"errors", "records"},
-    "engines": {"errors"},
-    "runtime": {"errors", "bundle", "lora", "models", "engines"},
+    "onnx_file": {"errors"},
+    "engines": {"errors", "onnx_file"},
+    "runtime": {"errors", "bundle", "lora", "manifest", "models", "onnx_file", "engines"},
     "doctor": {"", "errors", "manifest", "engines"},
     "verify": {"errors", "bundle", "engines"},
     "export": {"", "errors", "bundle", "lora", "manifest", "models", "safetensors_file", "engines"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "verbs": {"", "errors", "bundle", "manifest", "models", "engines", "runtime", "export", "doctor", "verify", "serve"},
     "cli": {"", "errors", "verbs"},
     "demo": {"errors", "bundle", "models", "engines", "runtime"},
-    "bench": {"", "doctor", "errors", "bundle", "models", "engines", "runtime", "export", "demo", "serve"},
+    "bench": {"", "doctor", "errors", "bundle", "models", "onnx_file", "engines", "runtime", "export", "demo", "serve"},
 }
 
 

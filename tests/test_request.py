@@ -84,7 +84,7 @@ def test_seeds() -> None:
     ({"scheduler": "Euler a", "eta": "all"}, "eta must be a number from 0 to 1, got 'all'"),
     ({"scheduler": "Eulr"}, "unknown scheduler 'Eulr'; did you mean 'Euler'? there are: "),
     ({"steps": 0}, "steps must be a whole number from 1 to 50, got 0"),
-    ({"colour": "red"}, "unknown option 'colour'; there are: eta, family, guidance, guidance_rescale, height, negative, noise_dtype, prompt, rng, samples, schedule, scheduler, seed, steps, width"),
+    ({"colour": "red"}, "unknown option 'colour'; there are: eta, family, guidance, guidance_rescale, height, image, long_prompt, negative, noise_dtype, prompt, prompt_syntax, rng, samples, schedule, scheduler, seed, steps, strength, width"),
 ])  # fmt: skip
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:

@@ -1,0 +1,98 @@
+"""A LoRA over all 233 modules that VegaRT's touches, added at opening, against the same one fused by the exporter.
+
+The embedded network has Vega's layers one for one, only narrower, so its modules have Vega's names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from vega_edge.bench.lora import TARGETS, random_lora  # noqa: E402
+from vega_edge.bundle import Bundle  # noqa: E402
+from vega_edge.demo.train.autoencoder import new_autoencoder  # noqa: E402
+from vega_edge.demo.train.checkpoints import write_checkpoint  # noqa: E402
+from vega_edge.demo.train.models import new_vega  # noqa: E402
+from vega_edge.export import export_bundle  # noqa: E402
+from vega_edge.lora import read_lora  # noqa: E402
+from vega_edge.runtime.patches import Patches  # noqa: E402
+from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
+
+OPTIONS: dict[str, Any] = {"steps": 2, "seed": 7, "scheduler": "LCM", "guidance": 0.0}
+PROMPT = "a big red star"
+STRENGTH = 0.8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """plain: a bundle, half weights and full arithmetic; lora: a file; fused: a bundle that the LoRA was fused into."""
+    folder = tmp_path_factory.mktemp("opening")
+    torch.manual_seed(0)
+    new_autoencoder().save_pretrained(folder / "vae")
+    write_checkpoint(folder / "checkpoint", "vega", new_vega(), folder / "vae")
+    plain = folder / "plain"
+    export_bundle(folder / "checkpoint", plain, weights="fp16")
+    lora = folder / "random.safetensors"
+    random_lora(Bundle.open(plain), lora, rank=4)
+    export_bundle(folder / "checkpoint", folder / "fused", weights="fp16", loras=[(lora, STRENGTH)])
+    return {"plain": plain, "lora": lora, "fused": folder / "fused"}
+
+
+def test_all_of_vegarts_modules_are_touched(made: dict[str, Path]) -> None:
+    layers = read_lora(made["lora"]).layers
+    assert len(layers) == 233
+    kinds = {t for t in TARGETS if any(layer.label.endswith(t) for layer in layers.values())}
+    assert kinds == set(TARGETS) and len(kinds) == 14
+    assert len(Patches(Bundle.open(made["plain"]), [(made["lora"], STRENGTH)]).of("unet")) == 233
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_it_is_what_fusing_gives(
+    made: dict[str, Path], memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+
+    def latents(bundle: str, **options: Any) -> np.ndarray:
+        pipe = Pipeline.open(made[bundle], "onnxruntime-cpu", **options)
+        try:
+            return pipe(PROMPT, **OPTIONS).latents
+        finally:
+            pipe.close()
+
+    original, fused = latents("plain"), latents("fused")
+    patched = latents("plain", loras=[(made["lora"], STRENGTH)], memory=memory)
+    assert np.abs(patched - fused).max() <= 1e-3 * np.abs(fused).max()
+    assert np.abs(patched - original).max() > 0.05 * np.abs(original).max()
+    assert np.array_equal(latents("plain"), original)
+    halves = latents("plain", loras=[(made["lora"], STRENGTH / 2)] * 2)
+    assert np.abs(halves - fused).max() <= 1e-2 * np.abs(fused).max()
+
+
+def test_the_patched_weights_are_the_fused_ones(made: dict[str, Path]) -> None:
+    """Bit for bit: both add in float32 and round once."""
+    from vega_edge.onnx_file import from_stored, read_weights
+
+    fused = read_weights(made["fused"] / "unet" / "model.onnx")
+    patched = Patches(Bundle.open(made["plain"]), [(made["lora"], STRENGTH)]).of("unet")
+    off = [name for name, value in patched.items() if not np.array_equal(from_stored(value), fused[name].read())]
+    assert not off
+
+
+def test_generate_with_a_lora(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vega_edge import cli
+
+    shutil.copyfile(made["lora"], tmp_path / "style.safetensors")
+    command = ["generate", PROMPT, "--model", str(made["plain"]), "--engine", "onnxruntime-cpu", "--steps", "1"]
+    command += ["--size", "64x64", "--seed", "1", "-o", str(tmp_path / "a.png")]
+    assert cli.main([*command, "--lora", f"{tmp_path / 'style.safetensors'}:0.5", "--memory", "low", "--json"]) == 0
+    assert f'"file": "{tmp_path / "style.safetensors"}"'.replace("\\", "\\\\") in capsys.readouterr().out
+    assert "Model: plain + style:0.5," in Image.open(tmp_path / "a.png").info["parameters"]
+    assert cli.main([*command, "--overwrite", "--lora", str(tmp_path / "none.safetensors")]) == 1
+    assert capsys.readouterr().err.startswith(f"vega-edge: LoRA {tmp_path / 'none.safetensors'} is not a file")

@@ -1,0 +1,253 @@
+"""One network at a time, memory that does not suffice, tiles, and what is kept of compiling."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vega_edge.bundle import Bundle
+from vega_edge.engines import compiled
+from vega_edge.engines.choice import missing_here
+from vega_edge.errors import BundleError, EngineError, NotEnoughMemoryError, UsageError
+from vega_edge.models import find_bundle
+from vega_edge.runtime import decoder, memory, parts
+from vega_edge.runtime.decoder import Decoder
+from vega_edge.runtime.parts import Part, Parts, cache_folder
+from vega_edge.runtime.pipeline import Pipeline
+from vega_edge.runtime.tiles import decode_in_tiles
+
+STAR = "a big red star on a blue background"
+OPTIONS: dict[str, Any] = {"steps": 2, "seed": 7, "guidance": 2.0, "samples": 2}
+
+
+class Counted:
+    """An engine that tells how many are open at once."""
+
+    open = most = 0
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.inputs, self.outputs, self.run = engine.inputs, engine.outputs, engine.run
+        Counted.open += 1
+        Counted.most = max(Counted.most, Counted.open)
+
+    def close(self) -> None:
+        Counted.open -= 1
+        self._engine.close()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-cpu", "openvino"])
+def test_low_memory_draws_the_same_with_one_network_open(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing := missing_here(engine):
+        pytest.skip(missing.why)
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    bundle = find_bundle("demo-vegart")
+    normal = Pipeline.open(bundle, engine, verify=False)(STAR, **OPTIONS)
+    plain_open = parts.open_engine
+    monkeypatch.setattr(parts, "open_engine", lambda *a, **k: Counted(plain_open(*a, **k)))
+    monkeypatch.setattr(Counted, "most", 0)
+    low = Pipeline.open(bundle, engine, verify=False, memory="low")
+    for _ in range(2):  # the second time from the cache
+        result = low(STAR, **OPTIONS)
+        assert np.abs(result.latents - normal.latents).max() <= 1e-4 * np.abs(normal.latents).max()
+        pixels = [np.asarray(i).astype(int) for i in (*result.images, *normal.images)]
+        assert np.abs(pixels[0] - pixels[2]).max() <= 1 and np.abs(pixels[1] - pixels[3]).max() <= 1
+    assert (Counted.most, Counted.open) == (1, 0)
+    step = next(stream := low.stream(STAR, **OPTIONS))
+    assert Counted.open == 1 and len(step.preview()) == 2
+    stream.close()
+    assert Counted.open == 0
+    entries = list((tmp_path / "compiled").glob("*/*"))
+    assert len(entries) == 4 and {e.parent.name.rpartition("-")[0] for e in entries} == {engine}
+
+
+def test_a_part_is_shared_kept_and_closed() -> None:
+    made: list[Any] = []
+
+    class Engine:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    def open_graph() -> Any:
+        made.append(Engine())
+        return made[-1]
+
+    part = Part(open_graph, keep=False)
+    part.load()
+    assert not made
+    with part.running() as first:
+        with part.running() as second:
+            assert first is second
+        assert not made[0].closed
+    assert made[0].closed
+    kept = Part(open_graph, keep=True)
+    kept.load()
+    with kept.running() as engine:
+        assert engine is made[1]
+    assert not made[1].closed
+    kept.close()
+    assert made[1].closed
+    with pytest.raises(EngineError) as error, kept.running():
+        pass
+    assert str(error.value) == "this pipeline was closed; open it again"
+
+
+def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    path = find_bundle("demo-vegart")
+    bundle = Bundle.open(path, verify=False)
+    sizes = memory.weight_bytes(bundle)
+    assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
+    whole, largest = sum(sizes.values()), max(sizes.values())
+    monkeypatch.setattr(memory, "free_bytes", lambda: largest - 1)
+    for low, cure, size, where in (
+        (False, "--memory low opens one network at a time", whole, ""),
+        (True, "close other programs, or use a smaller model", largest, " in one network"),
+    ):
+        with pytest.raises(NotEnoughMemoryError) as error:
+            memory.check_memory(bundle, "onnxruntime-cpu", low)
+        have = f"{(largest - 1) / 1e9:.1f} GB of memory are free"
+        assert str(error.value) == f"bundle {path} has {size / 1e9:.1f} GB of weights{where}, {have}; {cure}"
+    monkeypatch.setattr(memory, "free_bytes", lambda: whole + 1)
+    with caplog.at_level(logging.WARNING):
+        memory.check_memory(bundle, "onnxruntime-cpu", False)
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; --memory low opens one network at a time")
+    monkeypatch.setattr(memory, "free_bytes", lambda: None)
+    memory.check_memory(bundle, "onnxruntime-cpu", False)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1)
+    memory.check_memory(bundle, "onnxruntime-cuda", False)  # another memory
+    with pytest.raises(NotEnoughMemoryError):
+        Pipeline.open(path, "onnxruntime-cpu", verify=False)
+
+
+def test_free_memory_as_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text(
+        "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\nSwapFree:  500 kB\nHugePages_Total: 0\n"
+    )
+    monkeypatch.setattr(memory, "_MEMINFO", told)
+    assert memory.free_bytes() == 3500 * 1024
+    told.write_text("MemFree: 10 kB\n")
+    assert memory.free_bytes() is None
+
+
+def test_options_of_opening() -> None:
+    path = find_bundle("demo-vegart")
+    for options, message in (
+        ({"memory": "little"}, "unknown memory 'little'; there are: low, normal"),
+        ({"vae": "huge"}, "unknown vae 'huge'; there are: full, tiny"),
+        ({"device": 1}, "device is the number of a GPU, from 0, for onnxruntime-cuda; got 1 for onnxruntime-cpu"),
+    ):
+        with pytest.raises(UsageError) as error:
+            Pipeline.open(path, "onnxruntime-cpu", verify=False, **options)  # type: ignore[arg-type]
+        assert str(error.value) == message
+    with pytest.raises(BundleError) as refused:
+        Pipeline.open(path, "onnxruntime-cpu", verify=False, vae="tiny")
+    cure = "export it again with one: vega-edge export MODEL -o BUNDLE --tiny-vae FOLDER"
+    assert str(refused.value) == f"bundle {path} has no tiny decoder; {cure}"
+
+
+def test_previews_come_from_the_tiny_decoder(tmp_path: Path) -> None:
+    import shutil
+
+    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    (bundle / "vega-edge.json").unlink()
+    shutil.copytree(bundle / "vae_decoder", bundle / "tiny_vae_decoder")  # the same network, at another scale
+    config = bundle / "tiny_vae_decoder" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
+    (bundle / "tiny_vae_decoder" / "pixels.onnx").unlink()
+    options: dict[str, Any] = {"steps": 1, "seed": 1, "guidance": 0.0, "scheduler": "LCM"}
+    full, tiny = (Pipeline.open(bundle, "onnxruntime-cpu", vae=vae) for vae in ("full", "tiny"))
+    picture, small = full(STAR, **options).images[0], tiny(STAR, **options).images[0]
+    (step,) = full.stream(STAR, **options)
+    assert np.array_equal(np.asarray(step.preview()[0]), np.asarray(small))
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(small)).max() > 20
+
+
+# -- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 64), (40, 200), (129, 97), (7, 300)])
+def test_tiles_of_a_local_decoder_are_the_whole(height: int, width: int) -> None:
+    """A decoder that looks at single latents can be cut anywhere: every pixel must come out, and only once."""
+    latents = np.random.default_rng(0).uniform(0, 255, (2, 4, height, width)).astype(np.float32)
+    sizes: list[tuple[int, ...]] = []
+
+    def decode(tile: np.ndarray) -> np.ndarray:
+        sizes.append(tile.shape)
+        return np.rint(tile[:, :3]).astype(np.uint8).repeat(8, 2).repeat(8, 3).transpose(0, 2, 3, 1)
+
+    got = decode_in_tiles(latents, 8, decode)
+    expected = np.rint(latents[:, :3]).astype(np.uint8).repeat(8, 2).repeat(8, 3).transpose(0, 2, 3, 1)
+    assert np.array_equal(got, expected)
+    assert set(sizes) == {(1, 4, min(height, 64), min(width, 64))}
+
+
+def test_tiles_leave_no_seam() -> None:
+    """Neighbouring tiles that disagree by 40 levels, as group norms may make them, meet in a ramp and not in an edge."""
+    levels = iter([100, 140] * 20)
+    got = decode_in_tiles(
+        np.zeros((1, 4, 64, 160), np.float32), 8, lambda tile: np.full((1, 512, 512, 3), next(levels), np.uint8)
+    )
+    assert got.min() == 100 and got.max() == 140
+    assert np.abs(np.diff(got.astype(int), axis=2)).max() <= 1
+
+
+def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(find_bundle("demo-vegart"), verify=False)
+    for low, limit in ((False, 1280), (True, 768)):
+        made = Decoder(Parts(bundle, "onnxruntime-cpu", None, low))
+        tiled: list[int] = []
+        monkeypatch.setattr(decoder, "decode_in_tiles", lambda latents, scale, decode: tiled.append(latents.shape[-1]))  # noqa: B023
+        monkeypatch.setattr(made, "_decode", lambda engine, latents: np.zeros((len(latents), 8, 8, 3), np.uint8))
+        for side in (limit // 8, limit // 8 + 8):
+            made.pixels(np.zeros((1, 4, side, side), np.float32))
+        assert tiled == [limit // 8 + 8]
+
+
+# -- what is kept of compiling ----------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    for age, name in enumerate(["new", "used", "old", "oldest"]):
+        folder = tmp_path / "engine-1" / name
+        folder.mkdir(parents=True)
+        (folder / "blob").write_bytes(b"x" * 100)
+        then = time.time() - 1000 * (age + 1)
+        os.utime(folder, (then, then))
+    compiled.used(tmp_path / "engine-1" / "oldest")
+    removed = compiled.trim(tmp_path, 250)
+    assert [f.name for f in removed] == ["used", "old"]
+    assert sorted(f.name for f in (tmp_path / "engine-1").iterdir()) == ["new", "oldest"]
+    assert [f.name for f in compiled.trim(tmp_path, 0)] == ["new"]  # the one used last stays whatever its size
+    assert compiled.trim(tmp_path / "none", 0) == []
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "compiled"
+    monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "0")
+    assert cache_folder() is None
+    for text in ("much", "-1", "nan", "inf"):
+        monkeypatch.setenv("VEGA_EDGE_CACHE_GB", text)
+        with pytest.raises(UsageError) as error:
+            cache_folder()
+        assert str(error.value) == f"VEGA_EDGE_CACHE_GB must be a number of gigabytes, 0 for no cache, got '{text}'"
+
+
+def test_the_key_is_the_contents(tmp_path: Path) -> None:
+    assert compiled.entry(tmp_path, "a", "1", "x") == compiled.entry(tmp_path, "a", "1", "x")
+    others = {
+        compiled.entry(tmp_path, e, v, i)
+        for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))
+    }
+    assert len(others) == 4
