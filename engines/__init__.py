@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ..errors import EngineError, UsageError, unknown
+from ..onnx_file import numpy_dtype, read_weights
+from . import compiled
 from .checked import CheckedEngine, reason
 from .choice import ENGINES, choose_engine, missing_here
-from .protocol import Engine, Spec
+from .protocol import Engine, Opening, Spec, describe
 from .status import EngineStatus, available
 
 __all__ = ["ENGINES", "Engine", "EngineStatus", "Spec", "available", "choose_engine", "open_engine"]
 
 
-def open_engine(path: Path, engine: str = "auto", *, threads: int = 0, cache: Path | None = None) -> Engine:
-    """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto".
+def open_engine(
+    path: Path,
+    engine: str = "auto",
+    *,
+    threads: int = 0,
+    cache: Path | None = None,
+    identity: str = "",
+    weights: Mapping[str, NDArray[Any]] | None = None,
+    low_memory: bool = False,
+) -> Engine:
+    """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto". Options not told of here: see `Opening`.
 
-    `threads`: of the CPU; 0 leaves the number to the backend. `cache`: a folder where a backend that compiles may keep
-    what it compiled. Raises UsageError for an unknown engine, EngineError if it is missing or can't open the graph.
+    `cache`: a folder where backends may keep what they compiled, each graph in a folder of its own. `identity`: a text
+    that changes whenever the graph, its weights or the replaced ones do; without it the files are read to find out.
+    Raises UsageError for an unknown engine, EngineError if it is missing or can't open the graph.
     """
     if engine == "auto":
         engine = choose_engine()
@@ -30,13 +46,29 @@ def open_engine(path: Path, engine: str = "auto", *, threads: int = 0, cache: Pa
         raise EngineError(f"engine {engine}: {missing.why}; {missing.cure}")
     if not path.is_file():
         raise EngineError(f"engine {engine} can't open {path}: there is no such file")
+    weights = weights or {}
+    _check_weights(path, weights)
     backend = ENGINES[engine]
     try:
         module = import_module(f".{backend.package}", __package__)
     except ImportError as failure:
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
-        opened: Engine = module.open_graph(path, backend.setting, threads, cache)
+        kept = cache and compiled.entry(cache, engine, module.version(), identity or compiled.identity_of(path, weights))
+        how = Opening(threads, kept, weights, low_memory)
+        opened: Engine = module.open_graph(path, backend.setting, how)
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure
     return CheckedEngine(opened, engine, path)
+
+
+def _check_weights(path: Path, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Backends differ in what they say, or do, about an initializer that is not there or of another shape."""
+    places = read_weights(path) if weights else {}
+    for name, array in weights.items():
+        if name not in places:
+            raise EngineError(f"{path} has no initializer {name!r} whose values could be replaced")
+        want = numpy_dtype(places[name].dtype)
+        if (array.dtype, array.shape) != (want, places[name].shape) or not array.flags.c_contiguous:
+            expected = describe(want, places[name].shape)
+            raise EngineError(f"{path}: initializer {name!r} is {expected}, got {describe(array.dtype, array.shape)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +15,18 @@ import onnxruntime as ort  # type: ignore[import, unused-ignore]
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from .protocol import Spec
+from ..onnx_file import read_weights
+from .compiled import used
+from .protocol import Opening, Spec
 
 CUDA = "CUDAExecutionProvider"
+BFLOAT16 = 16  # TensorProto.DataType
+# How an optimized graph is saved: keys of onnxruntime_session_options_config_keys.h
+_SAVED = {
+    "optimized_model_external_initializers_file_name": "weights",
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "save_external_prepacked_constant_initializers": "1",
+}
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -43,18 +54,84 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def open_graph(path: Path, provider: str, threads: int, cache: Path | None) -> OnnxRuntimeEngine:
-    """`threads` 0 is one for each physical core. `cache` is not used: onnxruntime compiles nothing on a CPU."""
+def open_graph(path: Path, provider: str, how: Opening) -> OnnxRuntimeEngine:
+    """With `how.low_memory` and a cache the CPU provider opens what it made of the graph before; see `_prepare`."""
     _require(provider)
+    if how.low_memory and how.cache is not None and provider != CUDA:
+        prepared = _prepare(path, provider, how, how.cache)
+        options = _options(how)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done before
+        return OnnxRuntimeEngine(_session(prepared, provider, options))
+    options = _options(how)
+    return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options))
+
+
+def _options(how: Opening) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = how.threads  # 0 is one for each physical core
     options.log_severity_level = 4  # at 3 it prints each failure in colour and then raises the same text
+    return options
+
+
+def _session(graph: Path | bytes, provider: str, options: Any) -> Any:
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
-    session = ort.InferenceSession(path, options, providers=[provider], enable_fallback=0)
+    session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
     got = session.get_providers()
     if got[0] != provider:
         raise EngineError(f"asked for {provider}, got {got[0]}")
-    return OnnxRuntimeEngine(session)
+    return session
+
+
+def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:
+    """The graph as onnxruntime optimizes it, its weights in the layout that the kernels want, in `folder`.
+
+    Opened from there, weights are mapped from the file: memory that the system can take back and read again, where an
+    ordinary session holds copies of its own. Three to four times the size of half-precision weights, on disk.
+    """
+    done = folder / path.name
+    if not done.is_file():
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
+        try:
+            options = _options(how)
+            graph = _replace_weights(path, options, how.weights)
+            options.optimized_model_filepath = str(part / path.name)
+            for key, value in _SAVED.items():
+                options.add_session_config_entry(f"session.{key}", value)
+            _session(graph, provider, options)
+            with contextlib.suppress(OSError):  # another process was faster
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    used(folder)
+    return done
+
+
+def _replace_weights(path: Path, options: Any, weights: Mapping[str, NDArray[Any]]) -> Path | bytes:
+    """What to open so that it has these weights. Not `options.add_initializer`: its values come after constants were folded, so
+    that a Cast of a half-precision weight would still give the file's.
+    """
+    if not weights:
+        return path
+    places = read_weights(path)
+    outside = [name for name in weights if places[name].external]
+    if outside:
+        options.add_external_initializers(outside, [_value(weights[name]) for name in outside])
+    if len(outside) == len(weights):
+        return path
+    graph = bytearray(path.read_bytes())  # small weights lie in the graph itself
+    for name in weights.keys() - outside:
+        data, at = weights[name].tobytes(), places[name].offset
+        graph[at : at + len(data)] = data
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return bytes(graph)
+
+
+def _value(array: NDArray[Any]) -> Any:
+    """Shares the array's memory."""
+    if array.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def version() -> str:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]
 
 from ..errors import EngineError
-from .protocol import Spec
+from .compiled import used
+from .protocol import Opening, Spec
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -41,8 +42,8 @@ class OpenVinoEngine:
         self._request = None
 
 
-def open_graph(path: Path, precision: str, threads: int, cache: Path | None) -> OpenVinoEngine:
-    """`precision` is f32 or bf16; `threads` 0 leaves the number to OpenVINO; `cache` is where compiled graphs go."""
+def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
+    """`precision` is f32 or bf16."""
     core = ov.Core()
     _require(core, precision)
     # The ONNX frontend itself: core.read_model would try every frontend on a damaged file, and they print.
@@ -51,16 +52,38 @@ def open_graph(path: Path, precision: str, threads: int, cache: Path | None) -> 
     model = frontend.convert(frontend.load(path))
     if not model.outputs:  # how OpenVINO reads an empty file
         raise EngineError("the graph has no outputs")
+    _replace_weights(model, how.weights)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    if cache is not None:
-        settings["CACHE_DIR"] = str(cache / f"openvino-{precision}")  # shared between precisions it once gave NaN
-    compiled = core.compile_model(model, "CPU", settings)
+    if how.threads:
+        settings["INFERENCE_NUM_THREADS"] = how.threads
+    compiled = _compile(core, model, settings, how)
     got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if got != precision:
         raise EngineError(f"asked for {precision} arithmetic, got {got}")
     return OpenVinoEngine(compiled)
+
+
+def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening) -> Any:
+    if how.cache is None:
+        return core.compile_model(model, "CPU", settings)
+    settings["CACHE_DIR"] = str(how.cache)  # of its own: one shared between precisions once gave NaN
+    fresh = not any(how.cache.glob("*.blob"))
+    compiled = core.compile_model(model, "CPU", settings)
+    used(how.cache)
+    if fresh and how.low_memory:  # read back, its weights are mapped from the file; as compiled they are copies
+        del compiled
+        compiled = core.compile_model(model, "CPU", settings)
+    return compiled
+
+
+def _replace_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
+    for node in model.get_ops() if weights else ():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name in weights:
+            array = weights[name]
+            kind = ov.Type.bf16 if array.dtype == np.uint16 else ov.Type(array.dtype)
+            tensor = ov.Tensor(array, ov.Shape(list(array.shape)), kind)
+            node.output(0).replace(ov.op.Constant(tensor, True).output(0))  # True: the array's memory is shared
 
 
 def version() -> str:

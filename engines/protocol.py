@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +19,21 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return describe(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a backend opens a graph. `threads`: of the CPU, 0 leaves the number to it. `cache`: the folder that belongs
+    to this graph with these weights on this backend alone, for what was compiled; may not exist yet; None for no cache.
+
+    `weights`: instead of the graph's initializers of these names; of their shape and of the dtype they are stored in
+    (uint16 holds the bits of a bfloat16). Held by reference. `low_memory`: slower, with fewer copies of the weights.
+    """
+
+    threads: int = 0
+    cache: Path | None = None
+    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    low_memory: bool = False
 
 
 class Engine(Protocol):
