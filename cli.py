@@ -1,4 +1,4 @@
-"""The command line: `vega-edge generate|models|export|doctor`. Results go to stdout, all else to stderr.
+"""The command line: `vega-edge generate|models|export|build|engines|doctor`. Results go to stdout, all else to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import doctor, export, generate, models
+from .verbs import build, doctor, engines, export, generate, models
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -26,6 +26,13 @@ _VERBS = (
         "turn a checkpoint into a bundle of ONNX graphs",
         "Turn a local diffusers checkpoint into a bundle of ONNX graphs. Needs the export extra.",
     ),
+    (
+        "build",
+        build,
+        "build TensorRT engines from a bundle",
+        "Build TensorRT-RTX engines (no GPU needed) or TensorRT engines (for the GPU here) from a bundle's graphs.",
+    ),
+    ("engines", engines, "list or remove built engines", "List or remove a bundle's built engines."),
     ("models", models, "list the models", "List the models this version knows."),
     (
         "doctor",
