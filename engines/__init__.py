@@ -29,6 +29,7 @@ def open_engine(
     identity: str = "",
     weights: Mapping[str, NDArray[Any]] | None = None,
     low_memory: bool = False,
+    gpu: int = 0,
 ) -> Engine:
     """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto". Options not told of here: see `Opening`.
 
@@ -50,12 +51,14 @@ def open_engine(
     _check_weights(path, weights)
     backend = ENGINES[engine]
     try:
-        module = import_module(f".{backend.package}", __package__)
+        module = import_module(f".{backend.module}", __package__)
     except ImportError as failure:
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
-        kept = cache and compiled.entry(cache, engine, module.version(), identity or compiled.identity_of(path, weights))
-        how = Opening(threads, kept, weights, low_memory)
+        kept = cache and compiled.entry(
+            cache, engine, module.version(), identity or compiled.identity_of(path, weights)
+        )
+        how = Opening(threads, kept, weights, low_memory, gpu)
         opened: Engine = module.open_graph(path, backend.setting, how)
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure

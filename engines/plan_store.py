@@ -171,7 +171,9 @@ class PlanStore:
         try:
             from filelock import FileLock
         except ImportError as failure:
-            raise EngineError('engines need filelock, not installed here: pip install "vega-edge[tensorrt-rtx]"') from failure
+            raise EngineError(
+                'engines need filelock, not installed here: pip install "vega-edge[tensorrt-rtx]"'
+            ) from failure
         self._make_folder()
         with FileLock(self.folder / f".{name}.lock"):
             yield

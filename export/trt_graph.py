@@ -47,7 +47,9 @@ def prepared(
             if precision != "graph":
                 _quantize(copy, precision, ranges or {})
         except OSError as failure:
-            raise EngineError(f"{folder}: {failure.strerror or failure}; free some space there: a copy of the weights is written") from failure
+            raise EngineError(
+                f"{folder}: {failure.strerror or failure}; free some space there: a copy of the weights is written"
+            ) from failure
         yield copy
 
 
@@ -71,13 +73,17 @@ def _quantize(graph: Path, precision: str, ranges: Ranges) -> None:
     try:
         import onnx
     except ImportError as failure:
-        raise EngineError(f'{precision} needs onnx, not installed here: pip install "vega-edge[tensorrt-rtx]"') from failure
+        raise EngineError(
+            f'{precision} needs onnx, not installed here: pip install "vega-edge[tensorrt-rtx]"'
+        ) from failure
     model = onnx.load(graph)
     count = quantize_matrices(model, precision, ranges)
     if not count:
         raise ExportError(f"{graph.parent.name}/{graph.name} has no matrix product that {precision} could be used for")
     data = graph.with_name("quantized_data")
-    onnx.save(model, graph, save_as_external_data=True, location=data.name, size_threshold=1024, convert_attribute=False)
+    onnx.save(
+        model, graph, save_as_external_data=True, location=data.name, size_threshold=1024, convert_attribute=False
+    )
 
 
 def quantize_matrices(model: Any, precision: str, ranges: Ranges) -> int:
@@ -121,7 +127,11 @@ def _int8(node: Any, values: NDArray[Any], ranges: Ranges) -> tuple[list[Any], l
     name = node.input[1]
     scale = int8_scale(values)
     rounded = np.rint(values.astype(np.float32) / scale.astype(np.float32)).clip(-_INT8_MOST, _INT8_MOST)
-    arrays = {f"{name}.int8": rounded.astype(np.int8), f"{name}.scale": scale, f"{name}.zero": np.zeros(scale.shape, np.int8)}
+    arrays = {
+        f"{name}.int8": rounded.astype(np.int8),
+        f"{name}.scale": scale,
+        f"{name}.zero": np.zeros(scale.shape, np.int8),
+    }
     restore = helper.make_node("DequantizeLinear", list(arrays), [f"{name}.restored"], name=f"{name}.restore", axis=1)
     node.input[1] = restore.output[0]
     return [restore, node], [numpy_helper.from_array(array, key) for key, array in arrays.items()]
@@ -147,13 +157,19 @@ def _fp8(node: Any, values: NDArray[Any], ranges: Ranges) -> tuple[list[Any], li
     import ml_dtypes  # onnx's own dependency for the types that numpy lacks
 
     stored = (values.astype(np.float32) / (scales[right] or 1.0)).astype(ml_dtypes.float8_e4m3fn)
-    weight = helper.make_tensor(f"{names[right]}.weight", onnx.TensorProto.FLOAT8E4M3FN, values.shape, stored.tobytes(), raw=True)
+    weight = helper.make_tensor(
+        f"{names[right]}.weight", onnx.TensorProto.FLOAT8E4M3FN, values.shape, stored.tobytes(), raw=True
+    )
     nodes = []
     for tensor, source in ((left, None), (right, weight.name)):
         scale, zero, at = f"{names[tensor]}.scale", f"{names[tensor]}.zero", source
         if at is None:
             at = f"{names[tensor]}.quantized"
             nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [at], name=at))
-        nodes.append(helper.make_node("DequantizeLinear", [at, scale, zero], [f"{names[tensor]}.restored"], name=f"{names[tensor]}.restore"))
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear", [at, scale, zero], [f"{names[tensor]}.restored"], name=f"{names[tensor]}.restore"
+            )
+        )
     node.input[0], node.input[1] = (f"{names[tensor]}.restored" for tensor in (left, right))
     return [*nodes, node], [*added, weight]

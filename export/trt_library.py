@@ -32,7 +32,7 @@ class Library(NamedTuple):
 
 
 def load_library(name: str) -> Library:
-    """"tensorrt-rtx" or "tensorrt"; EngineError says how to install it."""
+    """ "tensorrt-rtx" or "tensorrt"; EngineError says how to install it."""
     cures = {
         "tensorrt-rtx": 'pip install "vega-edge[tensorrt-rtx]"',
         "tensorrt": 'pip install "vega-edge[tensorrt]"; JetPack brings its own for the system\'s Python',

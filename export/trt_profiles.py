@@ -61,7 +61,9 @@ def latent_px(bundle: Bundle) -> int:
     return int(2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1))
 
 
-def profile(part: str, inputs: Mapping[str, Sequence[int]], sizes: Sizes, scale: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+def profile(
+    part: str, inputs: Mapping[str, Sequence[int]], sizes: Sizes, scale: int
+) -> dict[str, tuple[tuple[int, ...], ...]]:
     """(least, best, most) shape of each input that has a free axis (-1). `scale`: px a latent."""
     found = {}
     for name, shape in inputs.items():
@@ -99,7 +101,9 @@ def size_range(text: str) -> tuple[Range, Range]:
     if len(sizes) == 1:
         sizes *= 3
     if len(sizes) != 3:
-        raise UsageError(f"a size must be MIN:BEST:MAX or one size, in px such as 512:768:1024 or 768x512, not {text!r}")
+        raise UsageError(
+            f"a size must be MIN:BEST:MAX or one size, in px such as 512:768:1024 or 768x512, not {text!r}"
+        )
     return _rising([w for w, _ in sizes], "size", text), _rising([h for _, h in sizes], "size", text)
 
 

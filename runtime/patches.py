@@ -64,9 +64,7 @@ class Patches:
             place = self._maps[part][name]
             yield place.initializer, self._patch(part, name, place, layers)
 
-    def _patch(
-        self, part: str, name: str, place: Parameter, layers: list[tuple[LoraLayer, float]]
-    ) -> NDArray[Any]:
+    def _patch(self, part: str, name: str, place: Parameter, layers: list[tuple[LoraLayer, float]]) -> NDArray[Any]:
         weight = self._weights[part][place.initializer]
         values = weight.read()
         for layer, strength in layers:
@@ -98,7 +96,9 @@ def _check_bundle(bundle: Bundle) -> None:
     if bundle.manifest is None:
         raise BundleError(f"bundle {bundle.path} can't take a LoRA: another tool made it, without our manifest; {cure}")
     if str(bundle.manifest.weights) == "int8":
-        raise BundleError(f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16")
+        raise BundleError(
+            f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16"
+        )
     if not bundle.manifest.parts.get("unet") or not bundle.manifest.parts["unet"].parameters:
         raise BundleError(
             f"bundle {bundle.path} can't take a LoRA: its manifest does not say where each weight is; {cure}"

@@ -22,18 +22,28 @@ _FLAGS = ("static", "refit", "stripped", "weight_streaming")
 def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", metavar="BUNDLE", help="a model's name, or a bundle's folder")
     p.add_argument("--engine", required=True, metavar="NAME", help="tensorrt-rtx (needs no GPU to build) or tensorrt")
-    p.add_argument("--part", action="append", default=[], metavar="PART", help="such as unet; may be repeated; default: all")
-    p.add_argument("--size", metavar="MIN:BEST:MAX", help="sides in px, such as 512:1024:1024 or 768x512; default: the model's")
+    p.add_argument(
+        "--part", action="append", default=[], metavar="PART", help="such as unet; may be repeated; default: all"
+    )
+    p.add_argument(
+        "--size", metavar="MIN:BEST:MAX", help="sides in px, such as 512:1024:1024 or 768x512; default: the model's"
+    )
     p.add_argument("--batch", metavar="MIN:BEST:MAX", help="pictures at once; default: 1:1:4")
     p.add_argument("--static", action="store_true", help="the best size and batch only: fastest, and nothing else runs")
     p.add_argument(
         "--target", action="append", default=[], metavar="sm_XY",
         help="of tensorrt-rtx, may be repeated: sm_86, ...; sm_75 (Turing) is an engine of its own; default: every RTX GPU from Ampere on",
     )  # fmt: skip
-    p.add_argument("--precision", default="graph", help="graph (as exported), int8 (weights only) or fp8; default: graph")
+    p.add_argument(
+        "--precision", default="graph", help="graph (as exported), int8 (weights only) or fp8; default: graph"
+    )
     p.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
-    p.add_argument("--refit", action="store_true", help="weights can be replaced later; tensorrt-rtx needs a GPU for it")
-    p.add_argument("--stripped", action="store_true", help="as --refit, without the weights: they are read from the bundle")
+    p.add_argument(
+        "--refit", action="store_true", help="weights can be replaced later; tensorrt-rtx needs a GPU for it"
+    )
+    p.add_argument(
+        "--stripped", action="store_true", help="as --refit, without the weights: they are read from the bundle"
+    )
     p.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory while it runs")
     p.add_argument("--json", action="store_true", help="print the engines as JSON")
     p.add_argument("-v", "--verbose", action="store_true", help="print what the library says")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def add(p: argparse.ArgumentParser) -> None:
-    p.add_argument("action", choices=("ls", "rm", "gc"), help="list; remove those named; remove what can't be used any more")
+    p.add_argument(
+        "action", choices=("ls", "rm", "gc"), help="list; remove those named; remove what can't be used any more"
+    )
     p.add_argument("bundle", metavar="BUNDLE", help="a model's name, or a bundle's folder")
     p.add_argument("files", metavar="FILE", nargs="*", help="of rm: names that ls printed")
     p.add_argument("--json", action="store_true", help="print JSON")
