@@ -5,6 +5,7 @@
     ├── BundleError         a bundle is missing, damaged, altered, or from a newer version
     ├── EngineError         an engine is not installed, or could not open or run a graph
     │   └── NotFiniteError  a network gave NaN or infinity; says at which step and on which engine
+    ├── NotEnoughMemoryError  the networks can't fit the memory that is free; said before they are opened
     ├── CheckpointError     a file of weights, such as a LoRA, is missing, damaged, or not one for this model
     └── ExportError         a checkpoint can't be exported, or a part differs from torch by too much
 
@@ -35,6 +36,10 @@ class EngineError(VegaEdgeError):
 
 
 class NotFiniteError(EngineError):
+    pass
+
+
+class NotEnoughMemoryError(VegaEdgeError):
     pass
 
 

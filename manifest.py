@@ -68,6 +68,7 @@ class _Defaults:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    prompt_syntax: Literal["plain", "a1111"] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from ..onnx_file import numpy_dtype, read_weights
 from . import compiled
 from .checked import CheckedEngine, reason
 from .choice import ENGINES, choose_engine, missing_here
+from .compiled import trim as trim_cache
 from .protocol import Engine, Opening, Spec, describe
 from .status import EngineStatus, available
 
-__all__ = ["ENGINES", "Engine", "EngineStatus", "Spec", "available", "choose_engine", "open_engine"]
+__all__ = ["ENGINES", "Engine", "EngineStatus", "Spec", "available", "choose_engine", "open_engine", "trim_cache"]
 
 
 def open_engine(

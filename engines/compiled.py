@@ -25,8 +25,16 @@ log = logging.getLogger(__name__)
 
 def entry(cache: Path, engine: str, version: str, identity: str) -> Path:
     """The folder in `cache` for what `engine` makes of the graph that `identity` stands for; it may not exist yet."""
-    facts = "\n".join((engine, version, platform.machine(), platform.processor(), identity))
+    facts = "\n".join((engine, version, _instructions(), identity))
     return cache / f"{engine}-{version}" / hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def _instructions() -> str:
+    """The CPU's kind and, where Linux tells, its instruction sets: what was compiled for one may not run on another."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    sets = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {sets}"
 
 
 def identity_of(path: Path, weights: Mapping[str, NDArray[Any]]) -> str:

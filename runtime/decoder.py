@@ -1,44 +1,88 @@
-"""Latents to pictures, with the graph that ends in pixels, or with a float decoder of another tool's bundle."""
+"""Latents to pictures, with the graph that ends in pixels, or with a float decoder of another tool's bundle.
+
+Large ones are decoded in tiles. And the numbers between the autoencoder's latents and the network's: `Scaling`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..bundle import Bundle
-from ..engines import open_engine
+from ..engines import Engine
 from ..errors import EngineError
+from .parts import Parts
+from .tiles import decode_in_tiles
 
-_PIXELS = "vae_decoder/pixels.onnx"
+TILED_ABOVE_PX = {False: 1280, True: 768}  # a side, by low_memory: a decoder's memory grows with the picture's area
 
 
-class Decoder:
-    """`scale`: pixels a latent, each way."""
+@dataclass(frozen=True)
+class Scaling:
+    """The network's latents are (the autoencoder's - mean) / std * factor; mean and std are [1, c or 1, 1, 1]."""
 
-    def __init__(self, bundle: Bundle, engine: str) -> None:
-        config = bundle.config("vae_decoder")
-        channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
-        self.scale = 2 ** (len(channels) - 1)
-        # Configurations older than these keys mean diffusers' defaults.
+    factor: float
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Scaling:
+        """Of an autoencoder's configuration; those older than these keys mean diffusers' defaults."""
         default = 1.0 if "decoder_block_out_channels" in config else 0.18215
-        self._scaling_factor = float(config.get("scaling_factor", default))
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if not (mean and std):  # only some fine-tuned SDXL autoencoders have them, one a channel, both or none
             mean, std = config.get("shift_factor") or 0.0, 1.0
-        self._mean, self._std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
-        self._bakes_pixels = bundle.has(_PIXELS)
-        graph = bundle.file(_PIXELS) if self._bakes_pixels else bundle.graph("vae_decoder")
-        self._engine = open_engine(graph, engine)
+        shaped = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
+        return cls(float(config.get("scaling_factor", default)), *shaped)
 
-    def pixels(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3]."""
-        dtype = self._engine.inputs["latent_sample"].dtype
+    def from_network(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return latents * (self.std / np.float32(self.factor)) + self.mean
+
+    def to_network(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return (latents - self.mean) * (np.float32(self.factor) / self.std)
+
+
+class Decoder:
+    """`scale`: pixels a latent, each way. `name`: the bundle's folder, vae_decoder or tiny_vae_decoder."""
+
+    def __init__(self, parts: Parts, name: str = "vae_decoder") -> None:
+        config = parts.bundle.config(name)
+        channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        self.scale = 2 ** (len(channels) - 1)
+        self.scaling = Scaling.of(config)
+        pixels = f"{name}/pixels.onnx"
+        self._bakes_pixels = parts.bundle.has(pixels)
+        self._part = parts.part(pixels if self._bakes_pixels else f"{name}/model.onnx")
+        self._low_memory = parts.low_memory
+
+    def load(self) -> None:
+        self._part.load()
+
+    def pixels(self, latents: NDArray[np.float32], tiled: bool | None = None) -> NDArray[np.uint8]:
+        """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3].
+
+        tiled: None decides by size; see `TILED_ABOVE_PX`.
+        """
+        if tiled is None:
+            tiled = max(latents.shape[-2:]) * self.scale > TILED_ABOVE_PX[self._low_memory]
+        with self._part.running() as engine:
+            if tiled:
+                return decode_in_tiles(latents, self.scale, lambda tile: self._decode(engine, tile))
+            if self._low_memory:
+                return np.concatenate([self._decode(engine, one[None]) for one in latents])
+            return self._decode(engine, latents)
+
+    def _decode(self, engine: Engine, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        dtype = engine.inputs["latent_sample"].dtype
         if self._bakes_pixels:
-            pixels: NDArray[np.uint8] = self._engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"]
+            pixels: NDArray[np.uint8] = engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"]
             return pixels
-        unscaled = latents * (self._std / np.float32(self._scaling_factor)) + self._mean
-        sample = self._engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
+        unscaled = self.scaling.from_network(latents)
+        sample = engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
         if not np.isfinite(sample).all():
             raise EngineError("the decoder gave values that are not finite; it may overflow in fp16: export it in fp32")
         pixels = np.rint(np.clip(sample / 2 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -46,6 +90,3 @@ class Decoder:
 
     def images(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         return [Image.fromarray(p) for p in self.pixels(latents)]
-
-    def close(self) -> None:
-        self._engine.close()

@@ -33,7 +33,7 @@ class Patches:
     """
 
     def __init__(self, bundle: Bundle, loras: Loras) -> None:
-        self._bundle, self._loras = bundle, tuple(loras)
+        self._bundle, self.loras = bundle, tuple(loras)
         self.key, self.parts = "", frozenset[str]()
         if not loras:
             return
@@ -58,13 +58,15 @@ class Patches:
         return {name: stored for name, stored in self._patched(part)}
 
     def _patched(self, part: str) -> Iterator[tuple[str, NDArray[Any]]]:
-        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self._loras]
+        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self.loras]
         for name in sorted({name for layers, _ in found for name in layers}):
             layers = [(by_name.pop(name), strength) for by_name, strength in found if name in by_name]
             place = self._maps[part][name]
             yield place.initializer, self._patch(part, name, place, layers)
 
-    def _patch(self, part: str, name: str, place: Parameter, layers: list[tuple[LoraLayer, float]]) -> NDArray[Any]:
+    def _patch(
+        self, part: str, name: str, place: Parameter, layers: list[tuple[LoraLayer, float]]
+    ) -> NDArray[Any]:
         weight = self._weights[part][place.initializer]
         values = weight.read()
         for layer, strength in layers:
@@ -96,9 +98,7 @@ def _check_bundle(bundle: Bundle) -> None:
     if bundle.manifest is None:
         raise BundleError(f"bundle {bundle.path} can't take a LoRA: another tool made it, without our manifest; {cure}")
     if str(bundle.manifest.weights) == "int8":
-        raise BundleError(
-            f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16"
-        )
+        raise BundleError(f"bundle {bundle.path} can't take a LoRA: its weights are int8; use one of fp32, fp16 or bf16")
     if not bundle.manifest.parts.get("unet") or not bundle.manifest.parts["unet"].parameters:
         raise BundleError(
             f"bundle {bundle.path} can't take a LoRA: its manifest does not say where each weight is; {cure}"

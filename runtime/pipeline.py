@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engines import choose_engine, open_engine
+from ..engines import choose_engine
+from ..errors import unknown
 from ..models import find_bundle
 from .decoder import Decoder
+from .init_image import ImageEncoder
+from .memory import check_memory
+from .parts import MEMORY, Parts, cache_folder
+from .patches import Patches
 from .request import Limits, Request, make_request
 from .schedulers import scheduler_named_in
-from .text import TextEncoder
+from .text import Text, TextEncoder
+from .vae_choice import find_decoders
 from .walk import Network, make_plan, walk
 
 _log = logging.getLogger(__name__)
@@ -57,14 +64,19 @@ class Result:
 class Pipeline:
     """Opened with `Pipeline.open`; one thread at a time. `pipe(prompt, steps=4, seed=7).images[0]` is a PIL picture."""
 
-    def __init__(self, bundle: Bundle, engine: str) -> None:
-        self.bundle, self.engine = bundle, engine
+    def __init__(self, parts: Parts, vae: str = "full") -> None:
+        bundle = parts.bundle
+        self.bundle, self.engine, self._parts = bundle, parts.engine, parts
         self.name = bundle.manifest.name if bundle.manifest else bundle.path.name
+        self.loras = parts.patches.loras if parts.patches else ()
         unet = bundle.config("unet")
         self._channels = int(unet["in_channels"])
-        self._text = TextEncoder(bundle, engine)
-        self._unet = open_engine(bundle.graph("unet"), engine)
-        self._decoder = Decoder(bundle, engine)
+        self._text = TextEncoder(parts)
+        self._unet = parts.part("unet/model.onnx")
+        self._decoder, self._previewer = find_decoders(parts, vae)
+        self._encoder = ImageEncoder(parts)
+        for part in (self._text, self._unet, self._decoder):
+            part.load()
         self._scheduler_config = bundle.scheduler_config
         # A U-Net halves the latents between its levels and must meet itself again on the way up.
         multiple = self._decoder.scale * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -73,16 +85,40 @@ class Pipeline:
         self.defaults: Mapping[str, Any] = {**self._foreign_defaults(unet), **written}
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str], engine: str = "auto", verify: bool = True) -> Pipeline:
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        engine: str = "auto",
+        verify: bool = True,
+        *,
+        loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
+        memory: str = "normal",
+        vae: str = "full",
+    ) -> Pipeline:
         """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto".
 
-        `verify=False` trusts the files' hashes and looks at their sizes only. Raises UsageError for an unknown model or
-        engine, BundleError for a bundle that is missing or damaged, EngineError for an engine that can't open it.
+        `verify=False` trusts the files' hashes and looks at their sizes only. loras: (file, strength), added to the
+        bundle's weights in memory, strength 1 as trained. memory "low": each network is open only while it runs, in
+        the way that takes least memory. vae "tiny": decode with the bundle's small decoder.
+
+        Raises UsageError for an unknown model, engine or option, BundleError for a bundle that is missing, damaged or
+        can't do what is asked, CheckpointError for a LoRA that does not fit, EngineError for an engine that can't open
+        it, NotEnoughMemoryError where that is certain.
         """
+        if memory not in MEMORY:
+            raise unknown("memory", memory, MEMORY)
         bundle = Bundle.open(find_bundle(model), verify)
         if engine == "auto":
             engine = choose_engine(sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*")))
-        return cls(bundle, engine)
+        low = memory == "low"
+        check_memory(bundle, engine, low)
+        patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
+        return cls(Parts(bundle, engine, patches, low, cache_folder()), vae)
+
+    @property
+    def title(self) -> str:
+        """The model's name with its LoRAs, for a picture's parameters: 'vega + style:0.8'."""
+        return " + ".join([self.name, *(f"{path.stem}:{strength:g}" for path, strength in self.loras)])
 
     def request(self, prompt: str, **options: Any) -> Request:
         """Checks the options, which are the fields of `Request`; UsageError says what is allowed."""
@@ -91,6 +127,8 @@ class Pipeline:
             defaults = {**defaults, "scheduler": scheduler_named_in(self._scheduler_config)}
         request = make_request({"prompt": prompt, **options}, defaults, self.limits)
         make_plan(request, self._scheduler_config)  # whether the scheduler can do it on this model
+        if request.image is not None:
+            self._encoder.check()
         return request
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
@@ -124,22 +162,29 @@ class Pipeline:
         conditioning = self._conditioning(request)
         timings["text"] = time.perf_counter() - clock
         clock = time.perf_counter()
+        start = None
+        if request.image is not None:
+            start = self._encoder.encode(request.image, request.width, request.height)
+            timings["encode"] = time.perf_counter() - clock
+            clock = time.perf_counter()
         plan = make_plan(request, self._scheduler_config)
         shape = (self._channels, request.height // self._decoder.scale, request.width // self._decoder.scale)
-        steps = walk(request, plan, Network(self._unet, self.engine, shape), conditioning)
-        with contextlib.closing(steps):
-            for i, step in enumerate(steps, 1):
-                timings["denoise"] = time.perf_counter() - clock
-                yield Step(i, plan.total, step.x, step.x0, self._decoder)
+        with self._unet.running() as engine:
+            steps = walk(request, plan, Network(engine, self.engine, shape), conditioning, start)
+            with contextlib.closing(steps):
+                for i, step in enumerate(steps, 1):
+                    timings["denoise"] = time.perf_counter() - clock
+                    yield Step(i, plan.total, step.x, step.x0, self._previewer)
 
     def _conditioning(self, request: Request) -> dict[str, NDArray[np.float32]]:
-        texts = [self._text.encode(request.prompt)]
-        if request.guidance > 1:
-            texts.insert(0, self._text.encode_negative(request.negative, like=texts[0]))
-        elif request.negative:
+        guided = request.guidance > 1
+        if not guided and request.negative:
             _log.warning("the negative prompt has no effect without guidance (guidance is %g)", request.guidance)
-        if request.guidance_rescale and request.guidance <= 1:
+        if not guided and request.guidance_rescale:
             _log.warning("guidance rescale has no effect without guidance (guidance is %g)", request.guidance)
+        text = Text(request.prompt, request.prompt_syntax, request.long_prompt)
+        negative = None if request.negative is None else text._replace(prompt=request.negative)
+        texts = self._text.encode(text, negative, guided)
         return self._text.feeds(texts, request.samples, request.width, request.height)
 
     def _foreign_defaults(self, unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,5 +199,4 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""
-        for part in (self._text, self._unet, self._decoder):
-            part.close()
+        self._parts.close()

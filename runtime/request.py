@@ -9,12 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from ..errors import UsageError, unknown
+from .init_image import as_rgb, size_for
+from .prompts import SYNTAXES
 from .rng import GENERATORS, MAX_SEED, NOISE_DTYPES
 from .schedulers import FAMILIES, Scheduler, get_scheduler
 from .spacings import spacing_name
 
 MAX_SAMPLES = 4
+STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Request:
     family: what the scheduler's name means. schedule: the noise levels, by name; None for the scheduler's own. eta: how
     much of the noise is drawn anew each step; None for the scheduler's own. rng, noise_dtype: see `NoiseSource`.
     guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
+
+    image: what to start from, RGB and upright, or None; strength: how much of the way from noise is walked from there,
+    above 0 to 1. prompt_syntax: what the prompts' punctuation means, of `prompts.SYNTAXES`. long_prompt: all of them is
+    read, 75 tokens at a time, not the first 75 alone.
     """
 
     prompt: str
@@ -57,6 +66,10 @@ class Request:
     rng: str = "torch"
     noise_dtype: str = "fp32"
     guidance_rescale: float = 0.0
+    image: Image.Image | None = None
+    strength: float = STRENGTH
+    long_prompt: bool = False
+    prompt_syntax: str = "plain"
 
     @property
     def seeds(self) -> list[int]:
@@ -77,6 +90,8 @@ class Request:
             facts.append(f"Schedule type: {_TITLES.get(self.schedule, self.schedule.replace('_', ' ').title())}")
         facts += [f"CFG scale: {self.guidance:g}", f"Seed: {self.seeds[sample]}", f"Size: {self.width}x{self.height}"]
         facts.append(f"Model: {model}")
+        if self.image is not None:
+            facts.append(f"Denoising strength: {self.strength:g}")
         if self.eta is not None:
             facts.append(f"{'Eta DDIM' if self.scheduler == 'DDIM' else 'Eta'}: {self.eta:g}")
         if self.guidance_rescale:
@@ -87,6 +102,8 @@ class Request:
             facts.append(f"Noise dtype: {self.noise_dtype}")
         if self.family != "diffusers":
             facts.append(f"Family: {self.family}")
+        if self.prompt_syntax != "plain":
+            facts.append(f"Prompt syntax: {self.prompt_syntax}")
         negative = [f"Negative prompt: {self.negative}"] if self.negative is not None else []
         return "\n".join([self.prompt, *negative, ", ".join([*facts, f"Version: vega-edge {version}"])])
 
@@ -106,7 +123,7 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
             raise UsageError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     prompt, negative = _text("prompt", value.get("prompt")), value.get("negative")
-    for name in ("scheduler", "family", "schedule", "rng", "noise_dtype"):
+    for name in ("scheduler", "family", "schedule", "rng", "noise_dtype", "prompt_syntax"):
         if value.get(name) is not None:
             _text(name, value[name])
     samples = _whole("samples", value.get("samples", 1), 1, MAX_SAMPLES)
@@ -115,6 +132,10 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
     eta = value.get("eta")
     if eta is not None:
         scheduler.with_eta(eta)  # knows its range, and whether there is one
+    image = _picture(options)
+    if image is not None and not (options.get("width") or options.get("height")):
+        default = value["width"], value["height"]
+        value["width"], value["height"] = size_for(image, default, *limits.size_px, limits.multiple_px)
     return Request(
         prompt=prompt,
         negative=None if negative is None else _text("negative", negative),
@@ -131,7 +152,28 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         rng=_one_of("rng", value.get("rng", "torch"), GENERATORS),
         noise_dtype=_one_of("noise dtype", value.get("noise_dtype", "fp32"), NOISE_DTYPES),
         guidance_rescale=_number("guidance rescale", value.get("guidance_rescale", 0.0), 0.0, 1.0),
+        image=image,
+        strength=_number("strength", value.get("strength", STRENGTH), 0.0, 1.0),
+        long_prompt=_flag("long_prompt", value.get("long_prompt", False)),
+        prompt_syntax=_one_of("prompt syntax", value.get("prompt_syntax", "plain"), SYNTAXES),
     )
+
+
+def _picture(options: Mapping[str, Any]) -> Image.Image | None:
+    image = options.get("image")
+    if image is None:
+        if options.get("strength") is not None:
+            raise UsageError("strength says how far to go from a picture; give one with image")
+        return None
+    if not isinstance(image, Image.Image):
+        raise UsageError(f"image must be a PIL picture, got {type(image).__name__}")
+    return as_rgb(image)
+
+
+def _flag(name: str, got: Any) -> bool:
+    if not isinstance(got, bool):
+        raise UsageError(f"{name} must be True or False, got {got!r}")
+    return got
 
 
 def _text(name: str, got: Any) -> str:

@@ -63,6 +63,11 @@ class Scheduler:
         return None if eta is None else float(eta)
 
     @property
+    def takes_all_steps(self) -> bool:
+        """Whether n steps asked for are n steps taken."""
+        return self.total_of is _as_many
+
+    @property
     def stochastic(self) -> bool:
         return self.random or bool(self.eta)
 

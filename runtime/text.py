@@ -2,114 +2,112 @@
 
 from __future__ import annotations
 
-import json
-import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from ..bundle import Bundle
-from ..engines import Engine, open_engine
-from ..errors import BundleError
+from .parts import Parts
+from .prompts import SYNTAXES
+from .tokenizer import TOKENS, ClipTokenizer
 
-TOKENS = 77  # CLIP's context, start and end included
-_log = logging.getLogger(__name__)
-# CLIP's pattern of words, from openai/CLIP simple_tokenizer.py
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+Array = NDArray[np.float32]
+_REMEMBERED = 32  # texts; of SDXL one chunk is 0.6 MB
 
 
-class ClipTokenizer:
-    """CLIP's byte-pair encoding from a folder's vocab.json and merges.txt: text to 77 ids."""
+class Text(NamedTuple):
+    """A prompt and how it is read. `syntax`: of `prompts.SYNTAXES`; `long`: all of its chunks, not the first alone."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            special = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
-            pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
-            merges = [(left, right) for left, right in pairs]
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{folder}: the tokenizer can't be read: {error}") from error
-        token = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
-        bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=token["unk_token"], fuse_unk=False)
-        self._tokenizer = Tokenizer(bpe)
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        # Special tokens are found in the text before any splitting. For OpenCLIP the padding '!' is one: in a prompt it
-        # becomes the bare '!' (id 0), not the '!' that ends a word, as it does in transformers.
-        special_tokens = {token["bos_token"], token["eos_token"], token["unk_token"], token["pad_token"]}
-        self._tokenizer.add_special_tokens(sorted(special_tokens, key=vocab.__getitem__))
-        self._start, self._end = vocab[token["bos_token"]], vocab[token["eos_token"]]
-        self._pad = vocab[token["pad_token"]]
-
-    def __call__(self, text: str) -> NDArray[np.int64]:
-        """int64 [1, 77]; what does not fit is cut off at the end."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        ids = [self._start, *ids[: TOKENS - 2], self._end]
-        return np.array([ids + [self._pad] * (TOKENS - len(ids))], np.int64)
-
-    def warn_of_cut(self, text: str, name: str) -> None:
-        """Logs a warning that says what of `text`, called `name`, does not fit."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        room = TOKENS - 2
-        if len(encoding.ids) > room:
-            cut = text[encoding.offsets[room][0] :].strip()
-            shown = cut if len(cut) <= 60 else f"{cut[:57]}..."
-            _log.warning("%s has %d tokens, CLIP reads %d; cut off: %r", name, len(encoding.ids), room, shown)
+    prompt: str
+    syntax: str = "plain"
+    long: bool = False
 
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What the network is fed of a text: hidden states [1, 77, d] and, for the SDXL kind, the pooled vector [1, p]."""
+    """What the network is fed of a text: hidden states [1, 77 k, d] of its k chunks and, for the SDXL kind, the first
+    one's pooled vector [1, p]. Read-only.
+    """
 
-    hidden: NDArray[np.float32]
-    pooled: NDArray[np.float32] | None
+    hidden: Array
+    pooled: Array | None
 
     def zeros(self) -> TextInputs:
         return TextInputs(np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled))
 
 
 class TextEncoder:
-    """A bundle's tokenizers and text encoders.
+    """A bundle's tokenizers and text encoders. What was encoded lately is remembered.
 
     The SD kind's network reads its encoder's last layer, normed. The SDXL kind's reads the layers before the last of
     both, side by side, and the second's pooled projection (Podell et al. 2023, arXiv:2307.01952, section 2.1).
     """
 
-    def __init__(self, bundle: Bundle, engine: str) -> None:
+    def __init__(self, parts: Parts) -> None:
+        bundle = parts.bundle
         self._sdxl = "text_encoder_2" in bundle.model_index
         suffixes = ("", "_2") if self._sdxl else ("",)
         self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self._sdxl))
         self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
         self._layers = [int(bundle.config(f"text_encoder{s}")["num_hidden_layers"]) for s in suffixes]
-        self._engines: list[Engine] = [open_engine(bundle.graph(f"text_encoder{s}"), engine) for s in suffixes]
+        self._parts = [parts.part(f"text_encoder{s}/model.onnx") for s in suffixes]
+        self._remembered: OrderedDict[Text, TextInputs] = OrderedDict()
 
-    def encode(self, text: str, name: str = "the prompt") -> TextInputs:
-        """`name` is what a warning calls the text, should it be too long."""
-        self._tokenizers[0].warn_of_cut(text, name)
-        outs = [e.run({"input_ids": t(text)}) for t, e in zip(self._tokenizers, self._engines, strict=True)]
-        if not self._sdxl:
-            return TextInputs(outs[0]["last_hidden_state"].astype(np.float32), None)
-        hidden = [o[f"hidden_states.{n - 1}"] for o, n in zip(outs, self._layers, strict=True)]
-        return TextInputs(np.concatenate(hidden, -1).astype(np.float32), outs[1]["text_embeds"].astype(np.float32))
+    def load(self) -> None:
+        for part in self._parts:
+            part.load()
 
-    def encode_negative(self, text: str | None, like: TextInputs) -> TextInputs:
-        """What guidance moves away from. None is diffusers' default: zeros where the model asks for them, else ''."""
-        if text is None and self._sdxl and self._force_zeros:
-            return like.zeros()
-        return self.encode(text or "", "the negative prompt")
+    def encode(self, text: Text, negative: Text | None, guided: bool) -> list[TextInputs]:
+        """[prompt], or with guidance [what to move away from, prompt], of the same number of chunks.
 
-    def feeds(self, texts: list[TextInputs], samples: int, width: int, height: int) -> dict[str, NDArray[np.float32]]:
+        negative None is diffusers' default: zeros where the model asks for them, else the empty text. The shorter one
+        is filled up with chunks of the empty text, as in AUTOMATIC1111's web UI.
+        """
+        zeros = negative is None and self._sdxl and self._force_zeros
+        texts = [text]
+        if guided and not zeros:
+            texts.insert(0, negative or text._replace(prompt=""))
+        for asked, name in zip(reversed(texts), ("the prompt", "the negative prompt"), strict=False):
+            if not asked.long:
+                self._tokenizers[0].warn_of_cut(SYNTAXES[asked.syntax](asked.prompt), name)
+        found = self._all(texts)
+        if guided and zeros:
+            return [found[0].zeros(), found[0]]
+        most = max(t.hidden.shape[1] for t in found)
+        if any(t.hidden.shape[1] < most for t in found):
+            (empty,) = self._all([Text("")])
+            found = [_filled(t, empty, most) for t in found]
+        return found
+
+    def _all(self, texts: Sequence[Text]) -> list[TextInputs]:
+        """Each text's inputs, remembered or made now: one encoder after the other, each opened once."""
+        missing = [t for t in dict.fromkeys(texts) if t not in self._remembered]
+        if missing:
+            made = zip(*(self._encoded(i, missing) for i in range(len(self._parts))), strict=True)
+            for text, outs in zip(missing, made, strict=True):
+                self._remembered[text] = _frozen(np.concatenate([hidden for hidden, _ in outs], -1), outs[-1][1])
+        for text in texts:
+            self._remembered.move_to_end(text)
+        found = [self._remembered[text] for text in texts]
+        while len(self._remembered) > _REMEMBERED:
+            self._remembered.popitem(last=False)
+        return found
+
+    def _encoded(self, index: int, texts: Sequence[Text]) -> Iterator[tuple[Array, Array | None]]:
+        """Of the encoder of this index: hidden states [1, 77 k, d] and the first chunk's pooled vector, of each text."""
+        state = f"hidden_states.{self._layers[index] - 1}" if self._sdxl else "last_hidden_state"
+        with self._parts[index].running() as engine:
+            for text in texts:
+                chunks = self._tokenizers[index].chunks(SYNTAXES[text.syntax](text.prompt))
+                outs = [engine.run({"input_ids": chunks.ids[i : i + 1]}) for i in range(len(chunks) if text.long else 1)]
+                hidden = [emphasized(out[state].astype(np.float32), w) for out, w in zip(outs, chunks.weights, strict=False)]
+                pooled = outs[0]["text_embeds"].astype(np.float32) if self._sdxl and index else None
+                yield np.concatenate(hidden, 1), pooled
+
+    def feeds(self, texts: list[TextInputs], samples: int, width: int, height: int) -> dict[str, Array]:
         """The network's feeds, each text repeated for every sample: [len(texts) * samples, ...]."""
         feeds = {"encoder_hidden_states": np.concatenate([np.repeat(t.hidden, samples, 0) for t in texts])}
         if self._sdxl:
@@ -120,6 +118,24 @@ class TextEncoder:
             feeds["time_ids"] = np.repeat(ids, len(texts) * samples, 0)
         return feeds
 
-    def close(self) -> None:
-        for engine in self._engines:
-            engine.close()
+
+def emphasized(hidden: Array, weights: Array) -> Array:
+    """Hidden states [1, 77, d] times their tokens' weights [77], brought back to the mean they had: the web UI's
+    "Original" emphasis (its `modules/sd_emphasis.py`), done for each encoder and chunk by itself.
+    """
+    if np.all(weights == 1):
+        return hidden
+    weighted = hidden * weights[None, :, None]
+    return weighted * (hidden.mean() / weighted.mean())
+
+
+def _filled(text: TextInputs, empty: TextInputs, tokens: int) -> TextInputs:
+    more = (tokens - text.hidden.shape[1]) // TOKENS
+    return _frozen(np.concatenate([text.hidden, *[empty.hidden] * more], 1), text.pooled)
+
+
+def _frozen(hidden: Array, pooled: Array | None) -> TextInputs:
+    for array in (hidden, pooled):
+        if array is not None:
+            array.setflags(write=False)
+    return TextInputs(hidden, pooled)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..engines import Engine
 from .denoiser import Denoiser
+from .init_image import Moments
 from .noise_model import NoiseModel
 from .prefetch import Prefetch
 from .request import Request
@@ -20,6 +21,7 @@ from .rng import NoiseSource
 from .samplers import Noise, Step
 from .schedulers import Scheduler
 from .schedules import Schedule
+from .strength import ending
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
@@ -44,17 +46,28 @@ class Plan:
 
 
 def make_plan(request: Request, scheduler_config: Mapping[str, Any]) -> Plan:
-    """UsageError for steps or a schedule that the sampler can't take, and for a model that it can't run."""
+    """UsageError for steps or a schedule that the sampler can't take, and for a model that it can't run.
+
+    With a picture to start from it is the end of the schedule, the share of it that `request.strength` says.
+    """
     scheduler = request.sampling
     model = scheduler.noise_model(scheduler_config)
     schedule = scheduler.schedule(model, request.steps, request.schedule)
+    if request.image is not None:
+        schedule = ending(schedule, scheduler, model, request.steps, request.strength)
+        return Plan(scheduler, model, schedule, len(schedule))
     return Plan(
         scheduler, model, schedule, scheduler.total(request.steps) if request.schedule is None else len(schedule)
     )
 
 
-def walk(request: Request, plan: Plan, network: Network, conditioning: Feeds) -> Generator[Step, None, None]:
-    """Each step's latents, the last one's at the scale that the decoder reads. Closing it frees what it holds."""
+def walk(
+    request: Request, plan: Plan, network: Network, conditioning: Feeds, start: Moments | None = None
+) -> Generator[Step, None, None]:
+    """Each step's latents, the last one's at the scale that the decoder reads. Closing it frees what it holds.
+
+    `start`: what to start from where that is not noise alone; its own noise is drawn first.
+    """
     if plan.total is None and request.samples > 1:
         yield from _apart(request, plan, network, conditioning)
         return
@@ -63,7 +76,10 @@ def walk(request: Request, plan: Plan, network: Network, conditioning: Feeds) ->
         network.engine, plan.schedule, conditioning, request.guidance, plan.model.config["prediction_type"],
         rescale=request.guidance_rescale, engine_name=network.name,
     )  # fmt: skip
-    x = source(network.shape) * np.float32(plan.schedule.scale)
+    if start is None:
+        x = source(network.shape) * np.float32(plan.schedule.scale)
+    else:
+        x = start.draw(source) + source(network.shape) * np.float32(plan.schedule.sigmas[0])
     with _drawing(plan, source, network.shape) as noise:
         for step in plan.scheduler.sampler(denoise, x, plan.schedule, noise):
             denoise.step += 1

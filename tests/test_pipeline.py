@@ -18,6 +18,7 @@ from vega_edge.demo.scenes import full_caption
 from vega_edge.errors import NotFiniteError, UsageError
 from vega_edge.models import find_bundle, recipes
 from vega_edge.runtime.decoder import Decoder
+from vega_edge.runtime.parts import Part, Parts
 from vega_edge.runtime.pipeline import Pipeline
 
 from .conftest import needs_training
@@ -170,13 +171,15 @@ def test_a_foreign_bundle_without_our_files_draws_the_same(tmp_path: Path, pipe:
 
 
 def test_nan_is_an_error_and_no_black_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        inputs, outputs = pipe._unet.inputs, pipe._unet.outputs
+    with pipe._unet.running() as engine:
 
-        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {"out_sample": np.full_like(feeds["sample"], np.nan)}
+        class Broken:
+            inputs, outputs = engine.inputs, engine.outputs
 
-    monkeypatch.setattr(pipe, "_unet", Broken())
+            def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                return {"out_sample": np.full_like(feeds["sample"], np.nan)}
+
+    monkeypatch.setattr(pipe, "_unet", Part(Broken, keep=True))
     expected = r"onnxruntime-cpu gave values that are not finite at step 1 \(sigma 14\.6\d\); "
     with pytest.raises(NotFiniteError, match=expected):
         pipe(STAR)
@@ -198,9 +201,9 @@ def test_latents_with_a_mean_and_a_deviation_a_channel(tmp_path: Path) -> None:
     mean, std = np.float32([0.5, -0.25, 0, 1]), np.float32([0.5, 1, 2, 0.75])
     latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16), dtype=np.float32)
     moved = latents * std[:, None, None] + mean[:, None, None] * np.float32(plain["scaling_factor"])
-    expected = Decoder(Bundle.open(bundle), "onnxruntime-cpu").pixels(moved).astype(int)
+    expected = Decoder(Parts(Bundle.open(bundle), "onnxruntime-cpu")).pixels(moved).astype(int)
     config.write_text(json.dumps({**plain, "latents_mean": mean.tolist(), "latents_std": std.tolist()}))
-    got = Decoder(Bundle.open(bundle), "onnxruntime-cpu").pixels(latents).astype(int)
+    got = Decoder(Parts(Bundle.open(bundle), "onnxruntime-cpu")).pixels(latents).astype(int)
     assert np.abs(got - expected).max() <= 1
 
 

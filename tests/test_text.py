@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vega_edge.errors import BundleError
 from vega_edge.models import find_bundle
-from vega_edge.runtime.text import TOKENS, ClipTokenizer
+from vega_edge.runtime.prompts import plain
+from vega_edge.runtime.tokenizer import TOKENS, ClipTokenizer
 
 PROMPTS = [
     "", " ", "a big red star on a blue background", "A  BIG\n\tred STAR", "it's the dog's, they're 42nd! (wow) [x:1.3]", "naïve café ﬁ Ǆ İ",
@@ -30,15 +31,19 @@ def folder(request: pytest.FixtureRequest, bundle: Path) -> Path:
     return bundle / request.param
 
 
+def first_chunk(folder: Path, text: str) -> np.ndarray:
+    return ClipTokenizer(folder).chunks(plain(text)).ids[0]
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_same_ids_as_transformers(folder: Path, prompt: str) -> None:
     reference = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folder)
     expected = reference(prompt, padding="max_length", max_length=TOKENS, truncation=True)["input_ids"]
-    assert ClipTokenizer(folder)(prompt).tolist() == [expected]
+    assert first_chunk(folder, prompt).tolist() == expected
 
 
 def test_the_two_tokenizers_pad_differently(bundle: Path) -> None:
-    first, second = (ClipTokenizer(bundle / name)("star")[0] for name in ("tokenizer", "tokenizer_2"))
+    first, second = (first_chunk(bundle / name, "star") for name in ("tokenizer", "tokenizer_2"))
     assert first[2] == first[-1] == first.max()  # the end token
     assert second[2] == first.max() and second[-1] == 0  # '!'
 
@@ -46,21 +51,22 @@ def test_the_two_tokenizers_pad_differently(bundle: Path) -> None:
 def test_what_is_cut_off_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, text = ClipTokenizer(folder), "star " * 75 + "moon, house"
     with caplog.at_level(logging.WARNING):
-        tokenizer.warn_of_cut("star " * 75, "the prompt")
-        tokenizer.warn_of_cut(text, "the negative prompt")
-    assert tokenizer(text).shape == (1, TOKENS)
-    assert caplog.messages == ["the negative prompt has 78 tokens, CLIP reads 75; cut off: 'moon, house'"]
+        tokenizer.warn_of_cut(plain("star " * 75), "the prompt")
+        tokenizer.warn_of_cut(plain(text), "the negative prompt")
+    assert caplog.messages == [
+        "the negative prompt has 78 tokens, CLIP reads 75 at a time; cut off: 'moon, house'; --long-prompt reads all of it"
+    ]
 
 
 def test_ten_thousand_words(folder: Path) -> None:
-    assert ClipTokenizer(folder)("red star " * 5000).shape == (1, TOKENS)
+    assert ClipTokenizer(folder).chunks(plain("red star " * 5000)).ids.shape == (134, TOKENS)
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=120))
 def test_any_text_gives_77_ids(bundle: Path, text: str) -> None:
-    ids = ClipTokenizer(bundle / "tokenizer")(text)
-    assert ids.shape == (1, TOKENS) and ids.dtype == np.int64 and ids.min() >= 0
+    ids = first_chunk(bundle / "tokenizer", text)
+    assert ids.shape == (TOKENS,) and ids.dtype == np.int64 and ids.min() >= 0
 
 
 def test_a_folder_without_files_is_one_clear_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .common import bar, size
+from .common import bar, lora, size
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline, Result
@@ -30,17 +30,13 @@ def add(p: argparse.ArgumentParser) -> None:
         "--guidance", type=float, metavar="G", help="classifier-free guidance, 1 or less for none; default: the model's"
     )
     _add_sampling(p)
+    _add_picture(p)
+    _add_opening(p)
     p.add_argument("--seed", type=int, default=-1, metavar="S", help="0 to 999999999999999; -1, the default, picks one")
     p.add_argument(
         "--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
     )
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels, such as 128x128; default: the model's")
-    p.add_argument(
-        "--engine",
-        default="auto",
-        metavar="NAME",
-        help="what runs the graphs (see: vega-edge doctor); default: auto, the best one found",
-    )
     p.add_argument(
         "-o",
         "--output",
@@ -87,17 +83,62 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_picture(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, cropped to the size")
+    p.add_argument(
+        "--strength", type=float, metavar="S", help="how far to go from --image: up to 1, all the way; default: 0.6"
+    )
+    p.add_argument("--long-prompt", action="store_true", help="read all of a prompt, 75 tokens at a time, not the first 75")
+    p.add_argument(
+        "--prompt-syntax",
+        metavar="NAME",
+        help="plain: punctuation is text; a1111: (word:1.3), [word] and BREAK mean what they do there; default: the model's",
+    )
+
+
+def _add_opening(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="what runs the graphs (see: vega-edge doctor); default: auto, the best one found",
+    )
+    p.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA to add to the model's weights, in memory; may be repeated",
+    )
+    p.add_argument(
+        "--memory",
+        default="normal",
+        metavar="HOW",
+        help="normal, or low for small boards: networks are opened one after another; default: %(default)s",
+    )
+    p.add_argument(
+        "--vae", default="full", metavar="WHICH", help="full, or tiny for the bundle's fast decoder; default: %(default)s"
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
     from ..runtime import pictures
+    from ..runtime.init_image import read_picture
     from ..runtime.pipeline import Pipeline
 
-    pipe = Pipeline.open(arguments.model, arguments.engine)
+    image = read_picture(arguments.image) if arguments.image else None
+    pipe = Pipeline.open(
+        arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae
+    )
+    _warn_of_random_weights(pipe)
     width, height = arguments.size or (None, None)
     request = pipe.request(
         arguments.prompt, negative=arguments.negative, steps=arguments.steps, guidance=arguments.guidance, width=width,
         height=height, scheduler=arguments.scheduler, seed=arguments.seed, samples=arguments.samples,
         family=arguments.family, schedule=arguments.schedule, eta=arguments.eta, rng=arguments.rng,
-        noise_dtype=arguments.noise_dtype, guidance_rescale=arguments.guidance_rescale,
+        noise_dtype=arguments.noise_dtype, guidance_rescale=arguments.guidance_rescale, image=image,
+        strength=arguments.strength, long_prompt=arguments.long_prompt or None, prompt_syntax=arguments.prompt_syntax,
     )  # fmt: skip
     files = _targets(request, arguments.output, arguments.overwrite)
     with bar(pipe.total(request)) as shown:
@@ -105,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     for i, image in enumerate(result.images):
         if not arguments.output:
             files[i] = pictures.free_name(files[i])  # another process may have taken it meanwhile
-        pictures.save(image, files[i], request.parameters(pipe.name, __version__, i), arguments.overwrite)
+        pictures.save(image, files[i], request.parameters(pipe.title, __version__, i), arguments.overwrite)
     if arguments.json:
         print(json.dumps(_describe(pipe, result, files), indent=2))
         return
@@ -115,6 +156,15 @@ def run(arguments: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     print(*files, sep="\n")
+
+
+def _warn_of_random_weights(pipe: Pipeline) -> None:
+    source = pipe.bundle.manifest.source if pipe.bundle.manifest else None
+    if getattr(source, "random_weights", None) is not None:
+        print(
+            f"vega-edge: {pipe.name} was made with random weights, for measuring and testing: it draws nothing meaningful",
+            file=sys.stderr,
+        )
 
 
 def _targets(request: Request, output: Path | None, overwrite: bool) -> list[Path]:
@@ -140,7 +190,9 @@ def _describe(pipe: Pipeline, result: Result, files: list[Path]) -> dict[str, An
         "model": pipe.name, "engine": pipe.engine, "prompt": r.prompt, "negative": r.negative, "steps": r.steps,
         "guidance": r.guidance, "guidance_rescale": r.guidance_rescale, "scheduler": r.scheduler, "family": r.family,
         "schedule": r.schedule, "eta": r.eta, "rng": r.rng, "noise_dtype": r.noise_dtype,
-        "width": r.width, "height": r.height,
+        "width": r.width, "height": r.height, "strength": r.strength if r.image else None,
+        "long_prompt": r.long_prompt, "prompt_syntax": r.prompt_syntax,
+        "loras": [{"file": str(file), "strength": strength} for file, strength in pipe.loras],
         "pictures": [{"file": str(f), "seed": s} for f, s in zip(files, r.seeds, strict=True)],
         "seconds": {k: round(v, 4) for k, v in result.timings.items()},
     }  # fmt: skip

@@ -1,0 +1,130 @@
+"""The picture that img2img starts from: read from any mode and orientation, fitted to a size, made into latents.
+
+The autoencoder's encoder gives moments, a mean and a log variance for each latent (Kingma & Welling 2013,
+arXiv:1312.6114); which latents are meant is drawn from them with the request's own noise, before any other, as
+diffusers' img2img pipelines do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import BundleError, UsageError
+from .decoder import Scaling
+from .parts import Parts
+
+if TYPE_CHECKING:
+    from .rng import NoiseSource
+
+MAX_PIXELS = 64 << 20  # 8192 x 8192: 192 MB once it is read
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_LOG_VARIANCES = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to these
+_GRAPH = "vae_encoder/model.onnx"
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture file, upright, RGB. UsageError if it is none, is damaged, or has more than MAX_PIXELS."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path) as image:
+                return as_rgb(image, str(path))
+    except FileNotFoundError as failure:
+        raise UsageError(f"there is no picture {path}") from failure
+    except Image.DecompressionBombError as failure:
+        raise UsageError(f"{path} has far more than {MAX_PIXELS >> 20} million pixels; make it smaller") from failure
+    except UnidentifiedImageError as failure:
+        raise UsageError(f"{path} is no picture that Pillow can read; use PNG, JPEG or WebP") from failure
+    except (OSError, SyntaxError, ValueError) as failure:  # how Pillow's readers fail on damaged files
+        raise UsageError(f"{path} can't be read: {getattr(failure, 'strerror', None) or failure}") from failure
+
+
+def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
+    """Turned as its EXIF orientation says, RGB. Transparency goes over white: what is under it is often black, and
+    white is what most viewers and pages show. 16-bit grey keeps its range. UsageError for more than MAX_PIXELS.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UsageError(
+            f"{name} is {width}x{height}, {width * height / (1 << 20):.0f} million pixels; at most {MAX_PIXELS >> 20} "
+            "million are read: make it smaller"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BITS:
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.rint(np.clip(grey, 0, 65535) / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise UsageError(f"{name} is of floating point numbers, whose range is not known; save it as 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.float32]:
+    """float32 [1, 3, height, width] in [-1, 1]: the middle of the picture that has this shape, resampled by Lanczos."""
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
+    return pixels / np.float32(127.5) - 1
+
+
+def size_for(image: Image.Image, default: tuple[int, int], least: int, most: int, multiple: int) -> tuple[int, int]:
+    """(width, height) where none was asked for: the picture's own if the model can do it, else its shape with about
+    as many pixels as the `default` has. All in px.
+    """
+    if all(least <= side <= most and side % multiple == 0 for side in image.size):
+        return image.size
+    factor = (default[0] * default[1] / (image.size[0] * image.size[1])) ** 0.5
+    low, high = -(-least // multiple) * multiple, most // multiple * multiple
+    width, height = (min(max(round(s * factor / multiple) * multiple, low), high) for s in image.size)
+    return width, height
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one picture's latents: mean and standard deviation, float32 [c, h, w], at the autoencoder's scale."""
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    scaling: Scaling
+
+    def draw(self, source: NoiseSource) -> NDArray[np.float32]:
+        """Latents as the network sees them, one a stream of the source: [n, c, h, w]."""
+        return self.scaling.to_network(self.mean + self.std * source(self.mean.shape))
+
+
+class ImageEncoder:
+    """A bundle's `vae_encoder`; BundleError where it has none."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._part = parts.part(_GRAPH) if parts.bundle.has(_GRAPH) else None
+
+    def encode(self, image: Image.Image, width: int, height: int) -> Moments:
+        self.check()
+        assert self._part is not None
+        with self._part.running() as engine:
+            (name, spec), *_ = engine.inputs.items()
+            outputs = engine.run({name: fitted(image, width, height).astype(spec.dtype)})
+        moments = next(iter(outputs.values())).astype(np.float32)[0]
+        if not np.isfinite(moments).all():
+            raise BundleError(f"bundle {self._parts.bundle.path}: vae_encoder gave values that are not finite; export it in fp32")
+        mean, log_variance = np.split(moments, 2)
+        bundle = self._parts.bundle
+        scaling = Scaling.of(bundle.config("vae_encoder" if bundle.has("vae_encoder/config.json") else "vae_decoder"))
+        return Moments(mean, np.exp(np.clip(log_variance, *_LOG_VARIANCES) / 2), scaling)
+
+    def check(self) -> None:
+        if self._part is None:
+            raise BundleError(
+                f"bundle {self._parts.bundle.path} can't start from a picture: it has no vae_encoder; export it again"
+            )

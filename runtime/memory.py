@@ -1,0 +1,76 @@
+"""Whether a bundle fits the memory that is free, judged before anything is opened, from sizes that are known."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..errors import NotEnoughMemoryError
+
+_log = logging.getLogger(__name__)
+_MEMINFO = Path("/proc/meminfo")
+# Peak memory over the size of the graphs' files while a session is opened, as bench/memory.py measured; see there.
+_OPENING = {"fp32": 2.0, "fp16": 3.2, "bf16": 3.2, "int8": 3.0}
+
+
+def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
+    """Raises NotEnoughMemoryError if not even the weights fit what is free and could be swapped; warns if opening the
+    graphs probably takes more than is free. Says nothing where the system does not tell, or for a GPU.
+    """
+    free = free_bytes()
+    if free is None or engine == "onnxruntime-cuda":
+        return
+    sizes = weight_bytes(bundle)
+    needed = max(sizes.values(), default=0) if low_memory else sum(sizes.values())
+    weights = str(bundle.manifest.weights) if bundle.manifest else "fp32"
+    likely = int(needed * _OPENING.get(weights, 2.0))
+    cure = "close other programs, or use a smaller model" if low_memory else "--memory low opens one network at a time"
+    if needed > free:
+        raise NotEnoughMemoryError(
+            f"bundle {bundle.path} has {_gb(needed)} of weights {'in one network' if low_memory else ''}, "
+            f"{_gb(free)} of memory are free; {cure}".replace("  ", " ").replace(" ,", ",")
+        )
+    if likely > free:
+        _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
+
+
+def weight_bytes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each network's files on disk; graphs that share a weights file count it once."""
+    found: dict[str, int] = {}
+    for file in bundle.path.glob("*/*.onnx*"):
+        if file.parent.name != "vae_encoder":  # opened for img2img alone
+            found[file.parent.name] = found.get(file.parent.name, 0) + file.stat().st_size
+    return found
+
+
+def free_bytes() -> int | None:
+    """Memory that a new process can get, swap included; None where the system does not tell."""
+    if sys.platform == "win32":
+        return _windows_free_bytes()
+    if not _MEMINFO.is_file():
+        return None
+    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines())
+    kilobytes = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
+    if "MemAvailable" not in kilobytes:
+        return None
+    return (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0)) * 1024
+
+
+def _windows_free_bytes() -> int | None:
+    class Status(ctypes.Structure):  # MEMORYSTATUSEX
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong)
+            for name in ("total", "free", "page_total", "page_free", "virtual_total", "virtual_free", "extended")
+        ]
+
+    status = Status()
+    status.length = ctypes.sizeof(status)
+    ok = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
+    return int(status.page_free) if ok else None
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,123 @@
+"""A bundle's graphs, opened on one engine: patched with LoRAs, cached, all at once or one after another.
+
+Knows no diffusion: a part is a graph that someone runs for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..engines import Engine, open_engine, trim_cache
+from ..errors import EngineError, UsageError
+from ..manifest import part_of
+from ..models import bundles_folder
+from .patches import Patches
+
+MEMORY = ("normal", "low")
+_CACHE_GB, _CACHE_VARIABLE = 20.0, "VEGA_EDGE_CACHE_GB"
+
+
+class Part:
+    """One graph. It is open while somebody is inside `with part.running() as engine`, and if `keep`, from then on."""
+
+    def __init__(self, open_graph: Callable[[], Engine], keep: bool) -> None:
+        self._open, self._keep = open_graph, keep
+        self._engine: Engine | None = None
+        self._users = 0
+        self._closed = False
+
+    def load(self) -> None:
+        """Opens it now, unless it would not be kept."""
+        if self._keep:
+            with self.running():
+                pass
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Engine]:
+        if self._closed:
+            raise EngineError("this pipeline was closed; open it again")
+        if self._engine is None:
+            self._engine = self._open()
+        self._users += 1
+        try:
+            yield self._engine
+        finally:
+            self._users -= 1
+            if not self._keep and not self._users:
+                self._free()
+
+    def close(self) -> None:
+        self._closed = True
+        self._free()
+
+    def _free(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Opens the graphs of `bundle` on `engine`, one of ENGINES.
+
+    `low_memory`: each is open only while it runs. `cache`: the folder for what engines compile, None for none.
+    """
+
+    bundle: Bundle
+    engine: str
+    patches: Patches | None = None
+    low_memory: bool = False
+    cache: Path | None = None
+    _made: list[Part] = field(default_factory=list)
+
+    def part(self, file: str) -> Part:
+        """`file`: such as "unet/model.onnx"; BundleError if the bundle has none. Nothing is opened yet."""
+        path = self.bundle.file(file)
+        made = Part(lambda: self._open(file, path), keep=not self.low_memory)
+        self._made.append(made)
+        return made
+
+    def _open(self, file: str, path: Path) -> Engine:
+        weights = self.patches.of(part_of(file)) if self.patches else {}
+        opened = open_engine(
+            path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
+            low_memory=self.low_memory,
+        )  # fmt: skip
+        if self.cache is not None:
+            trim_cache(self.cache, int(cache_gb() * 1e9))
+        return opened
+
+    def _identity(self, file: str) -> str:
+        """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest."""
+        part = part_of(file)
+        if self.bundle.manifest is None:
+            return ""
+        hashes = [f"{name} {entry.sha256}" for name, entry in self.bundle.manifest.parts[part].files.items()]
+        patched = self.patches.key if self.patches and part in self.patches.parts else ""
+        return "\n".join([file, *sorted(hashes), patched])
+
+    def close(self) -> None:
+        for part in self._made:
+            part.close()
+
+
+def cache_folder() -> Path | None:
+    """Beside the exported bundles; None where VEGA_EDGE_CACHE_GB is 0."""
+    return bundles_folder().parent / "compiled" if cache_gb() else None
+
+
+def cache_gb() -> float:
+    """How much the cache may hold, by VEGA_EDGE_CACHE_GB, or 20."""
+    text = os.environ.get(_CACHE_VARIABLE, "")
+    try:
+        size = float(text or _CACHE_GB)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise UsageError(f"{_CACHE_VARIABLE} must be a number of gigabytes, 0 for no cache, got {text!r}")
+    return size
