@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import EngineError
+from ..errors import EngineError, UsageError
 from . import nvidia
 from .plan_choice import lacking
 
@@ -48,20 +49,23 @@ ENGINES: Mapping[str, Backend] = {
 # Fastest first among those with full precision; openvino-bf16 rounds to 8 bits, so it is only for those who ask for it.
 # onnxruntime-tensorrt builds engines for minutes when it first meets a shape, so it is not chosen either.
 AUTO = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+_ON_CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 # OpenVINO compiles a graph for seconds before it runs it faster; below this size onnxruntime is done by then.
 SMALL_BYTES = 100_000_000
 
 
-def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, gpu: int = 0) -> str:
+def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, device: str | None = None) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
-    `model_bytes`: size of the model's graphs, where known. `bundle`: its folder; TensorRT runs what was built of it, for
-    GPU `gpu`. Choose once for all graphs of a model. Raises EngineError if no engine is installed.
+    `model_bytes`: size of the model's graphs, where known. `bundle`: its folder; TensorRT runs what was built of it.
+    `device`: cpu, cuda or cuda:N; None for any. Choose once for all graphs of a model. Raises EngineError if no engine
+    can be used.
     """
     passed: list[str] = []
     small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
+    gpu = gpu_index(device)
     for name in AUTO:
-        missing = missing_here(name)
+        missing = missing_here(name) or _wrong_device(name, device)
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
         if missing is None and name in ("tensorrt-rtx", "tensorrt"):
@@ -71,6 +75,28 @@ def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, gp
             return name
         passed.append(f"{name} ({missing.why})")
     raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+
+
+def gpu_index(device: str | None) -> int:
+    """'cuda:1' -> 1; 0 for 'cuda', 'cpu' and None. UsageError for anything else."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device or "cuda")
+    if not match:
+        raise UsageError(f"device must be cpu, cuda or cuda:N, such as cuda:0, not {device!r}")
+    return int(match[1] or 0)
+
+
+def check_device(name: str, device: str | None) -> None:
+    """Raises UsageError if engine `name` can't run on `device`."""
+    gpu_index(device)
+    if wrong := _wrong_device(name, device):
+        raise UsageError(f"engine {name}: {wrong.why}; leave --device out, or choose another engine")
+
+
+def _wrong_device(name: str, device: str | None) -> Missing | None:
+    runs_on = "cpu" if name in _ON_CPU else "cuda"
+    if device is None or device.startswith(runs_on):
+        return None
+    return Missing(f"it runs on {'the CPU' if runs_on == 'cpu' else 'an NVIDIA GPU'}, not on {device}", "")
 
 
 def missing_here(name: str) -> Missing | None:

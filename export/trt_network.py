@@ -102,8 +102,8 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
     builder, network, parser = _parse(job)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    for flag in sorted({name for flag in job.flags for name in _FLAGS[flag]}):
-        config.set_flag(getattr(trt.BuilderFlag, flag))
+    for name in sorted({name for flag in job.flags for name in _FLAGS[flag]}):
+        config.set_flag(getattr(trt.BuilderFlag, name))
     set_targets(job.library, config, job.targets)
     cache = _timing_cache(job, config)
     if job.profile:

@@ -25,6 +25,10 @@ class Range(NamedTuple):
     most: int
 
 
+_GUIDED = Range(1, 1, 2)
+_TOKENS = Range(TOKENS, TOKENS, MOST_TOKENS)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What an engine must take: picture sides in px, pictures at once, and whether guidance doubles the UNet's batch."""
@@ -32,8 +36,8 @@ class Sizes:
     width: Range
     height: Range
     batch: Range
-    guided: Range = Range(1, 1, 2)  # evaluations of the UNet for each picture
-    tokens: Range = Range(TOKENS, TOKENS, MOST_TOKENS)
+    guided: Range = _GUIDED  # evaluations of the UNet for each picture
+    tokens: Range = _TOKENS
 
     def static(self) -> Sizes:
         """The best of everything, and nothing else."""

@@ -73,6 +73,7 @@ class Parts:
     patches: Patches | None = None
     low_memory: bool = False
     cache: Path | None = None
+    device: str | None = None
     _made: list[Part] = field(default_factory=list)
 
     def part(self, file: str) -> Part:
@@ -86,7 +87,7 @@ class Parts:
         weights = self.patches.of(part_of(file)) if self.patches else {}
         opened = open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
-            low_memory=self.low_memory,
+            low_memory=self.low_memory, device=self.device,
         )  # fmt: skip
         if self.cache is not None:
             trim_cache(self.cache, int(cache_gb() * 1e9))

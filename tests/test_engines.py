@@ -314,6 +314,7 @@ def test_onnxruntime_must_give_the_provider_that_was_asked_for(affine, monkeypat
 
     def open_session(path, options, **settings):
         given.update(settings, threads=options.intra_op_num_threads)
+        given["providers"] = [name for name, _ in settings["providers"]]
         return session
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -427,5 +428,6 @@ def test_available_names_every_engine_once():
 def test_unknown_engine(affine):
     assert refused(UsageError, engines.open_engine, affine, "openvin") == (
         "unknown engine 'openvin'; did you mean 'openvino'? "
-        "there are: auto, onnxruntime-cpu, onnxruntime-cuda, openvino, openvino-bf16"
+        "there are: auto, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt, openvino, openvino-bf16, tensorrt, "
+        "tensorrt-rtx"
     )
