@@ -62,9 +62,10 @@ def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> Buil
     """
     monitor = _monitor(job.library, progress)
     outcome: list[BuiltPlan | BaseException] = []
-    done = threading.Event()
+    running, done = threading.Event(), threading.Event()
 
     def work() -> None:
+        running.set()
         try:
             outcome.append(_build(job, monitor))
         except BaseException as failure:
@@ -73,28 +74,24 @@ def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> Buil
             done.set()
 
     thread = threading.Thread(target=work, name="engine build")
-    thread.start()
-    interrupted = _wait(done, monitor)
-    thread.join()
+    interrupted = False
+    begin: Callable[[], None] = thread.start
+    while not done.is_set():
+        # Events, because Thread.join, when it is interrupted, takes the thread for ended (before Python 3.13).
+        try:
+            begin()
+            done.wait()
+        except KeyboardInterrupt:
+            monitor.stopped = interrupted = True
+            begin = lambda: None  # noqa: E731
+            if not running.wait(1):  # it came before the thread did
+                raise
     if interrupted:
         raise KeyboardInterrupt
     (result,) = outcome
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-def _wait(done: threading.Event, monitor: Any) -> bool:
-    """True after Ctrl-C, which stops the build: it is over when this returns. An event, because Thread.join, when it is
-    interrupted, takes the thread for ended (before Python 3.13)."""
-    interrupted = False
-    while True:
-        try:
-            while not done.wait(0.1):
-                pass
-            return interrupted
-        except KeyboardInterrupt:
-            monitor.stopped = interrupted = True
 
 
 def _build(job: Job, monitor: Any) -> BuiltPlan:

@@ -212,7 +212,9 @@ def test_why_none_fits(store, bundle, changes, here, why):
     assert refused(chosen, store, here) == f"no engine of unet/model.onnx can be used here: {why}; run: {command}"
 
 
-@pytest.mark.parametrize(("capability", "fits"), [("sm_89", True), ("sm_75", False), ("sm_90", False), ("sm_87", False)])
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("sm_89", True), ("sm_75", False), ("sm_90", False), ("sm_87", False)]
+)
 def test_one_for_all_rtx_gpus_is_not_for_turing_hopper_or_orin(store, bundle, capability, fits):
     store.add(plan(bundle), b"plan", 0)
     here = dataclasses.replace(ADA, capability=capability)
