@@ -24,6 +24,7 @@ from .trt_network import Job, Progress, build_plan, read_inputs
 from .trt_profiles import Sizes, latent_px, profile
 
 Weights = Mapping[str, NDArray[Any]]
+_QUANTIZED = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
 _GRAPHS = ("pixels.onnx", "model.onnx")  # of each part the first that is there is what a pipeline runs
 
 
@@ -31,7 +32,8 @@ _GRAPHS = ("pixels.onnx", "model.onnx")  # of each part the first that is there 
 class BuildOptions:
     """library: tensorrt-rtx or tensorrt. parts: of the bundle; none is all. targets: none is the library's default.
 
-    flags: static, refit, stripped, weight-streaming. precision: graph (as the graph says), int8 (weights) or fp8.
+    flags: static, refit, stripped, weight-streaming. precision: graph (as the graph says), int8 (weights of the UNet's
+    and text encoders' matrix products) or fp8 (the UNet's); the other parts stay as their graphs say.
     """
 
     library: str
@@ -84,10 +86,11 @@ def build_engines(
     for graph in graphs(bundle, options.parts):
         part = part_of(graph)
         replaced = weights(part)
+        precision = options.precision if part.startswith(_QUANTIZED[options.precision]) else "graph"
         path = bundle.file(graph)
         wanted = Plan(
             file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
-            version=library.version, targets=targets, precision=options.precision, flags=tuple(sorted(options.flags)),
+            version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
             profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
             loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (),
         )  # fmt: skip
@@ -96,7 +99,8 @@ def build_engines(
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
-            with prepared(path, replaced, options.precision, store.folder, ranges(graph)) as source:
+            measured = ranges(graph) if precision == "fp8" else {}
+            with prepared(path, replaced, precision, store.folder, measured) as source:
                 built.append(_build(store, wanted, library, source, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
     return built
 

@@ -80,7 +80,8 @@ def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> Buil
         # Events, because Thread.join, when it is interrupted, takes the thread for ended (before Python 3.13).
         try:
             begin()
-            done.wait()
+            while not done.wait(0.1):  # without a time, Windows would not hear Ctrl-C
+                pass
         except KeyboardInterrupt:
             monitor.stopped = interrupted = True
             begin = lambda: None  # noqa: E731

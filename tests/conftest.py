@@ -10,6 +10,11 @@ import pytest
 
 from vega_edge.models import recipes
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped, with the reason, where there is none")
+
+
 TRAINED = recipes()["demo-vegart"].ready
 needs_training = pytest.mark.skipif(not TRAINED, reason="the embedded model is not trained in this checkout yet")
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .common import bar, lora
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=_ranges(bundle, options),
+            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=_ranges,
             progress=progress,
         )  # fmt: skip
     if arguments.json:
@@ -99,10 +99,7 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _ranges(bundle: Bundle, options: BuildOptions) -> Any:
-    """What fp8 needs to know of real inputs; measured on the CPU, and only for fp8."""
-    if options.precision != "fp8":
-        return lambda graph: {}
+def _ranges(graph: str) -> dict[str, float]:
     raise UsageError("fp8 needs calibration, which is not there yet: use --precision int8 or graph")
 
 
