@@ -49,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu; default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], metavar="N")
-    parser.add_argument(
-        "--runs", type=int, default=20, help="of each side, after three to warm up; default: %(default)s"
-    )
+    parser.add_argument("--runs", type=int, default=20, help="of each side; default: %(default)s")
+    parser.add_argument("--warm", type=int, default=3, help="rounds that don't count; default: %(default)s")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args(argv)
@@ -73,20 +72,24 @@ def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[di
     pipe = Pipeline.open(folder, arguments.engine, device=device)
     work = {part: flops(bundle, part, pipe.defaults) for part in ("text", "denoise", "decode")}
     rows = []
+    memory = {}
     for batch in arguments.batches:
+        _ours(pipe, 0, batch)
+        memory["ours"] = free - _free_bytes(device)
         sides: dict[str, Callable[[int], dict[str, float]]] = {"ours": lambda seed, n=batch: _ours(pipe, seed, n)}  # type: ignore[misc]
         with contextlib.ExitStack() as stack:
             for name in arguments.peers:
-                made = stack.enter_context(_peer(bundle, pipe, name, device, batch))
-                sides[name] = made
-            times = turns(sides, arguments.runs)
-            memory = {"ours": free - _free_bytes(device)} if not arguments.peers else {}
+                before = _free_bytes(device)
+                sides[name] = stack.enter_context(_peer(bundle, pipe, name, device, batch))
+                sides[name](0)
+                memory[name] = before - _free_bytes(device)
+            times = turns(sides, arguments.runs, arguments.warm)
         row = {"model": pipe.name, "engine": pipe.engine, "batch": batch, **_settings(pipe)}
         total = pipeline_flops(work, pipe.defaults, batch)
         row["sides"] = {name: summary(taken, batch, total, peak) for name, taken in times.items()}
         ours = row["sides"]["ours"]["p50_s"]
         row["ratios"] = {name: round(row["sides"][name]["p50_s"] / ours, 3) for name in arguments.peers}
-        row["device_bytes"] = memory
+        row["device_bytes"] = dict(memory)
         rows.append(row)
     pipe.close()
     seconds = first_picture(folder, arguments.engine, device)
@@ -96,7 +99,7 @@ def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[di
 
 
 def turns(
-    sides: dict[str, Callable[[int], dict[str, float]]], runs: int, warm: int = 3
+    sides: dict[str, Callable[[int], dict[str, float]]], runs: int, warm: int
 ) -> dict[str, list[dict[str, float]]]:
     """Each side in turn, so that what the machine does besides meets all alike; the first `warm` rounds don't count."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
