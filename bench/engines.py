@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,6 +63,10 @@ def measure(folder: Path, engine: str, parts: Sequence[str] = ()) -> list[dict[s
 
 
 def build_here(folder: Path, graph: str, engine: str) -> dict[str, Any]:
+    if sys.platform == "win32":
+        raise SystemExit("this measurement needs a POSIX system: peak memory is read as getrusage tells it")
+    import resource
+
     bundle, library = Bundle.open(folder, verify=False), load_library(engine)
     path, part = bundle.file(graph), graph.split("/")[0]
     start = time.monotonic()
