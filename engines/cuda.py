@@ -25,11 +25,14 @@ class CudaDevice:
         count = self._call(cuda.cudaGetDeviceCount())
         if not 0 <= index < count:
             raise EngineError(f"there is no cuda:{index}; this machine has {count} NVIDIA GPUs, numbered from 0")
-        self._use()
+        self.activate()
         self.stream = self._call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
 
+    def activate(self) -> None:
+        """A thread begins on GPU 0, whatever another thread chose."""
+        self._call(self._cuda.cudaSetDevice(self.index))
+
     def allocate(self, size: int) -> int:
-        self._use()
         return int(self._call(self._cuda.cudaMalloc(size), size))
 
     def free(self, pointer: int) -> None:
@@ -39,7 +42,8 @@ class CudaDevice:
         address = int(self._call(self._cuda.cudaHostAlloc(size, self._cuda.cudaHostAllocDefault), size))
         self._pinned[address] = size
         memory = (ctypes.c_uint8 * size).from_address(address)
-        return np.frombuffer(memory, np.uint8)
+        staging: Bytes = np.ctypeslib.as_array(memory)
+        return staging
 
     def unpin(self, staging: Bytes) -> None:
         address = staging.ctypes.data
@@ -55,7 +59,6 @@ class CudaDevice:
         self._call(self._cuda.cudaMemcpyAsync(staging.ctypes.data, pointer, staging.nbytes, kind, self.stream))
 
     def synchronize(self) -> None:
-        self._use()
         self._call(self._cuda.cudaStreamSynchronize(self.stream))
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
@@ -81,7 +84,7 @@ class CudaDevice:
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all, of the whole GPU, other programs' included."""
-        self._use()
+        self.activate()
         free, total = self._call(self._cuda.cudaMemGetInfo())
         return int(free), int(total)
 
@@ -89,10 +92,6 @@ class CudaDevice:
         if self.stream is not None:
             self._call(self._cuda.cudaStreamDestroy(self.stream))
             self.stream = None
-
-    def _use(self) -> None:
-        """A thread begins on GPU 0, whatever another thread chose."""
-        self._call(self._cuda.cudaSetDevice(self.index))
 
     def _call(self, result: Any, size: int = 0) -> Any:
         """cuda-python returns (error, value, ...): the value, the values, or None; EngineError for an error."""

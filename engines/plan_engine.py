@@ -38,11 +38,14 @@ class Context(Protocol):
 class Program(Protocol):
     """A loaded plan. `scratch_bytes`: of the memory that its contexts share, since only one runs at a time."""
 
-    inputs: Mapping[str, Spec]
-    outputs: Mapping[str, Spec]
-    profiles: Sequence[Profile]
-    scratch_bytes: int
-
+    @property
+    def inputs(self) -> Mapping[str, Spec]: ...
+    @property
+    def outputs(self) -> Mapping[str, Spec]: ...
+    @property
+    def profiles(self) -> Sequence[Profile]: ...
+    @property
+    def scratch_bytes(self) -> int: ...
     def context(self, profile: int, shapes: Mapping[str, Shape]) -> Context: ...
     def close(self) -> None: ...
 
@@ -66,6 +69,7 @@ class PlanEngine:
         self._prepared: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self._device.activate()
         prepared = self._ready({name: array.shape for name, array in feeds.items()})
         given = {name: (self.outputs[name].dtype, shape) for name, shape in prepared.context.outputs.items()}
         needed = {name: int(np.prod(shape)) * dtype.itemsize for name, (dtype, shape) in given.items()}
@@ -76,6 +80,7 @@ class PlanEngine:
         return self._buffers.download(given)
 
     def close(self) -> None:
+        self._device.activate()
         self._device.synchronize()
         while self._prepared:
             self._drop(self._prepared.popitem()[1])

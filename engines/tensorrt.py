@@ -36,7 +36,7 @@ def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
     try:
         program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
         if chosen.refit or "stripped" in chosen.plan.flags:
-            program.refit(path, how.weights)
+            program.refit(path if "stripped" in chosen.plan.flags else None, how.weights if chosen.refit else {})
         return PlanEngine(program, device, chosen.rebuild)
     except BaseException:
         device.close()
@@ -80,7 +80,7 @@ class _Program:
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise EngineError(f"{plan.file} can't be loaded: {_why(self._said)}; build it again: vega-edge build")
+            raise EngineError(f"{plan.file} can't be loaded: {not_loaded(self._said, device.memory())}")
         if "weight-streaming" in plan.flags:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -93,31 +93,41 @@ class _Program:
 
     @property
     def scratch_bytes(self) -> int:
-        engine = self._engine
-        return int(getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0))
+        name = "device_memory_size_v2" if hasattr(self._engine, "device_memory_size_v2") else "device_memory_size"
+        return int(getattr(self._engine, name))
 
     def context(self, profile: int, shapes: Mapping[str, Shape]) -> _Context:
         config = self._cache.config(self._managed)
         context = self._engine.create_execution_context(self._managed if config is None else config)
         if context is None:
             raise EngineError(f"no room to run it: {_why(self._said)}; draw smaller or fewer pictures")
-        return _Context(context, self._device, profile, shapes, list(self.outputs), self._said, self._cache)
+        return _Context(context, self._device, profile, shapes, self)
 
-    def refit(self, graph: Path, weights: Mapping[str, Any]) -> None:
-        """Weights from the bundle's graph, then those replaced."""
+    def refit(self, graph: Path | None, weights: Mapping[str, Any]) -> None:
+        """All weights from the bundle's `graph`, if given; then those replaced."""
         trt = self._trt
         refitter = trt.Refitter(self._engine, self._logger)
-        parser = trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(graph)):
+        if graph is not None and not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
             raise EngineError(
                 f"{graph.parent.name}/{graph.name} does not fit the engine built of it: {_why(self._said)}"
             )
-        for name, array in weights.items():
-            if not refitter.set_named_weights(name, trt.Weights(np.ascontiguousarray(array))):
+        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # read when it refits, not before
+        for name, array in kept.items():
+            given = trt.Weights(array)
+            if array.dtype == np.uint16:  # the bits of bfloat16
+                given = trt.Weights(trt.DataType.BF16, array.ctypes.data, array.size)
+            if not refitter.set_named_weights(name, given):
                 raise EngineError(f"the engine takes no new {name!r}: {_why(self._said)}; build with --lora instead")
         if not refitter.refit_cuda_engine():
             missing = refitter.get_missing_weights()
             raise EngineError(f"refitting failed ({len(missing)} weights are missing): {_why(self._said)}")
+
+    def why(self) -> str:
+        return _why(self._said)
+
+    def compiled(self) -> None:
+        """A context ran for the first time, and may have compiled kernels."""
+        self._cache.grew()
 
     def close(self) -> None:
         self._cache.close()
@@ -140,32 +150,33 @@ class _Context:
     """See `plan_engine.Context`."""
 
     def __init__(
-        self, context: Any, device: CudaDevice, profile: int, shapes: Mapping[str, Shape], outputs: list[str],
-        said: list[str], cache: _RuntimeCache,
-    ) -> None:  # fmt: skip
-        self._context, self._device, self._said, self._cache = context, device, said, cache
+        self, context: Any, device: CudaDevice, profile: int, shapes: Mapping[str, Shape], program: _Program
+    ) -> None:
+        self._context, self._device, self._program = context, device, program
         self._compiled = False
-        context.set_optimization_profile_async(profile, device.stream)
+        context.set_optimization_profile_async(profile, int(device.stream))
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise EngineError(f"input {name!r} can't be {shape}: {_why(said)}")
+                raise EngineError(f"input {name!r} can't be {shape}: {program.why()}")
         if unknown := context.infer_shapes():
             raise EngineError(f"the shapes leave {', '.join(unknown)} open")
-        self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in outputs}
+        self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in program.outputs}
         device.synchronize()
 
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None:
-        if scratch:
+        if scratch and hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(scratch, self._program.scratch_bytes)
+        elif scratch:  # TensorRT 10.3
             self._context.device_memory = scratch
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
     def enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._device.stream)):
-            raise EngineError(_why(self._said))
+            raise EngineError(self._program.why())
         if not self._compiled:
             self._compiled = True
-            self._cache.grew()
+            self._program.compiled()
 
     def close(self) -> None:
         self._context = None
@@ -213,7 +224,7 @@ class _RuntimeCache:
 
 
 def _logger(trt: Any, said: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -223,6 +234,20 @@ def _logger(trt: Any, said: list[str]) -> Any:
             _log.debug("%s", message)
 
     return Logger()
+
+
+def not_loaded(said: list[str], memory: tuple[int, int]) -> str:
+    """Why a plan whose hash was right could not be loaded, and the cure; `memory`: bytes free and in all."""
+    free, total = memory
+    text = " ".join(said).lower()
+    if "memory" in text:
+        return (
+            f"the GPU has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, too little for it; close what else uses it (see "
+            "nvidia-smi), or use --memory low"
+        )
+    if "driver" in text:
+        return f"{_why(said)}; update the NVIDIA driver"
+    return f"{_why(said)}; build it again with vega-edge build"
 
 
 def _why(said: list[str]) -> str:

@@ -23,6 +23,9 @@ class FakeDevice:
         self.refuse_capture = False
         self.closed = False
 
+    def activate(self):
+        self.calls["activate"] += 1
+
     def allocate(self, size):
         self.calls["allocate"] += 1
         self.next += 0x1000000

@@ -206,6 +206,14 @@ def test_two_engines_have_buffers_of_their_own():
             np.testing.assert_array_equal(engine.run({"x": given, "b": np.float32([k])})["y"], 2 * given + k)
 
 
+def test_each_run_makes_the_device_the_threads_own():
+    """A server may run a model in another thread than the one that opened it."""
+    bench = Bench()
+    bench.run(x())
+    bench.run(x())
+    assert bench.calls["activate"] == 2
+
+
 # profiles
 
 SMALL, LARGE = {"x": ((1, 1), (1, 8), (1, 16))}, {"x": ((1, 8), (2, 32), (4, 64))}
