@@ -35,8 +35,11 @@ class Peer:
         self._dtype = next(unet.parameters()).dtype
         self._ids = torch.randint(0, networks["text_encoder"].config.vocab_size, (1, TOKENS), device=self._device)
 
-    @torch.inference_mode()
     def __call__(self, seed: int) -> dict[str, float]:
+        with torch.inference_mode():
+            return self._draw(seed)
+
+    def _draw(self, seed: int) -> dict[str, float]:
         stages, clock = {}, time.perf_counter()
         feeds = self._text()
         stages["text"], clock = self._lap(clock)

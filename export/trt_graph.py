@@ -113,6 +113,12 @@ def quantize_matrices(model: Any, precision: str, ranges: Ranges) -> int:
     return count
 
 
+def matrix_products(model: Any) -> list[Any]:
+    """The nodes that multiply by an initializer which is a large enough matrix; `model` need not have its weights loaded."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    return [node for node in model.graph.node if _matrix(node, tensors)]
+
+
 def _matrix(node: Any, tensors: Mapping[str, Any]) -> str | None:
     """The initializer that `node` multiplies by, if it is a matrix large enough."""
     if node.op_type != "MatMul" or node.input[1] not in tensors:

@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -22,6 +23,7 @@ from vega_edge.engines.plan_store import PlanStore
 from vega_edge.errors import EngineError, UsageError
 from vega_edge.export import trt_build, trt_library
 from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
+from vega_edge.export.trt_calibrate import largest_values
 from vega_edge.export.trt_graph import int8_scale, prepared
 from vega_edge.export.trt_library import Library, check_targets, load_library
 from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
@@ -36,6 +38,7 @@ from vega_edge.export.trt_profiles import (
 )
 from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
+from vega_edge.runtime.calibration import unet_feeds
 
 from .fake_tensorrt import FakeTensorRT
 
@@ -349,6 +352,40 @@ def test_fp8_is_of_both_sides(graph, tmp_path):
     scales = {t.name: float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name.endswith("scale")}
     largest = float(np.abs(read_weights(graph)["w"].read()).max())
     assert sorted(scales.values()) == pytest.approx(sorted([4 / 448, largest / 448]))
+
+
+def test_an_fp8_graph_stays_near(graph, tmp_path):
+    """E4M3 has 3 bits of mantissa: a rounding of up to 2^-4 on each side, which a sum of 128 products averages."""
+    x = np.random.default_rng(2).standard_normal((2, 16, 128)).astype(np.float32)
+    want = engines.open_engine(graph, "onnxruntime-cpu").run({"x": x})["y"]
+    with prepared(graph, {}, "fp8", tmp_path, largest_values(graph, [{"x": x}])) as path:
+        options = onnxruntime.SessionOptions()  # onnxruntime's fusions take every 8-bit type for an integer
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        (got,) = onnxruntime.InferenceSession(path, options).run(None, {"x": x})
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 5e-3 < error < 0.05
+
+
+def test_calibration_takes_the_largest_of_all_inputs(graph):
+    feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
+    assert largest_values(graph, feeds) == {"x": 5}
+
+
+def test_calibration_on_what_is_not_finite(graph):
+    feeds = [{"x": np.full((1, 16, 128), np.inf, np.float32)}]
+    assert refused(EngineError, largest_values, graph, feeds) == (
+        "unet/model.onnx: x is not finite on calibration inputs; fp8 can't be scaled: use int8"
+    )
+
+
+def test_calibration_inputs_are_what_the_unet_is_fed():
+    feeds = list(unet_feeds(recipes()["demo-vegart"].bundle_path))
+    assert len(feeds) == 3 * 4
+    times = [float(given["timestep"][0]) for given in feeds]
+    assert times[:4] == sorted(times[:4], reverse=True) == times[4:8]
+    assert feeds[0]["sample"].shape == (1, 4, 16, 16)
+    assert not np.array_equal(feeds[0]["sample"], feeds[4]["sample"])
+    assert not np.array_equal(feeds[0]["encoder_hidden_states"], feeds[4]["encoder_hidden_states"])
 
 
 # real builds, by TensorRT-RTX, which needs no GPU for them

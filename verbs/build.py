@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
 from .common import bar, lora
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=_ranges,
+            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=lambda graph: _ranges(bundle, graph),
             progress=progress,
         )  # fmt: skip
     if arguments.json:
@@ -99,8 +98,12 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     )
 
 
-def _ranges(graph: str) -> dict[str, float]:
-    raise UsageError("fp8 needs calibration, which is not there yet: use --precision int8 or graph")
+def _ranges(bundle: Bundle, graph: str) -> dict[str, float]:
+    """What fp8 is scaled by: the bundle itself draws a few pictures on the CPU, and its UNet is measured on the way."""
+    from ..export.trt_calibrate import largest_values
+    from ..runtime.calibration import unet_feeds
+
+    return largest_values(bundle.file(graph), unet_feeds(bundle.path))
 
 
 def _hashes(loras: list[tuple[Path, float]]) -> list[tuple[str, float]]:
