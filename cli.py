@@ -1,4 +1,5 @@
-"""The command line: `vega-edge generate|serve|export|verify|models|doctor`. Results go to stdout, all else to stderr.
+"""The command line: `vega-edge generate|serve|export|build|engines|verify|models|doctor`. Results go to stdout, all else
+to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import doctor, export, generate, models, serve, verify
+from .verbs import build, doctor, engines, export, generate, models, serve, verify
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -38,6 +39,13 @@ _VERBS = (
         "say whether a bundle is whole and runs here",
         "Compare a bundle's files with its manifest, and run each of its graphs once. Needs no torch.",
     ),
+    (
+        "build",
+        build,
+        "build TensorRT engines from a bundle",
+        "Build TensorRT-RTX engines (no GPU needed) or TensorRT engines (for the GPU here) from a bundle's graphs.",
+    ),
+    ("engines", engines, "list or remove built engines", "List or remove a bundle's built engines."),
     ("models", models, "list the models", "List the models this version knows."),
     (
         "doctor",

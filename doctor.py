@@ -19,7 +19,10 @@ from .engines import EngineStatus, nvidia
 from .errors import EngineError
 from .manifest import INDEX
 
-PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "torch", "diffusers")
+PACKAGES = (
+    "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx", "tensorrt",
+    "cuda-python", "onnx", "torch", "diffusers",
+)  # fmt: skip
 
 # Each of these puts its files into the same folder, onnxruntime/.
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")

@@ -74,7 +74,6 @@ class _Defaults:
     scheduler: str | None = None
     family: str | None = None
     schedule: str | None = None
-    prompt_syntax: Literal["plain", "a1111"] | None = None
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None

@@ -13,12 +13,22 @@ from ..errors import EngineError, UsageError, unknown
 from ..onnx_file import numpy_dtype, read_weights
 from . import compiled
 from .checked import CheckedEngine, reason
-from .choice import ENGINES, choose_engine, missing_here
+from .choice import ENGINES, check_device, choose_engine, gpu_index, missing_here
 from .compiled import trim as trim_cache
 from .protocol import Engine, Opening, Spec, describe
 from .status import EngineStatus, available
 
-__all__ = ["ENGINES", "Engine", "EngineStatus", "Spec", "available", "choose_engine", "open_engine", "trim_cache"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineStatus",
+    "Spec",
+    "available",
+    "check_device",
+    "choose_engine",
+    "open_engine",
+    "trim_cache",
+]
 
 
 def open_engine(
@@ -30,22 +40,22 @@ def open_engine(
     identity: str = "",
     weights: Mapping[str, NDArray[Any]] | None = None,
     low_memory: bool = False,
-    device: int | None = None,
+    device: str | None = None,
 ) -> Engine:
     """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto". Options not told of here: see `Opening`.
 
     `cache`: a folder where backends may keep what they compiled, each graph in a folder of its own. `identity`: a text
     that changes whenever the graph, its weights or the replaced ones do; without it the files are read to find out.
+    `device`: cpu, cuda or cuda:N, and must be one that the engine runs on; None for the CPU, or the first GPU.
     Raises UsageError for an unknown engine, EngineError if it is missing or can't open the graph.
     """
     if engine == "auto":
-        engine = choose_engine()
+        engine = choose_engine(device=device)
     if engine not in ENGINES:
         raise unknown("engine", engine, ["auto", *ENGINES])
+    check_device(engine, device)
     if threads < 0:
         raise UsageError(f"threads must be 0 (the engine decides) or more, not {threads}")
-    if device is not None and (engine != "onnxruntime-cuda" or device < 0):
-        raise UsageError(f"device is the number of a GPU, from 0, for onnxruntime-cuda; got {device} for {engine}")
     if missing := missing_here(engine):
         raise EngineError(f"engine {engine}: {missing.why}; {missing.cure}")
     if not path.is_file():
@@ -54,14 +64,14 @@ def open_engine(
     _check_weights(path, weights)
     backend = ENGINES[engine]
     try:
-        module = import_module(f".{backend.package}", __package__)
+        module = import_module(f".{backend.module}", __package__)
     except ImportError as failure:
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
         kept = cache and compiled.entry(
             cache, engine, module.version(), identity or compiled.identity_of(path, weights)
         )
-        how = Opening(threads, kept, weights, low_memory, device or 0)
+        how = Opening(threads, kept, weights, low_memory, gpu_index(device))
         opened: Engine = module.open_graph(path, backend.setting, how)
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure

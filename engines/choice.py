@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import EngineError
+from ..errors import EngineError, UsageError
 from . import nvidia
+from .plan_choice import lacking
 
 log = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
-    package: str  # what is imported; the file in this folder has the same name
+    package: str  # what is imported; the file in this folder has the same name, unless `file` says otherwise
     setting: str  # what that file's open_graph is told
     extra: str  # what to install: vega-edge[extra]
+    file: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.file or self.package
+
+
+_PROVIDERS = {"onnxruntime-cuda": ("cuda", "CUDA"), "onnxruntime-tensorrt": ("tensorrt", "TensorRT")}
 
 
 class Missing(NamedTuple):
@@ -27,34 +38,65 @@ class Missing(NamedTuple):
 
 ENGINES: Mapping[str, Backend] = {
     "onnxruntime-cpu": Backend("onnxruntime", "CPUExecutionProvider", "cpu"),
-    "onnxruntime-cuda": Backend("onnxruntime", "CUDAExecutionProvider", "cuda"),
+    "onnxruntime-cuda": Backend("onnxruntime", "CUDAExecutionProvider", "cuda", "onnxruntime_cuda"),
+    "onnxruntime-tensorrt": Backend("onnxruntime", "TensorrtExecutionProvider", "cuda", "onnxruntime_cuda"),
+    "tensorrt": Backend("tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": Backend("tensorrt_rtx", "tensorrt_rtx", "tensorrt-rtx", "tensorrt"),
     "openvino": Backend("openvino", "f32", "openvino"),
     "openvino-bf16": Backend("openvino", "bf16", "openvino"),
 }
 
 # Fastest first among those with full precision; openvino-bf16 rounds to 8 bits, so it is only for those who ask for it.
-AUTO = ("onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+# onnxruntime-tensorrt builds engines for minutes when it first meets a shape, so it is not chosen either.
+AUTO = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu")
+_ON_CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 # OpenVINO compiles a graph for seconds before it runs it faster; below this size onnxruntime is done by then.
 SMALL_BYTES = 100_000_000
 
 
-def choose_engine(model_bytes: int | None = None) -> str:
+def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, device: str | None = None) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
-    `model_bytes`: size of the model's graphs, where known. Choose once for all graphs of a model. Raises EngineError if
-    no engine is installed.
+    `model_bytes`: size of the model's graphs, where known. `bundle`: its folder; TensorRT runs what was built of it.
+    `device`: cpu, cuda or cuda:N; None for any. Choose once for all graphs of a model. Raises EngineError if no engine
+    can be used.
     """
     passed: list[str] = []
     small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
+    gpu = gpu_index(device)
     for name in AUTO:
-        missing = missing_here(name)
+        missing = missing_here(name) or _wrong_device(name, device)
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
+        if missing is None and name in ("tensorrt-rtx", "tensorrt"):
+            missing = _missing_plans(name, bundle, gpu)
         if missing is None:
             log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
             return name
         passed.append(f"{name} ({missing.why})")
     raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+
+
+def gpu_index(device: str | None) -> int:
+    """'cuda:1' -> 1; 0 for 'cuda', 'cpu' and None. UsageError for anything else."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device or "cuda")
+    if not match:
+        raise UsageError(f"device must be cpu, cuda or cuda:N, such as cuda:0, not {device!r}")
+    return int(match[1] or 0)
+
+
+def check_device(name: str, device: str | None) -> None:
+    """Raises UsageError if engine `name` can't run on `device`."""
+    gpu_index(device)
+    if wrong := _wrong_device(name, device):
+        raise UsageError(f"engine {name}: {wrong.why}; leave --device out, or choose another engine")
+
+
+def _wrong_device(name: str, device: str | None) -> Missing | None:
+    runs_on = "cpu" if name in _ON_CPU else "cuda"
+    if device is None or device.startswith(runs_on):
+        return None
+    return Missing(f"it runs on {'the CPU' if runs_on == 'cpu' else 'an NVIDIA GPU'}, not on {device}", "")
 
 
 def missing_here(name: str) -> Missing | None:
@@ -66,14 +108,26 @@ def missing_here(name: str) -> Missing | None:
     if spec.origin is None:  # a folder without its __init__.py
         again = f"pip uninstall every {backend.package} package, then {_install(backend.extra)}"
         return Missing(f"{backend.package} is installed in part: another package took files with it", again)
-    if name == "onnxruntime-cuda":
-        return _missing_cuda(Path(spec.origin).parent)
-    return None
+    if name in _PROVIDERS:
+        built = any(Path(spec.origin).parent.glob(f"capi/*onnxruntime_providers_{_PROVIDERS[name][0]}*"))
+        why = f"this onnxruntime was built without {_PROVIDERS[name][1]}"
+        return _missing_gpu() if built else Missing(why, f"pip uninstall onnxruntime, then {_install('cuda')}")
+    return _missing_gpu() if name.startswith("tensorrt") else None
 
 
-def _missing_cuda(onnxruntime: Path) -> Missing | None:
-    if not any(onnxruntime.glob("capi/*onnxruntime_providers_cuda*")):
-        return Missing("this onnxruntime was built without CUDA", f"pip uninstall onnxruntime, then {_install('cuda')}")
+def _missing_plans(name: str, bundle: Path | None, gpu: int) -> Missing | None:
+    if bundle is None:
+        return Missing("it runs engines built of a bundle, and none was named", "")
+    backend = ENGINES[name]
+    try:
+        module = importlib.import_module(f".{backend.module}", __package__)
+        why = lacking(bundle, module.here(backend.setting, gpu))
+    except (EngineError, ImportError) as failure:
+        why = str(failure)
+    return Missing(why, "") if why else None
+
+
+def _missing_gpu() -> Missing | None:
     try:
         nvidia.devices()
     except EngineError as failure:

@@ -9,6 +9,7 @@ from ..errors import EngineError
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE of the CUDA driver API
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 def devices() -> list[str]:
@@ -24,6 +25,35 @@ def devices() -> list[str]:
     if code:
         raise EngineError(f"the NVIDIA driver does not work (CUDA error {code})")
     return [_name(driver, index) for index in range(count.value)]
+
+
+def compute_capability(index: int = 0) -> str:
+    """Of GPU `index`: 'sm_87'. Raises EngineError if there is no such GPU."""
+    names = devices()
+    if not 0 <= index < len(names):
+        raise EngineError(f"there is no cuda:{index}; the GPUs are: {', '.join(_numbered(names))}")
+    driver, device = ctypes.CDLL(LIBRARY), ctypes.c_int()
+    numbers = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        number = ctypes.c_int()
+        code = driver.cuDeviceGet(ctypes.byref(device), index)
+        code = code or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        if code:
+            raise EngineError(f"the NVIDIA driver does not tell what GPU {index} can do (CUDA error {code})")
+        numbers.append(number.value)
+    return f"sm_{numbers[0]}{numbers[1]}"
+
+
+def driver_cuda() -> tuple[int, int]:
+    """The newest CUDA that the driver knows: (13, 0). Raises EngineError where there is no driver."""
+    devices()
+    version = ctypes.c_int()
+    ctypes.CDLL(LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _numbered(names: list[str]) -> list[str]:
+    return [f"cuda:{index} ({name})" for index, name in enumerate(names)]
 
 
 def _name(driver: ctypes.CDLL, index: int) -> str:

@@ -65,7 +65,7 @@ def open_graph(path: Path, provider: str, how: Opening) -> OnnxRuntimeEngine:
         options.add_session_config_entry("session.disable_prepacking", "1")
         return OnnxRuntimeEngine(_session(prepared, provider, options))
     options = _options(how)
-    return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options, how.device))
+    return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options))
 
 
 def _options(how: Opening) -> Any:
@@ -77,10 +77,9 @@ def _options(how: Opening) -> Any:
     return options
 
 
-def _session(graph: Path | bytes, provider: str, options: Any, device: int = 0) -> Any:
-    asked = (provider, {"device_id": str(device)}) if provider == CUDA else provider
+def _session(graph: Path | bytes, provider: str, options: Any) -> Any:
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
-    session = ort.InferenceSession(graph, options, providers=[asked], enable_fallback=0)
+    session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
     got = session.get_providers()
     if got[0] != provider:
         raise EngineError(f"asked for {provider}, got {got[0]}")

@@ -28,14 +28,14 @@ class Opening:
 
     `weights`: instead of the graph's initializers of these names; of their shape and of the dtype they are stored in
     (uint16 holds the bits of a bfloat16). Held by reference. `low_memory`: slower, with fewer copies of the weights.
-    `device`: which GPU, from 0, where the backend's device is one.
+    `gpu`: which of the GPUs, in CUDA's order, for backends that use one.
     """
 
     threads: int = 0
     cache: Path | None = None
     weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     low_memory: bool = False
-    device: int = 0
+    gpu: int = 0
 
 
 class Engine(Protocol):

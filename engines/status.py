@@ -32,9 +32,9 @@ def _status(name: str) -> EngineStatus:
         return EngineStatus(name, False, why_not=missing.why, install=missing.cure)
     backend = ENGINES[name]
     try:
-        module = import_module(f".{backend.package}", __package__)
+        module = import_module(f".{backend.module}", __package__)
         device = module.device(backend.setting)
-        if name == "onnxruntime-cuda":
+        if device == "GPU":
             device = ", ".join(nvidia.devices())
         return EngineStatus(name, True, module.version(), device)
     except Exception as failure:  # a broken installation raises anything; the doctor reports it

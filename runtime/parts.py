@@ -74,7 +74,7 @@ class Parts:
     patches: Patches | None = None
     low_memory: bool = False
     cache: Path | None = None
-    device: int | None = None
+    device: str | None = None
     _made: list[Part] = field(default_factory=list)
 
     def part(self, file: str) -> Part:

@@ -94,14 +94,14 @@ class Pipeline:
         loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
         memory: str = "normal",
         vae: str = "full",
-        device: int | None = None,
+        device: str | None = None,
     ) -> Pipeline:
         """A recipe's name or a bundle's folder; `engine` one of `vega_edge.engines.ENGINES` or "auto".
 
         `verify=False` trusts the files' hashes and looks at their sizes only. loras: (file, strength), added to the
         bundle's weights in memory, strength 1 as trained. memory "low": each network is open only while it runs, in
-        the way that takes least memory. vae "tiny": decode with the bundle's small decoder. device: which GPU, from 0, for
-        an engine that runs on one.
+        the way that takes least memory. vae "tiny": decode with the bundle's small decoder. device: cpu, cuda or cuda:N;
+        None for whatever the engine runs on.
 
         Raises UsageError for an unknown model, engine or option, BundleError for a bundle that is missing, damaged or
         can't do what is asked, CheckpointError for a LoRA that does not fit, EngineError for an engine that can't open
@@ -111,7 +111,8 @@ class Pipeline:
             raise unknown("memory", memory, MEMORY)
         bundle = Bundle.open(find_bundle(model), verify)
         if engine == "auto":
-            engine = choose_engine(sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*")))
+            size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
+            engine = choose_engine(size, bundle.path, device)
         low = memory == "low"
         check_memory(bundle, engine, low)
         patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])

@@ -135,6 +135,7 @@ def side_by_side(feeds: Sequence[Mapping[str, NDArray[np.float32]]], texts_each:
         joined[name] = np.concatenate([row[text] for text in range(texts_each) for row in rows])
     return joined
 
+
 def emphasized(hidden: Array, weights: Array) -> Array:
     """Hidden states [1, 77, d] times their tokens' weights [77], brought back to the mean they had: the web UI's
     "Original" emphasis (its `modules/sd_emphasis.py`), done for each encoder and chunk by itself.

@@ -10,6 +10,12 @@ import pytest
 
 from vega_edge.models import recipes
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped, with the reason, where there is none")
+    config.addinivalue_line("markers", "full: needs full-size bundles and gigabytes of memory; part of make test-full")
+
+
 TRAINED = recipes()["demo-vegart"].ready
 needs_training = pytest.mark.skipif(not TRAINED, reason="the embedded model is not trained in this checkout yet")
 

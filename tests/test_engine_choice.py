@@ -74,21 +74,28 @@ def no_driver(library):
     raise OSError("not found")
 
 
+NO_TENSORRT = "tensorrt-rtx (tensorrt_rtx is not installed); tensorrt (tensorrt is not installed)"
 NO_DRIVER = f"there is no NVIDIA driver ({nvidia.LIBRARY} can't be loaded)"
 
 
 @pytest.mark.parametrize(
     ("packages", "gpus", "chosen", "passed"),
     [
-        ({"onnxruntime": "cuda", "openvino": "cpu"}, ["RTX 4090"], "onnxruntime-cuda", "none"),
-        ({"onnxruntime": "cuda", "openvino": "cpu"}, None, "openvino", f"onnxruntime-cuda ({NO_DRIVER})"),
+        ({"onnxruntime": "cuda", "openvino": "cpu"}, ["RTX 4090"], "onnxruntime-cuda", NO_TENSORRT),
+        (
+            {"onnxruntime": "cuda", "openvino": "cpu"},
+            None,
+            "openvino",
+            f"{NO_TENSORRT}; onnxruntime-cuda ({NO_DRIVER})",
+        ),
         (
             {"onnxruntime": "cpu"},
             None,
             "onnxruntime-cpu",
-            "onnxruntime-cuda (this onnxruntime was built without CUDA); openvino (openvino is not installed)",
+            f"{NO_TENSORRT}; onnxruntime-cuda (this onnxruntime was built without CUDA); "
+            "openvino (openvino is not installed)",
         ),
-        ({"openvino": "cpu"}, None, "openvino", "onnxruntime-cuda (onnxruntime is not installed)"),
+        ({"openvino": "cpu"}, None, "openvino", f"{NO_TENSORRT}; onnxruntime-cuda (onnxruntime is not installed)"),
     ],
 )
 def test_auto(monkeypatch, tmp_path, caplog, packages, gpus, chosen, passed):
@@ -104,7 +111,7 @@ def test_auto(monkeypatch, tmp_path, caplog, packages, gpus, chosen, passed):
 def test_auto_with_nothing_installed(monkeypatch, tmp_path):
     found(monkeypatch, tmp_path)
     assert refused(engines.choose_engine) == (
-        "no engine can be used: onnxruntime-cuda (onnxruntime is not installed); openvino (openvino is not installed);"
+        f"no engine can be used: {NO_TENSORRT}; onnxruntime-cuda (onnxruntime is not installed); openvino (openvino is not installed);"
         ' onnxruntime-cpu (onnxruntime is not installed); pip install "vega-edge[cpu]"'
     )
 
@@ -162,7 +169,7 @@ def test_the_gpus_are_the_device_of_cuda(monkeypatch, tmp_path):
 
 
 def test_auto_never_loses_precision():
-    assert set(engines.ENGINES) - set(choice.AUTO) == {"openvino-bf16"}
+    assert set(engines.ENGINES) - set(choice.AUTO) == {"openvino-bf16", "onnxruntime-tensorrt"}
 
 
 @pytest.mark.parametrize(

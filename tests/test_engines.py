@@ -20,11 +20,35 @@ STATES = {state.name: state for state in engines.available()}
 
 
 @pytest.fixture(params=list(engines.ENGINES))
-def name(request):
+def name(request, monkeypatch):
     """Every engine; one that this machine does not have is skipped, and the reason says why."""
     if not STATES[request.param].ok:
         pytest.skip(STATES[request.param].why_not)
+    if request.param.startswith("tensorrt"):
+        monkeypatch.setattr(engines, "open_engine", built_first(engines.open_engine))
     return request.param
+
+
+def built_first(open_engine):
+    """Those that run plans: one is built of the graph as it is now, for every free axis from 1 to 128."""
+    from vega_edge.engines.plan_store import Plan, PlanStore, graph_hash
+    from vega_edge.export.trt_library import check_targets, load_library
+    from vega_edge.export.trt_network import Job, build_plan, read_inputs
+
+    def open_built(path, name, **options):
+        library = load_library(name)
+        targets = check_targets(library, (), "graph")
+        free = {n: shape for n, shape in read_inputs(library, path).items() if -1 in shape}
+        ranges = {
+            n: tuple(tuple(size if axis < 0 else axis for axis in shape) for size in (1, 4, 128))
+            for n, shape in free.items()
+        }
+        graph = f"{path.parent.name}/{path.name}"
+        plan = Plan("", "", 0, graph, graph_hash(path), name, library.version, targets, ranges)
+        PlanStore(path.parent.parent).add(plan, build_plan(Job(library, path, ranges, targets)).content, 0)
+        return open_engine(path, name, **options)
+
+    return open_built
 
 
 def value(name, dtype, *shape):
@@ -314,6 +338,7 @@ def test_onnxruntime_must_give_the_provider_that_was_asked_for(affine, monkeypat
 
     def open_session(path, options, **settings):
         given.update(settings, threads=options.intra_op_num_threads)
+        given["providers"] = [name for name, _ in settings["providers"]]
         return session
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -427,5 +452,6 @@ def test_available_names_every_engine_once():
 def test_unknown_engine(affine):
     assert refused(UsageError, engines.open_engine, affine, "openvin") == (
         "unknown engine 'openvin'; did you mean 'openvino'? "
-        "there are: auto, onnxruntime-cpu, onnxruntime-cuda, openvino, openvino-bf16"
+        "there are: auto, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt, openvino, openvino-bf16, tensorrt, "
+        "tensorrt-rtx"
     )

@@ -37,6 +37,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
     )
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels, such as 128x128; default: the model's")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
     p.add_argument(
         "-o",
         "--output",
@@ -134,8 +135,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     image = read_picture(arguments.image) if arguments.image else None
     pipe = Pipeline.open(
-        arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae
-    )
+        arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae,
+        device=arguments.device,
+    )  # fmt: skip
     warn_of_random_weights(pipe.bundle)
     width, height = arguments.size or (None, None)
     request = pipe.request(

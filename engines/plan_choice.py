@@ -1,0 +1,108 @@
+"""Which of a bundle's plans runs here; if none, why not, and the command that builds one. Knows no TensorRT."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..errors import EngineError
+from .plan_store import Plan, PlanStore, graph_hash, part_of, weights_hash
+
+_PORTABLE = "ampere+"
+_GRAPHS = ("pixels.onnx", "model.onnx")
+
+
+@dataclass(frozen=True)
+class Here:
+    """`capability` of the GPU, 'sm_87'; `known`: those that the library runs on, none where it does not say."""
+
+    library: str
+    version: str
+    capability: str
+    known: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`refit`: the replaced weights go in after loading. `rebuild`: the command that built it."""
+
+    plan: Plan
+    refit: bool
+    rebuild: str
+
+
+def choose_plan(store: PlanStore, graph: Path, here: Here, weights: Mapping[str, NDArray[Any]]) -> Chosen:
+    """The plan of `graph` built last among those that fit. EngineError says why none does, and what to run."""
+    name, current, replaced = f"{graph.parent.name}/{graph.name}", graph_hash(graph), weights_hash(weights)
+    command = build_command(store.bundle, here.library, part_of(name), lora=bool(weights))
+    fitting, faults = [], []
+    for plan in store.plans():
+        if plan.graph == name and plan.library == here.library:
+            fault = _fault(plan, current, here) or _weights_fault(plan, replaced)
+            if fault:
+                faults.append(fault)
+            else:
+                fitting.append(plan)
+    if not fitting:
+        why = f"the one there is {faults[0]}" if faults else "none has been built"
+        raise EngineError(f"no engine of {name} can be used here: {why}; run: {command}")
+    plan = max(fitting, key=lambda plan: (plan.weights == replaced, _built_at(store, plan)))
+    return Chosen(plan, plan.weights != replaced, command)
+
+
+def lacking(bundle: Path, here: Here) -> str:
+    """Why the bundle's engines can't be used here, '' if all can: each graph that a pipeline runs needs one."""
+    store = PlanStore(bundle)
+    for graph in needed_graphs(bundle):
+        try:
+            choose_plan(store, graph, here, {})
+        except EngineError as failure:
+            return str(failure)
+    return ""
+
+
+def needed_graphs(bundle: Path) -> list[Path]:
+    """Those that text to picture needs."""
+    parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+    found = (next((bundle / part / g for g in _GRAPHS if (bundle / part / g).is_file()), None) for part in parts)
+    return [graph for graph in found if graph is not None]
+
+
+def build_command(bundle: Path, library: str, part: str, lora: bool = False) -> str:
+    command = f"vega-edge build {shlex.quote(str(bundle))} --engine {library} --part {part}"
+    return f"{command} --lora FILE:STRENGTH" if lora else command
+
+
+def _fault(plan: Plan, current: str, here: Here) -> str:
+    if plan.version != here.version:
+        return f"of {plan.library} {plan.version}, and this is {here.version}"
+    if not _fits(plan.targets, here):
+        return f"built for {', '.join(plan.targets)}, and this GPU is {here.capability}"
+    if plan.graph_hash != current:
+        return "of another export of the bundle"
+    return ""
+
+
+def _fits(targets: tuple[str, ...], here: Here) -> bool:
+    if here.known and here.capability not in here.known:
+        return False
+    return here.capability in targets or (_PORTABLE in targets and here.capability != "sm_75")
+
+
+def _weights_fault(plan: Plan, replaced: str) -> str:
+    """A plan that can be refitted takes any weights, if it was built of the bundle's own."""
+    if plan.weights == replaced:
+        return ""
+    if not plan.weights and {"refit", "stripped"} & set(plan.flags):
+        return ""
+    return "built with another LoRA" if plan.weights else "built without this LoRA"
+
+
+def _built_at(store: PlanStore, plan: Plan) -> float:
+    path = store.folder / plan.file
+    return path.stat().st_mtime if path.is_file() else 0.0

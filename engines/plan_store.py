@@ -1,0 +1,249 @@
+"""Built engines (TensorRT calls them plans) on disk: one folder beside each bundle, with a manifest of hashes.
+
+A plan is code that runs on the GPU, so none is ever loaded unless `engines.json` lists its sha256. What is written is
+whole or not there: a plan gets its name when it is complete, and is listed after that. Two processes may build at once:
+each holds a lock for the plan it makes, and another for the moment it changes the manifest. Knows no TensorRT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from .. import records
+from ..errors import EngineError
+from ..manifest import MANIFEST, Manifest
+
+INDEX, FORMAT = "engines.json", 1
+FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
+_PART = ".part"
+_STRAY_AFTER_S = 600
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best, most
+
+
+@dataclass(frozen=True)
+class PlanLora:
+    sha256: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One built engine, and everything that its `key` covers.
+
+    graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
+    targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
+    every input with a free axis. flags: static, refit, stripped, weight-streaming. bytes and sha256 are of the file.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+    graph: str
+    graph_hash: str
+    library: str
+    version: str
+    targets: tuple[str, ...]
+    profile: Mapping[str, tuple[tuple[int, ...], ...]]
+    precision: str = "graph"
+    flags: tuple[str, ...] = ()
+    weights: str = ""
+    loras: tuple[PlanLora, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Hex; two plans share it only if one can stand for the other."""
+        unkeyed = ("file", "sha256", "bytes", "seconds", "loras")  # the LoRAs are in `weights`, by what they did
+        facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Index:
+    format: int
+    plans: tuple[Plan, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class PlanStore:
+    """The plans of the bundle at `bundle`; its folder is made when the first plan is written."""
+
+    bundle: Path
+
+    @property
+    def folder(self) -> Path:
+        """BUNDLE.engines beside the bundle, or in the folder that VEGA_EDGE_ENGINES names."""
+        bundle = self.bundle.absolute()
+        elsewhere = os.environ.get(FOLDER_VARIABLE)
+        return (Path(elsewhere) if elsewhere else bundle.parent) / f"{bundle.name}.engines"
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Those listed, whether their files are there or not. Raises EngineError for a damaged manifest."""
+        path = self.folder / INDEX
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ()
+        except (OSError, UnicodeDecodeError) as failure:
+            raise EngineError(f"{path} can't be read: {failure}") from failure
+        try:
+            index = records.decode(_Index, records.parse(text))
+            if index.format != FORMAT:
+                raise records.RecordError(f"format {index.format} is not {FORMAT}, the one this version reads")
+            _check_names(index.plans)
+        except records.RecordError as failure:
+            raise EngineError(f"{path}: {failure}; remove {self.folder} and build again") from failure
+        return index.plans
+
+    def read(self, plan: Plan) -> bytes:
+        """The plan's bytes, checked against the manifest. Raises EngineError if they are missing or altered."""
+        path = self.folder / plan.file
+        try:
+            content = path.read_bytes()
+        except OSError as failure:
+            raise EngineError(f"{path} can't be read ({failure.strerror}); {self._rebuild(plan)}") from failure
+        if len(content) < plan.bytes:
+            raise EngineError(f"{path} is truncated ({len(content)} of {plan.bytes} bytes); {self._rebuild(plan)}")
+        got = hashlib.sha256(content).hexdigest()
+        if got != plan.sha256:
+            raise EngineError(
+                f"{path} is not the engine that was built here (sha256 {got[:12]}, {INDEX} says {plan.sha256[:12]}) "
+                f"and is not loaded, because an engine is code; {self._rebuild(plan)}"
+            )
+        return content
+
+    def fault(self, plan: Plan) -> str:
+        """Why the plan is of no use any more: its file is gone, or the bundle's graph is another now. '' if it is."""
+        if not (self.folder / plan.file).is_file():
+            return "its file is missing"
+        graph = self.bundle / plan.graph
+        if not graph.is_file():
+            return f"the bundle has no {plan.graph}"
+        return "" if graph_hash(graph) == plan.graph_hash else f"{plan.graph} has changed since"
+
+    def _rebuild(self, plan: Plan) -> str:
+        return f"build it again: vega-edge build {self.bundle} --engine {plan.library} --part {part_of(plan.graph)}"
+
+    def add(self, plan: Plan, content: bytes | memoryview, seconds: float) -> Plan:
+        """Writes a plan and lists it, in place of one with the same key; what is not known of it before is filled in."""
+        size = len(memoryview(content).cast("B"))
+        name = f"{plan.graph.replace('/', '.').removesuffix('.onnx')}.{plan.key[:16]}.{plan.library}.plan"
+        digest = hashlib.sha256(content).hexdigest()
+        plan = dataclasses.replace(plan, file=name, bytes=size, sha256=digest, seconds=round(seconds, 2))
+        self.write(self.folder / name, content)
+        with self.lock(INDEX):
+            kept = [other for other in self.plans() if other.key != plan.key and other.file != name]
+            self._list([*kept, plan])
+        return plan
+
+    def remove(self, plans: tuple[Plan, ...]) -> None:
+        """Takes them off the manifest first: a file that is not listed is never loaded."""
+        files = {plan.file for plan in plans}
+        with self.lock(INDEX):
+            self._list([plan for plan in self.plans() if plan.file not in files])
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
+
+    def stray(self) -> list[Path]:
+        """Files that a build left when it was killed, and plans that the manifest does not list.
+
+        Not those of the last minutes: another process may be about to name or to list them.
+        """
+        listed = {plan.file for plan in self.plans()}
+        left = (p for p in self.folder.glob("*") if p.name.endswith((_PART, ".plan")) and p.name not in listed)
+        return sorted(path for path in left if time.time() - path.stat().st_mtime > _STRAY_AFTER_S)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Held by one process at a time, and by none after it died."""
+        try:
+            from filelock import FileLock
+        except ImportError as failure:
+            raise EngineError(
+                'engines need filelock, not installed here: pip install "vega-edge[tensorrt-rtx]"'
+            ) from failure
+        self._make_folder()
+        with FileLock(self.folder / f".{name}.lock"):
+            yield
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise EngineError(
+                f"{self.folder} can't be made ({failure.strerror}); copy the bundle to a folder of yours, or set "
+                f"{FOLDER_VARIABLE} to one where engines may be kept"
+            ) from failure
+
+    def _list(self, plans: list[Plan]) -> None:
+        text = json.dumps(records.encode(_Index(FORMAT, tuple(sorted(plans, key=lambda p: p.file)))), indent=2)
+        self.write(self.folder / INDEX, text.encode() + b"\n")
+
+    def write(self, target: Path, content: bytes | memoryview) -> None:
+        """Whole or not at all."""
+        self._make_folder()
+        temporary = target.with_name(f".{target.name}.{os.getpid()}{_PART}")
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        except OSError as failure:
+            raise EngineError(f"{target} can't be written ({failure.strerror}); free some space there") from failure
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def part_of(graph: str) -> str:
+    return graph.split("/")[0]
+
+
+def graph_hash(graph: Path) -> str:
+    """Of a bundle's graph and the files its weights are in: by its manifest where it has one, else by reading them."""
+    folder = graph.parent
+    manifest = folder.parent / MANIFEST
+    listed: Mapping[str, Any] = {}
+    if manifest.is_file():
+        listed = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).parts[folder.name].files
+    names = [graph.name, *sorted(p.name for p in folder.iterdir() if p.suffix not in (".onnx", ".json"))]
+    digest = hashlib.sha256()
+    for name in names:
+        entry = listed.get(f"{folder.name}/{name}")
+        digest.update(f"{name} {entry.sha256 if entry else _sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def weights_hash(weights: Mapping[str, NDArray[Any]]) -> str:
+    """Of replaced initializers; '' for none."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {weights[name].shape}\n".encode())
+        digest.update(weights[name].data)
+    return digest.hexdigest() if weights else ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_names(plans: tuple[Plan, ...]) -> None:
+    for plan in plans:
+        if not plan.file or set(plan.file) & set("/\\:\0") or plan.file.startswith("."):
+            raise records.RecordError(f"{plan.file!r} is not the name of a file in this folder")

@@ -1,0 +1,254 @@
+"""Graphs on TensorRT or TensorRT-RTX: finds the plan that was built of one, loads it, and runs it with CUDA.
+
+What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Here is what calls the library.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError
+from . import nvidia
+from .cuda import CudaDevice
+from .plan_choice import Here, choose_plan
+from .plan_engine import PlanEngine, Profile, Shape
+from .plan_store import Plan, PlanStore
+from .protocol import Opening, Spec
+
+_log = logging.getLogger(__name__)
+# names of TensorRT's DataType members that numpy has too
+_DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
+
+
+def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
+    """`module`: tensorrt or tensorrt_rtx. The plan is one that `vega-edge build` made of this graph, for this GPU."""
+    trt = import_module(module)
+    store = PlanStore(path.parent.parent)
+    chosen = choose_plan(store, path, here(module, how.gpu), how.weights)
+    device = CudaDevice(how.gpu)
+    try:
+        program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
+        if chosen.refit or "stripped" in chosen.plan.flags:
+            program.refit(path if "stripped" in chosen.plan.flags else None, how.weights if chosen.refit else {})
+        return PlanEngine(program, device, chosen.rebuild)
+    except BaseException:
+        device.close()
+        raise
+
+
+def version(module: str = "tensorrt") -> str:
+    return str(import_module(module).__version__)
+
+
+def device(module: str) -> str:
+    """The GPUs, for people. Raises EngineError if the library can't use any of them."""
+    trt, names = import_module(module), nvidia.devices()
+    known = capabilities(trt)
+    found = [nvidia.compute_capability(i) for i in range(len(names))]
+    if known and not set(found) & known:
+        listed = ", ".join(f"{name} is {sm}" for name, sm in zip(names, found, strict=True))
+        raise EngineError(f"{module.replace('_', '-')} runs on {', '.join(sorted(known))}, and {listed}; use tensorrt")
+    return ", ".join(names)
+
+
+def here(module: str, gpu: int) -> Here:
+    """What decides whether a plan runs on GPU `gpu`."""
+    trt = import_module(module)
+    capability = nvidia.compute_capability(gpu)
+    return Here(module.replace("_", "-"), str(trt.__version__), capability, capabilities(trt))
+
+
+def capabilities(trt: Any) -> frozenset[str]:
+    """What TensorRT-RTX can run on, 'sm_86' and so on; TensorRT names none, and runs where it was built."""
+    members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    return frozenset(f"sm_{name[2:]}" for name in members if name.startswith("SM"))
+
+
+class _Program:
+    """A deserialized plan. See `plan_engine.Program`."""
+
+    def __init__(self, trt: Any, plan: Plan, content: bytes, device: CudaDevice, cache: Path | None) -> None:
+        self._trt, self._device, self._said = trt, device, list[str]()
+        self._logger = _logger(trt, self._said)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise EngineError(f"{plan.file} can't be loaded: {not_loaded(self._said, device.memory())}")
+        if "weight-streaming" in plan.flags:
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.inputs = {name: self._spec(name) for name in inputs}
+        self.outputs = {name: self._spec(name) for name in names if name not in inputs}
+        self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        self._managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._cache = _RuntimeCache(trt, self._engine, cache, nvidia.devices()[device.index])
+
+    @property
+    def scratch_bytes(self) -> int:
+        name = "device_memory_size_v2" if hasattr(self._engine, "device_memory_size_v2") else "device_memory_size"
+        return int(getattr(self._engine, name))
+
+    def context(self, profile: int, shapes: Mapping[str, Shape]) -> _Context:
+        config = self._cache.config(self._managed)
+        context = self._engine.create_execution_context(self._managed if config is None else config)
+        if context is None:
+            raise EngineError(f"no room to run it: {_why(self._said)}; draw smaller or fewer pictures")
+        return _Context(context, self._device, profile, shapes, self)
+
+    def refit(self, graph: Path | None, weights: Mapping[str, Any]) -> None:
+        """All weights from the bundle's `graph`, if given; then those replaced."""
+        trt = self._trt
+        refitter = trt.Refitter(self._engine, self._logger)
+        if graph is not None and not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
+            raise EngineError(
+                f"{graph.parent.name}/{graph.name} does not fit the engine built of it: {_why(self._said)}"
+            )
+        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # read when it refits, not before
+        for name, array in kept.items():
+            given = trt.Weights(array)
+            if array.dtype == np.uint16:  # the bits of bfloat16
+                given = trt.Weights(trt.DataType.BF16, array.ctypes.data, array.size)
+            if not refitter.set_named_weights(name, given):
+                raise EngineError(f"the engine takes no new {name!r}: {_why(self._said)}; build with --lora instead")
+        if not refitter.refit_cuda_engine():
+            missing = refitter.get_missing_weights()
+            raise EngineError(f"refitting failed ({len(missing)} weights are missing): {_why(self._said)}")
+
+    def why(self) -> str:
+        return _why(self._said)
+
+    def compiled(self) -> None:
+        """A context ran for the first time, and may have compiled kernels."""
+        self._cache.grew()
+
+    def close(self) -> None:
+        self._cache.close()
+        self._engine = self._runtime = None  # the library frees what nothing refers to, in this order
+
+    def _spec(self, name: str) -> Spec:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _DTYPES:
+            raise EngineError(f"{name!r} is {kind}, which is not among: {', '.join(_DTYPES)}")
+        shape = tuple(None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name))
+        return Spec(np.dtype(_DTYPES[kind]), shape)
+
+    def _profile(self, index: int) -> Profile:
+        free = [name for name, spec in self.inputs.items() if None in spec.shape]
+        shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in free}
+        return {name: tuple(tuple(map(int, shape)) for shape in ranges) for name, ranges in shapes.items()}  # type: ignore[misc]
+
+
+class _Context:
+    """See `plan_engine.Context`."""
+
+    def __init__(
+        self, context: Any, device: CudaDevice, profile: int, shapes: Mapping[str, Shape], program: _Program
+    ) -> None:
+        self._context, self._device, self._program = context, device, program
+        self._compiled = False
+        context.set_optimization_profile_async(profile, int(device.stream))
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"input {name!r} can't be {shape}: {program.why()}")
+        if unknown := context.infer_shapes():
+            raise EngineError(f"the shapes leave {', '.join(unknown)} open")
+        self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in program.outputs}
+        device.synchronize()
+
+    def bind(self, addresses: Mapping[str, int], scratch: int) -> None:
+        if scratch and hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(scratch, self._program.scratch_bytes)
+        elif scratch:  # TensorRT 10.3
+            self._context.device_memory = scratch
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
+
+    def enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._device.stream)):
+            raise EngineError(self._program.why())
+        if not self._compiled:
+            self._compiled = True
+            self._program.compiled()
+
+    def close(self) -> None:
+        self._context = None
+
+
+class _RuntimeCache:
+    """Kernels that TensorRT-RTX compiled for this GPU, kept on disk; TensorRT has none to keep.
+
+    A cache of another driver, GPU or version is refused by the library and made anew.
+    """
+
+    def __init__(self, trt: Any, engine: Any, folder: Path | None, gpu: str) -> None:
+        self._trt, self._engine = trt, engine
+        self._file = folder / f"{gpu.replace(' ', '-').replace('/', '-')}.rtxcache" if folder is not None else None
+        self._cache: Any = None
+        self._changed = False
+
+    def config(self, strategy: Any) -> Any:
+        """For a new context; None where the library has no such thing."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return None
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # Compiled for its shape at once, so that a graph is never captured around a stand-in kernel.
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED  # plan_engine.py captures
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._file is not None and self._file.is_file() and not self._cache.deserialize(self._file.read_bytes()):
+                _log.info("%s is of another driver or version; it is made anew", self._file)
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def grew(self) -> None:
+        self._changed = self._cache is not None
+
+    def close(self) -> None:
+        """Written when the engine closes, whole or not at all."""
+        if self._changed and self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+            os.replace(temporary, self._file)
+        self._cache = self._engine = None
+
+
+def _logger(trt: Any, said: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                said.append(" ".join(message.split()))
+            _log.debug("%s", message)
+
+    return Logger()
+
+
+def not_loaded(said: list[str], memory: tuple[int, int]) -> str:
+    """Why a plan whose hash was right could not be loaded, and the cure; `memory`: bytes free and in all."""
+    free, total = memory
+    text = " ".join(said).lower()
+    if "memory" in text:
+        return (
+            f"the GPU has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, too little for it; close what else uses it (see "
+            "nvidia-smi), or use --memory low"
+        )
+    if "driver" in text:
+        return f"{_why(said)}; update the NVIDIA driver"
+    return f"{_why(said)}; build it again with vega-edge build"
+
+
+def _why(said: list[str]) -> str:
+    return said[-1] if said else "the library gave no reason"

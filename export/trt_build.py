@@ -1,0 +1,141 @@
+"""`build_engines`: a bundle's graphs to plans in the folder beside it, those that are there already not again.
+
+Knows no LoRA: weights that a LoRA changed come from the caller, ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..engines import nvidia
+from ..engines.plan_store import Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
+from ..errors import EngineError, UsageError, unknown
+from .trt_graph import Ranges, prepared
+from .trt_library import Library, check_targets, load_library
+from .trt_network import Job, Progress, build_plan, read_inputs
+from .trt_profiles import Sizes, latent_px, profile
+
+Weights = Mapping[str, NDArray[Any]]
+_QUANTIZED = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
+_GRAPHS = ("pixels.onnx", "model.onnx")  # of each part the first that is there is what a pipeline runs
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """library: tensorrt-rtx or tensorrt. parts: of the bundle; none is all. targets: none is the library's default.
+
+    flags: static, refit, stripped, weight-streaming. precision: graph (as the graph says), int8 (weights of the UNet's
+    and text encoders' matrix products) or fp8 (the UNet's); the other parts stay as their graphs say.
+    """
+
+    library: str
+    sizes: Sizes
+    parts: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    precision: str = "graph"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """`seconds` is 0 where the plan was there already."""
+
+    plan: Plan
+    seconds: float
+
+
+def graphs(bundle: Bundle, parts: Sequence[str] = ()) -> list[str]:
+    """'unet/model.onnx', ... in the order in which a pipeline needs them. UsageError for a part without a graph."""
+    found = {}
+    for part in bundle.parts:
+        names = [f"{part}/{name}" for name in _GRAPHS if bundle.has(f"{part}/{name}")]
+        if names:
+            found[part] = names[0]
+    for part in parts:
+        if part not in found:
+            raise unknown("part", part, found)
+    return [found[part] for part in sorted(found) if not parts or part in parts]
+
+
+def build_engines(
+    bundle: Bundle,
+    options: BuildOptions,
+    *,
+    weights: Callable[[str], Weights] = lambda part: {},
+    loras: Sequence[tuple[str, float]] = (),
+    ranges: Callable[[str], Ranges] = lambda graph: {},
+    progress: Callable[[str, float, str], None] = lambda graph, share, phase: None,
+) -> list[BuiltEngine]:
+    """Builds what is not there. `weights`: part -> initializers a LoRA changed; `loras`: (sha256, strength), for the list.
+
+    ranges: graph -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
+    plans that were ready by then stay.
+    """
+    library = load_library(options.library)
+    _check_flags(library, options)
+    targets = check_targets(library, options.targets, options.precision)
+    store, scale, built = PlanStore(bundle.path), latent_px(bundle), []
+    for graph in graphs(bundle, options.parts):
+        part = part_of(graph)
+        replaced = weights(part)
+        precision = options.precision if part.startswith(_QUANTIZED[options.precision]) else "graph"
+        path = bundle.file(graph)
+        wanted = Plan(
+            file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
+            version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
+            profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
+            loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (),
+        )  # fmt: skip
+        with store.lock(wanted.key):  # another process that wants the same plan waits, and then finds it
+            there = _find(store, wanted)
+            if there is not None:
+                built.append(BuiltEngine(there, 0.0))
+                continue
+            measured = ranges(graph) if precision == "fp8" else {}
+            with prepared(path, replaced, precision, store.folder, measured) as source:
+                built.append(_build(store, wanted, library, source, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
+    return built
+
+
+def _build(store: PlanStore, wanted: Plan, library: Library, source: Path, progress: Progress) -> BuiltEngine:
+    start = time.monotonic()
+    timing = store.folder / f"{library.name}-{library.version}-{'-'.join(wanted.targets)}.timing"
+    known = timing.read_bytes() if timing.is_file() else b""
+    job = Job(library, source, wanted.profile, wanted.targets, wanted.flags, known)
+    made = build_plan(job, progress)
+    if made.timing_cache:
+        store.write(timing, made.timing_cache)
+    seconds = time.monotonic() - start
+    listed = store.add(wanted, made.content, seconds)
+    return BuiltEngine(listed, seconds)
+
+
+def _find(store: PlanStore, wanted: Plan) -> Plan | None:
+    for plan in store.plans():
+        if plan.key == wanted.key:
+            with contextlib.suppress(EngineError):  # missing or altered: built again
+                store.read(plan)
+                return plan
+    return None
+
+
+def _check_flags(library: Library, options: BuildOptions) -> None:
+    changeable = [flag for flag in options.flags if flag in ("refit", "stripped")]
+    if len(changeable) > 1:
+        raise UsageError("stripped engines are refittable ones without their weights: ask for --refit or --stripped")
+    if changeable and library.portable:
+        try:
+            nvidia.devices()
+        except EngineError as failure:
+            raise EngineError(
+                f"--{changeable[0]} with {library.name} needs a GPU to build on, and {failure}; build without it: for a "
+                "LoRA, build with --lora, which takes as long"
+            ) from failure

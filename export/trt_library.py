@@ -1,0 +1,102 @@
+"""TensorRT and TensorRT-RTX as one: which is installed, what it can build for, and what its errors mean.
+
+Their Python APIs are almost the same. TensorRT-RTX builds without a GPU, for many; TensorRT builds on a GPU, for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from ..engines import nvidia
+from ..errors import EngineError, UsageError, unknown
+
+AMPERE_PLUS = "ampere+"
+TURING = "sm_75"
+_FP8 = ("sm_89", "sm_120", "sm_121")  # have fp8 arithmetic: Ada and Blackwell
+PRECISIONS = ("graph", "int8", "fp8")
+
+
+class Library(NamedTuple):
+    name: str
+    module: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    @property
+    def portable(self) -> bool:
+        """Builds for GPUs that are not here."""
+        return self.name == "tensorrt-rtx"
+
+
+def load_library(name: str) -> Library:
+    """ "tensorrt-rtx" or "tensorrt"; EngineError says how to install it."""
+    cures = {
+        "tensorrt-rtx": 'pip install "vega-edge[tensorrt-rtx]"',
+        "tensorrt": 'pip install "vega-edge[tensorrt]"; JetPack brings its own for the system\'s Python',
+    }
+    if name not in cures:
+        raise unknown("engine to build", name, cures)
+    try:
+        module = import_module(name.replace("-", "_"))
+    except ModuleNotFoundError as failure:
+        raise EngineError(f"{name} is not installed here; {cures[name]}") from failure
+    except (ImportError, OSError) as failure:
+        raise EngineError(f"{name} is installed but can't be imported: {failure}") from failure
+    return Library(name, module)
+
+
+def check_targets(library: Library, targets: tuple[str, ...], precision: str) -> tuple[str, ...]:
+    """The targets to build for, given those asked for (none: the default). UsageError for what can't be."""
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if not library.portable:
+        here = nvidia.compute_capability()
+        if targets not in ((), (here,)):
+            raise UsageError(f"{library.name} builds for the GPU it runs on, {here}, not for {', '.join(targets)}")
+        targets = (here,)
+    else:
+        known = [AMPERE_PLUS, *_capabilities(library)]
+        for target in targets:
+            if target not in known:
+                raise unknown("target", target, known)
+        targets = targets or (AMPERE_PLUS,)
+        if len(targets) > 1 and set(targets) & {AMPERE_PLUS, TURING}:
+            raise UsageError(
+                f"{AMPERE_PLUS} and {TURING} are each an engine of its own, not to be mixed with others: build one after "
+                "the other"
+            )
+    if precision == "fp8" and (refused := [target for target in targets if target not in _FP8]):
+        raise UsageError(f"fp8 needs {', '.join(_FP8)}; {', '.join(refused)} has none: name targets, or use int8")
+    return targets
+
+
+def set_targets(library: Library, config: Any, targets: tuple[str, ...]) -> None:
+    """Nothing set is TensorRT-RTX's default: every RTX GPU from Ampere on, also ones not yet made, by compiling there."""
+    if not library.portable or targets == (AMPERE_PLUS,):
+        return
+    config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets):
+        config.set_compute_capability(_capabilities(library)[target], i)
+
+
+def _capabilities(library: Library) -> dict[str, Any]:
+    members = library.module.ComputeCapability.__members__
+    return {f"sm_{name[2:]}": value for name, value in members.items() if name.startswith("SM")}
+
+
+def cure(messages: list[str], targets: tuple[str, ...]) -> str:
+    """What to do about the errors that the library logged, or ''."""
+    text = " ".join(messages)
+    lowered = text.lower()
+    if "FP32 GEMM is not supported" in text:
+        return f"{TURING} has no fp32 matrix product in TensorRT-RTX: export the bundle with --dtype fp16"
+    if "cudaError" in text or "CUDA_SUCCESS" in text or "CUDA initialization" in text:
+        return "this kind of build needs a GPU with a new enough driver: see vega-edge doctor, or build without --refit and --stripped"
+    if "out of memory" in lowered or "outofmemory" in lowered or "bad_alloc" in lowered or "MEM_ALLOC" in text:
+        return "too little memory: lower MIN:BEST:MAX of --size and --batch, build one --part at a time, or close other programs"
+    if "HW-specific datatypes" in text:
+        return f"{', '.join(targets)} lacks a type of this graph: name other targets with --target"
+    return "see -v for all that the library said"

@@ -1,0 +1,214 @@
+"""One graph to one plan: parse, set profile, targets and flags, build; with progress, and stopped by Ctrl-C.
+
+The network is strongly typed: the precision of every operation is the graph's. Knows no bundle and no files but the
+graph's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import EngineError
+from .trt_library import Library, cure, set_targets
+
+Progress = Callable[[float, str], None]  # (share done, 0 to 1; phase)
+Profile = Mapping[str, tuple[tuple[int, ...], ...]]
+_FLAGS = {
+    "refit": ("REFIT",),
+    "stripped": ("REFIT", "STRIP_PLAN"),
+    "weight-streaming": ("WEIGHT_STREAMING",),
+    "static": (),
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What to build of one graph. `profile`: (least, best, most) shape of each input with a free axis."""
+
+    library: Library
+    graph: Path
+    profile: Profile = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    timing_cache: bytes = b""
+    said: list[str] = field(default_factory=list)  # errors that the library logged
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    content: memoryview
+    timing_cache: bytes
+
+
+def read_inputs(library: Library, graph: Path) -> dict[str, tuple[int, ...]]:
+    """The graph's inputs with their shapes; -1 is a free axis. EngineError for a graph that can't be parsed."""
+    builder, network, parser = _parse(Job(library, graph))
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    del parser, network, builder  # in this order: each refers to the next
+    return shapes
+
+
+def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> BuiltPlan:
+    """Raises EngineError that says which node or what memory; KeyboardInterrupt after Ctrl-C, when the build has ended.
+
+    The library works in a thread of its own: Python tells the main thread of Ctrl-C, and only between two of its steps.
+    """
+    monitor = _monitor(job.library, progress)
+    outcome: list[BuiltPlan | BaseException] = []
+    running, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        running.set()
+        try:
+            outcome.append(_build(job, monitor))
+        except BaseException as failure:
+            outcome.append(failure)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work, name="engine build")
+    interrupted = False
+    begin: Callable[[], None] = thread.start
+    while not done.is_set():
+        # Events, because Thread.join, when it is interrupted, takes the thread for ended (before Python 3.13).
+        try:
+            begin()
+            while not done.wait(0.1):  # without a time, Windows would not hear Ctrl-C
+                pass
+        except KeyboardInterrupt:
+            monitor.stopped = interrupted = True
+            begin = lambda: None  # noqa: E731
+            if not running.wait(1):  # it came before the thread did
+                raise
+    if interrupted:
+        raise KeyboardInterrupt
+    (result,) = outcome
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _build(job: Job, monitor: Any) -> BuiltPlan:
+    trt = job.library.module
+    builder, network, parser = _parse(job)
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
+    for name in sorted({name for flag in job.flags for name in _FLAGS[flag]}):
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    set_targets(job.library, config, job.targets)
+    cache = _timing_cache(job, config)
+    if job.profile:
+        optimization = builder.create_optimization_profile()
+        for name, (least, best, most) in job.profile.items():
+            optimization.set_shape(name, least, best, most)
+        config.add_optimization_profile(optimization)
+    try:
+        plan = builder.build_serialized_network(network, config)
+    except MemoryError as failure:
+        raise EngineError(f"{_where(job)}: out of memory; {cure(['out of memory'], job.targets)}") from failure
+    if plan is None:
+        why = job.said[-1] if job.said else "no reason given"
+        raise EngineError(f"{_where(job)}: {job.library.name} can't build it: {why}; {cure(job.said, job.targets)}")
+    del parser  # the network reads its weights until here
+    return BuiltPlan(memoryview(plan), bytes(memoryview(cache.serialize())) if cache is not None else b"")
+
+
+def _parse(job: Job) -> tuple[Any, Any, Any]:
+    trt = job.library.module
+    logger = _logger(job)
+    builder = trt.Builder(logger)
+    # TensorRT 11 has no other networks; before that it must be asked for, or precision would be the builder's choice.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    # by path, because the weights lie in a file beside it
+    if not job.graph.is_file() or not parser.parse_from_file(str(job.graph)):
+        raise EngineError(f"{_where(job)}: {_parse_error(parser)}")
+    if network.num_inputs == 0 or network.num_outputs == 0:
+        raise EngineError(f"{_where(job)}: it has no inputs or outputs; it is not a graph of a bundle: export it again")
+    return builder, network, parser
+
+
+def _parse_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "it can't be read; it is not an ONNX graph, or is damaged: export it again"
+    error = parser.get_error(0)
+    operator = getattr(error, "node_operator", str)()
+    why = " ".join(str(error.desc()).split())
+    if not operator:
+        return f"it can't be read ({why}); it is not an ONNX graph of ours, or is damaged: export it again"
+    node = getattr(error, "node_name", str)()
+    return f"its node {node!r} ({operator}) is not supported ({why}); export the bundle with this version's vega-edge export"
+
+
+def _where(job: Job) -> str:
+    return f"{job.graph.parent.name}/{job.graph.name}"
+
+
+def _timing_cache(job: Job, config: Any) -> Any:
+    """What TensorRT measured about kernels before, to measure it once; TensorRT-RTX measures nothing when it builds."""
+    if job.library.portable:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = config.create_timing_cache(job.timing_cache)
+        config.set_timing_cache(cache, False)  # False: one of another GPU is refused, not used
+    return cache
+
+
+def _logger(job: Job) -> Any:
+    trt = job.library.module
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                job.said.append(" ".join(message.split()))
+            _log.info("%s: %s", _where(job), message)
+
+    return Logger()
+
+
+def _monitor(library: Library, progress: Progress) -> Any:
+    trt = library.module
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Phases lie within steps of other phases; the share is that of the outermost."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+            self._phases: dict[str, list[int]] = {}  # name -> [steps done, steps], outermost first
+            self._share = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = [0, max(num_steps, 1)]
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._phases:
+                self._phases[phase_name][0] = step + 1
+            self._share = max(self._share, share(list(self._phases.values())))
+            progress(self._share, next(reversed(self._phases), ""))
+            return not self.stopped
+
+    return Monitor()
+
+
+def share(phases: list[list[int]]) -> float:
+    """Of the outermost phase: each later one is inside the step that the one before it is at. [[done, of], ...] -> 0 to 1."""
+    done = 0.0
+    for steps_done, steps in reversed(phases):
+        done = min((steps_done + done) / steps, 1.0)
+    return done

@@ -1,0 +1,139 @@
+"""Which shapes an engine is built for: from sizes in px and pictures at once to a range for every free axis.
+
+Knows no TensorRT. An axis is told by its place, not by its name, so that other tools' exports are understood too:
+4-D is [batch, channels, height, width], 3-D is [batch, tokens, width], everything else begins with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..bundle import Bundle
+from ..errors import UsageError
+
+TOKENS, MOST_TOKENS = 77, 231  # CLIP's context, and three of it side by side for long prompts
+_PIXELS = ("vae_encoder",)  # parts whose pictures are in px; all others have latents
+
+
+class Range(NamedTuple):
+    """Least, best and most; the engine is tuned for the best."""
+
+    least: int
+    best: int
+    most: int
+
+
+_GUIDED = Range(1, 1, 2)
+_TOKENS = Range(TOKENS, TOKENS, MOST_TOKENS)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an engine must take: picture sides in px, pictures at once, and whether guidance doubles the UNet's batch."""
+
+    width: Range
+    height: Range
+    batch: Range
+    guided: Range = _GUIDED  # evaluations of the UNet for each picture
+    tokens: Range = _TOKENS
+
+    def static(self) -> Sizes:
+        """The best of everything, and nothing else."""
+        fixed = (Range(r.best, r.best, r.best) for r in (self.width, self.height, self.batch, self.guided, self.tokens))
+        return Sizes(*fixed)
+
+
+def bundle_sizes(bundle: Bundle) -> Sizes:
+    """From the bundle's defaults and limits: the recipe's, as they were when it was exported."""
+    defaults = bundle.manifest.defaults if bundle.manifest else {}
+    limits = bundle.manifest.limits if bundle.manifest else {}
+    native = int(bundle.config("unet")["sample_size"]) * latent_px(bundle)
+    least, most = limits.get("size_px", (native, native))
+    width, height = (int(defaults.get(side, native)) for side in ("width", "height"))
+    guided = Range(1, 2 if float(defaults.get("guidance", 7.5)) > 1 else 1, 2)
+    most_guided = limits.get("guidance", (0, 2))[1]
+    if most_guided <= 1:
+        guided = Range(1, 1, 1)
+    return Sizes(Range(least, width, most), Range(least, height, most), Range(1, 1, 4), guided)
+
+
+def latent_px(bundle: Bundle) -> int:
+    """Pixels a latent, each way."""
+    config = bundle.config("vae_decoder")
+    return int(2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1))
+
+
+def profile(
+    part: str, inputs: Mapping[str, Sequence[int]], sizes: Sizes, scale: int
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """(least, best, most) shape of each input that has a free axis (-1). `scale`: px a latent."""
+    found = {}
+    for name, shape in inputs.items():
+        if -1 in shape:
+            ranges = [_range(part, len(shape), axis, size, sizes, scale) for axis, size in enumerate(shape)]
+            found[name] = tuple(zip(*ranges, strict=True))
+    return found
+
+
+def _range(part: str, rank: int, axis: int, size: int, sizes: Sizes, scale: int) -> Range:
+    if size >= 0:
+        return Range(size, size, size)
+    if axis == 0:
+        return _batch(part, rank, sizes)
+    if rank == 3:
+        return sizes.tokens
+    side = sizes.height if axis == 2 else sizes.width
+    unit = 1 if part in _PIXELS else scale
+    return Range(*(px // unit for px in side))
+
+
+def _batch(part: str, rank: int, sizes: Sizes) -> Range:
+    if part == "unet":
+        if rank == 1:  # the timestep, which is one for all
+            return Range(1, 1, 1)
+        return Range(*(n * each for n, each in zip(sizes.batch, sizes.guided, strict=True)))
+    if part.startswith("text_encoder"):  # the prompt and the negative one, in pieces if they are long
+        return Range(1, 1, 1 if sizes.tokens.most == TOKENS else 2 * MOST_TOKENS // TOKENS)
+    return sizes.batch
+
+
+def size_range(text: str) -> tuple[Range, Range]:
+    """'512:1024:1024' or '512x512:1024x576:1536x1024', or one size alone, to the ranges of width and height in px."""
+    sizes = [_size(piece, text) for piece in text.lower().split(":")]
+    if len(sizes) == 1:
+        sizes *= 3
+    if len(sizes) != 3:
+        raise UsageError(
+            f"a size must be MIN:BEST:MAX or one size, in px such as 512:768:1024 or 768x512, not {text!r}"
+        )
+    return _rising([w for w, _ in sizes], "size", text), _rising([h for _, h in sizes], "size", text)
+
+
+def batch_range(text: str) -> Range:
+    """'1:1:4' or '2' to a range of pictures at once."""
+    pieces = text.split(":")
+    if len(pieces) not in (1, 3) or not all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
+        raise UsageError(f"a batch must be MIN:BEST:MAX or one number, from 1 on, such as 1:1:4, not {text!r}")
+    return _rising([int(piece) for piece in (pieces if len(pieces) == 3 else pieces * 3)], "batch", text)
+
+
+def check_multiple(sizes: Sizes, multiple: int) -> None:
+    """Raises UsageError unless the UNet can take every one of the sizes named."""
+    for px in (*sizes.width, *sizes.height):
+        if px < multiple or px % multiple:
+            raise UsageError(f"a side must be a multiple of {multiple} px for this model, not {px}")
+
+
+def _size(piece: str, text: str) -> tuple[int, int]:
+    width, x, height = piece.partition("x")
+    if not width.isdecimal() or (x and not height.isdecimal()):
+        raise UsageError(f"a size must be in px, such as 512, 768x512 or 512:768:1024, not {text!r}")
+    return int(width), int(height if x else width)
+
+
+def _rising(numbers: list[int], kind: str, text: str) -> Range:
+    if sorted(numbers) != numbers:
+        raise UsageError(f"a {kind}'s MIN:BEST:MAX must not fall, as in 1:1:4, but {text!r} does")
+    return Range(*numbers)

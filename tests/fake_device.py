@@ -1,0 +1,129 @@
+"""A GPU that is numpy: memory with addresses, a stream that runs at once, graphs that remember what was captured.
+
+It fails where CUDA would: memory that was freed or never allocated, copies past an end, a graph after its buffers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from vega_edge.engines import Spec
+from vega_edge.errors import EngineError
+
+F32 = np.dtype(np.float32)
+
+
+class FakeDevice:
+    def __init__(self):
+        self.memory, self.next, self.pinned, self.graphs = {}, 0x1000, {}, {}
+        self.calls = Counter()
+        self.capturing = None
+        self.refuse_capture = False
+        self.closed = False
+
+    def activate(self):
+        self.calls["activate"] += 1
+
+    def allocate(self, size):
+        self.calls["allocate"] += 1
+        self.next += 0x1000000
+        self.memory[self.next] = np.zeros(size, np.uint8)
+        return self.next
+
+    def free(self, pointer):
+        del self.memory[pointer]
+
+    def pin(self, size):
+        staging = np.zeros(size, np.uint8)
+        self.pinned[staging.ctypes.data] = staging
+        return staging
+
+    def unpin(self, staging):
+        del self.pinned[staging.ctypes.data]
+
+    def upload(self, pointer, staging):
+        assert self.capturing is None
+        self.calls["upload"] += 1
+        self.memory[pointer][: staging.nbytes] = staging
+
+    def download(self, staging, pointer):
+        self.calls["download"] += 1
+        staging[:] = self.memory[pointer][: staging.nbytes]
+
+    def synchronize(self):
+        pass
+
+    def capture(self, enqueue):
+        if self.refuse_capture:
+            raise EngineError("operation not permitted when stream is capturing")
+        self.calls["capture"] += 1
+        self.capturing = []
+        enqueue()
+        self.next += 1
+        self.graphs[self.next] = self.capturing
+        self.capturing = None
+        return self.next
+
+    def replay(self, graph):
+        self.calls["replay"] += 1
+        for work in self.graphs[graph]:
+            work()
+
+    def destroy(self, graph):
+        del self.graphs[graph]
+
+    def launch(self, work):
+        if self.capturing is not None:
+            self.capturing.append(work)
+        else:
+            self.calls["launch"] += 1
+            work()
+
+    def close(self):
+        self.closed = True
+
+
+class FakeProgram:
+    """y = 2 x + b, x float32[batch, n], b float32[1]; scratch memory that its contexts write to."""
+
+    def __init__(self, device, profiles):
+        self.device, self.profiles, self.scratch_bytes = device, profiles, 8
+        self.inputs = {"x": Spec(F32, (None, None)), "b": Spec(F32, (1,))}
+        self.outputs = {"y": Spec(F32, (None, None))}
+        self.contexts, self.opened, self.closed = [], 0, False
+
+    def context(self, profile, shapes):
+        self.opened += 1
+        context = FakeContext(self, profile, dict(shapes))
+        self.contexts.append(context)
+        return context
+
+    def close(self):
+        assert not self.contexts
+        self.closed = True
+
+
+class FakeContext:
+    def __init__(self, program, profile, shapes):
+        self.program, self.profile, self.shapes = program, profile, shapes
+        self.outputs = {"y": shapes["x"]}
+        self.addresses = None
+
+    def bind(self, addresses, scratch):
+        self.addresses, self.scratch = dict(addresses), scratch
+
+    def enqueue(self):
+        memory, at, shape = self.program.device.memory, self.addresses, self.shapes["x"]
+
+        def work():
+            count = int(np.prod(shape))
+            x = memory[at["x"]].view(F32)[:count]
+            memory[self.scratch][:] = 1
+            memory[at["y"]].view(F32)[:count] = 2 * x + memory[at["b"]].view(F32)[0]
+
+        self.program.device.launch(work)
+
+    def close(self):
+        self.program.contexts.remove(self)

@@ -1,0 +1,58 @@
+"""The GPU benchmark, tried on a CPU with the embedded model: what it counts and how it sums up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vega_edge.bundle import Bundle
+from vega_edge.models import recipes
+
+pytest.importorskip("torch")
+from vega_edge.bench import gpu
+from vega_edge.bench.gpu_peers import flops, pipeline_flops
+
+
+def test_on_a_cpu(tmp_path, capsys):
+    bundle, out = recipes()["demo-vegart"].bundle_path, tmp_path / "results" / "gpu.json"
+    gpu.main([
+        str(bundle), "--device", "cpu", "--engine", "onnxruntime-cpu", "--batches", "1", "2", "--runs", "1",
+        "--peers", "eager", "-o", str(out),
+    ])  # fmt: skip
+    result = json.loads(out.read_text())
+    assert [(row["model"], row["batch"], row["steps"]) for row in result["rows"]] == [("demo-vegart", 2, 4)]
+    for row in result["rows"]:
+        ours, eager = row["sides"]["ours"], row["sides"]["eager"]
+        assert set(ours["parts"]) == {"text", "denoise", "decode", "outside the engines"}
+        assert set(eager["parts"]) == {"text", "denoise", "decode"}
+        assert row["ratios"]["eager"] == pytest.approx(eager["p50_s"] / ours["p50_s"], rel=0.02)
+        assert 0 < ours["parts"]["outside the engines"]["p50_s"] < ours["p50_s"]
+        assert row["first_picture_s"] > 0
+    assert {"date", "commit", "versions", "matmul_tflops", "gpu"} <= set(result)
+    assert capsys.readouterr().out.count("\n| demo-vegart | onnxruntime-cpu |") == 1
+
+
+def test_turns_alternate_and_leave_the_warm_up_out():
+    calls = []
+    taken = gpu.turns({name: lambda seed, n=name: calls.append(n) or {} for name in "ab"}, runs=2, warm=1)
+    assert calls == list("ababab")
+    assert {name: len(each) for name, each in taken.items()} == {"a": 2, "b": 2}
+
+
+def test_summary():
+    taken = [{"denoise": d, "all": a} for d, a in ((1, 2), (2, 4), (3, 6))]
+    got = gpu.summary(taken, batch=2, work=8e12, peak=4e12)
+    assert (got["p50_s"], got["pictures_per_s"], got["tflops"], got["share_of_peak"]) == (4, 0.5, 2, 0.5)
+    assert got["parts"] == {"denoise": {"p50_s": 2, "p95_s": 2.9}}
+
+
+def test_work_counted_on_the_embedded_model():
+    bundle = Bundle.open(recipes()["demo-vegart"].bundle_path)
+    small, large = (
+        flops(bundle, "denoise", {"steps": 4, "guidance": 0, "width": s, "height": 128}) for s in (128, 256)
+    )
+    assert 1.9 * small < large < 2.2 * small  # a little more than twice: attention grows with the square
+    work = {"text": 1.0, "denoise": 10.0, "decode": 100.0}
+    assert pipeline_flops(work, {"steps": 4, "guidance": 0}, 2) == 1 + 2 * (40 + 100)
+    assert pipeline_flops(work, {"steps": 4, "guidance": 3.0}, 1) == 2 + 80 + 100

@@ -1,0 +1,112 @@
+"""What is said when CUDA refuses; a made-up runtime stands for cuda-python's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vega_edge.engines import cuda, nvidia
+from vega_edge.engines.tensorrt import not_loaded
+from vega_edge.errors import EngineError
+
+
+class Runtime(SimpleNamespace):
+    """One GPU; `codes`: what a call answers instead of success."""
+
+    cudaStreamNonBlocking = 1
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __init__(self, **codes):
+        super().__init__(codes=codes, calls=[], count=1)
+
+    def __getattr__(self, name):
+        if not name.startswith("cuda") or name.endswith("Kind"):
+            raise AttributeError(name)
+        values = {"cudaGetDeviceCount": [1], "cudaMalloc": [4096], "cudaMemGetInfo": [2 * 10**9, 8 * 10**9]}
+        values |= {"cudaGetErrorName": [b"cudaErrorX"], "cudaGetErrorString": [b"went wrong"]}
+
+        def call(*arguments):
+            self.calls.append(name)
+            return (
+                self.codes.get(name, 0),
+                *values.get(name, [7] if "Create" in name or "Instantiate" in name else []),
+            )
+
+        return call
+
+    def getLocalRuntimeVersion(self):
+        return 0, 13000
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    def make(**codes):
+        runtime = Runtime(**codes)
+        monkeypatch.setattr(cuda, "load_runtime", lambda: runtime)
+        return cuda.CudaDevice(0), runtime
+
+    return make
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(EngineError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_a_driver_that_is_too_old(opened, monkeypatch):
+    monkeypatch.setattr(nvidia, "driver_cuda", lambda: (12, 2))
+    assert refused(opened, cudaGetDeviceCount=35) == (
+        "the NVIDIA driver is too old: it knows CUDA 12.2, and cuda-python brings CUDA 13.0; update the driver, or "
+        "install an older cuda-python"
+    )
+
+
+def test_a_gpu_without_room(opened):
+    device, _ = opened(cudaMalloc=2)
+    assert refused(device.allocate, 3_000_000_000) == (
+        "GPU 0 has too little memory for 3000 MB: 2.0 of 8.0 GB are free; close what else uses it (see nvidia-smi), draw "
+        "smaller or fewer pictures, or use --memory low"
+    )
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(cuda, "load_runtime", Runtime)
+    assert refused(cuda.CudaDevice, 1) == "there is no cuda:1; this machine has 1 NVIDIA GPUs, numbered from 0"
+
+
+def test_any_other_error_has_its_name(opened):
+    device, _ = opened(cudaStreamSynchronize=700)
+    assert refused(device.synchronize) == "cudaErrorX (700): went wrong"
+
+
+def test_a_capture_that_fails_ends(opened):
+    """Else every later call on the stream would fail too."""
+    device, runtime = opened()
+
+    def fail():
+        raise EngineError("no")
+
+    assert refused(device.capture, fail) == "no"
+    assert runtime.calls[-2:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+
+
+def test_a_stream_is_destroyed_once(opened):
+    device, runtime = opened()
+    device.close()
+    device.close()
+    assert runtime.calls.count("cudaStreamDestroy") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (["CUDA error 2 Out of Memory"], "the GPU has 1.5 of 8.0 GB free, too little for it; close what else uses it (see nvidia-smi), or use --memory low"),
+        (["CUDA driver version is insufficient"], "CUDA driver version is insufficient; update the NVIDIA driver"),
+        (["Serialization assertion failed"], "Serialization assertion failed; build it again with vega-edge build"),
+        ([], "the library gave no reason; build it again with vega-edge build"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_is_not_loaded(said, why):
+    assert not_loaded(said, (1_500_000_000, 8_000_000_000)) == why

@@ -1,0 +1,89 @@
+"""The containers' files: what they install are the extras that the tests install, and what any image should have."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vega_edge
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(vega_edge.__file__).parent
+FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+WANTED = {"cpu": {"cpu", "openvino", "serve"}, "cuda": {"cuda", "tensorrt-rtx", "serve"}, "jetson": {"jetson", "serve"}}
+
+
+def instructions(path):
+    """(name, arguments) of each, continuation lines joined, comments left out."""
+    text = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", path.read_text(encoding="utf-8")))
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
+
+
+def test_there_are_three():
+    assert {path.name.split(".")[0] for path in FILES} == set(WANTED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_is_installed_are_extras_of_the_project(path):
+    runs = " && ".join(arguments for name, arguments in instructions(path) if name == "RUN")
+    installs = re.findall(r"pip install ([^&]*)", runs)
+    assert len(installs) == 1
+    (extras,) = re.findall(r'"/src\[([^\]]*)\]"', installs[0])
+    assert set(extras.split(",")) == WANTED[path.name.split(".")[0]] <= set(EXTRAS)
+    assert re.sub(r'--no-cache-dir|"/src\[[^\]]*\]"', "", installs[0]).strip() == ""  # and nothing beside them
+    assert "torch" not in path.read_text(encoding="utf-8").replace("no torch", "")
+
+
+def test_no_container_has_torch():
+    for extra in set().union(*WANTED.values()):
+        for requirement in EXTRAS[extra]:
+            assert not requirement.startswith(("torch", "diffusers", "transformers", "optimum"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_any_image_should_have(path):
+    found = instructions(path)
+    names = [name for name, _ in found]
+    last = max(i for i, name in enumerate(names) if name == "FROM")
+    final = found[last:]
+    assert [arguments for name, arguments in final if name == "USER"] == ["1000"]
+    assert [arguments for name, arguments in final if name == "VOLUME"] == ["/data"]
+    assert "/healthz" in next(arguments for name, arguments in final if name == "HEALTHCHECK")
+    assert all(
+        not arguments.endswith(":latest") and ":" in arguments.split()[0] for name, arguments in found if name == "FROM"
+    )
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 36
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_hadolint(path):
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, str(path)], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_the_composed_services_are_built_from_these_files():
+    text = (ROOT / "docker" / "compose.yaml").read_text(encoding="utf-8")
+    for name in re.findall(r"dockerfile: (\S+?)}", text):
+        assert (ROOT / name).is_file()
+    assert '"127.0.0.1:8000:8000"' in text  # --no-auth is for this machine only
+
+
+def test_the_image_holds_what_the_package_is():
+    """.dockerignore leaves out nothing that pyproject lists as a package or its data."""
+    ignored = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {name.removeprefix("vega_edge").lstrip(".").replace(".", "/") for name in settings["packages"]}
+    assert not folders & ignored

@@ -1,0 +1,248 @@
+"""What only a GPU can show. Each test says what it lacks where it is skipped; none needs a network or a trained model.
+
+The first part needs any NVIDIA GPU and cuda-python: our CUDA calls beneath a program made of copies. The second needs an
+engine library that this GPU is one of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from vega_edge import Pipeline, engines
+from vega_edge.bundle import Bundle
+from vega_edge.engines import Spec, nvidia
+from vega_edge.engines.plan_engine import PlanEngine
+from vega_edge.errors import EngineError
+from vega_edge.models import recipes
+
+pytestmark = pytest.mark.gpu
+F32 = np.dtype(np.float32)
+# Largest difference from onnxruntime-cpu of the final latents after 4 steps, relative to their largest value. The
+# embedded model computes in float32; TensorRT and CUDA may use TF32 (10 bits of mantissa, 2^-11 a product) in some
+# convolutions, and every kernel sums in an order of its own, which four steps amplify.
+TOLERANCES = {"tensorrt-rtx": 2e-2, "tensorrt": 2e-2, "onnxruntime-cuda": 5e-3, "onnxruntime-tensorrt": 2e-2}
+STATES = {state.name: state for state in engines.available()}
+
+
+@pytest.fixture
+def device():
+    try:
+        nvidia.devices()
+    except EngineError as why:
+        pytest.skip(str(why))
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    from vega_edge.engines.cuda import CudaDevice
+
+    return CudaDevice(0)
+
+
+class CopyProgram:
+    """y = x, by a copy on the device's stream: what a plan is to the part that decides."""
+
+    def __init__(self, device):
+        self.device, self.profiles, self.scratch_bytes = device, [{}], 1 << 20
+        self.inputs = self.outputs = {"x": Spec(F32, (None, None))}
+        self.outputs = {"y": Spec(F32, (None, None))}
+
+    def context(self, profile, shapes):
+        return CopyContext(self.device, shapes)
+
+    def close(self):
+        pass
+
+
+class CopyContext:
+    def __init__(self, device, shapes):
+        self.device, self.outputs = device, {"y": shapes["x"]}
+
+    def bind(self, addresses, scratch):
+        self.addresses = dict(addresses)
+
+    def enqueue(self):
+        from cuda.bindings import runtime
+
+        size = int(np.prod(self.outputs["y"])) * 4
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        (code,) = runtime.cudaMemcpyAsync(self.addresses["y"], self.addresses["x"], size, kind, self.device.stream)
+        assert int(code) == 0
+
+    def close(self):
+        pass
+
+
+def copier(device, **options):
+    return PlanEngine(CopyProgram(device), device, "", **options)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_goes_in_comes_out(device, graphs):
+    engine = copier(device, graphs=graphs)
+    for seed in range(4):
+        for shape in ((1, 8), (3, 100), (2, 70000)):
+            given = random(*shape, seed=seed)
+            np.testing.assert_array_equal(engine.run({"x": given})["y"], given)
+    engine.close()
+
+
+def test_graphs_are_really_captured(device):
+    engine = copier(device)
+    for seed in range(3):
+        engine.run({"x": random(2, 8, seed=seed)})
+    assert [prepared.graph is not None for prepared in engine._prepared.values()] == [True]
+    assert engine._graphs
+    engine.close()
+
+
+def test_a_writable_feed_changed_in_place(device):
+    engine, given = copier(device), random(4, 4)
+    engine.run({"x": given})
+    given[:] = 7
+    assert (engine.run({"x": given})["y"] == 7).all()
+    engine.close()
+
+
+def test_memory_stays_and_is_freed(device):
+    from vega_edge.engines.cuda import CudaDevice
+
+    watcher = CudaDevice(0)
+    before = watcher.memory()[0]
+    engine = copier(device)
+    engine.run({"x": random(4, 1 << 20)})
+    during = watcher.memory()[0]
+    for seed in range(500):
+        engine.run({"x": random(1 + seed % 4, 1 << 10, seed=seed)})
+    assert abs(watcher.memory()[0] - during) < 4 << 20
+    engine.close()
+    assert before - watcher.memory()[0] < 4 << 20
+    assert not device._pinned
+    watcher.close()
+
+
+def test_two_at_once(device):
+    from vega_edge.engines.cuda import CudaDevice
+
+    wrong = []
+
+    def work(index):
+        engine = copier(CudaDevice(0))
+        for seed in range(100):
+            given = random(2, 4096, seed=1000 * index + seed)
+            if not np.array_equal(engine.run({"x": given})["y"], given):
+                wrong.append((index, seed))
+        engine.close()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_too_little_memory_says_how_much_is_free(device):
+    with pytest.raises(
+        EngineError, match=r"^GPU 0 has too little memory for 1000000000 MB: [\d.]+ of [\d.]+ GB are free; close "
+    ):
+        device.allocate(10**15)
+
+
+def test_no_such_gpu():
+    from vega_edge.engines.cuda import CudaDevice
+
+    with contextlib.suppress(EngineError):
+        count = len(nvidia.devices())
+        with pytest.raises(EngineError, match=rf"^there is no cuda:{count}; this machine has {count} NVIDIA GPUs"):
+            CudaDevice(count)
+
+
+# engines
+
+
+@pytest.fixture(scope="module", params=list(TOLERANCES))
+def engine_name(request):
+    if not STATES[request.param].ok:
+        pytest.skip(f"{request.param}: {STATES[request.param].why_not}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bundle(engine_name, tmp_path_factory):
+    """The embedded model's, with engines where the backend runs what was built; refittable ones, which need a GPU."""
+    folder = tmp_path_factory.mktemp(engine_name) / "demo"
+    shutil.copytree(recipes()["demo-vegart"].bundle_path, folder)
+    if engine_name.startswith("tensorrt"):
+        from vega_edge.export.trt_build import BuildOptions, build_engines
+        from vega_edge.export.trt_profiles import bundle_sizes
+
+        opened = Bundle.open(folder)
+        for flags in ((), ("refit",)):
+            build_engines(opened, BuildOptions(engine_name, bundle_sizes(opened), flags=flags))
+    return folder
+
+
+def latents(folder, engine, **options):
+    pipe = Pipeline.open(folder, engine, **{k: options.pop(k) for k in ("loras",) if k in options})
+    with contextlib.closing(pipe):
+        return pipe("a big red star on a blue background", **{"steps": 4, "seed": 7, **options}).latents
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 4}, {"guidance": 3.0}, {"width": 192, "height": 96}], ids=str)
+def test_the_same_as_on_the_cpu(engine_name, bundle, options):
+    want, got = latents(bundle, "onnxruntime-cpu", **options), latents(bundle, engine_name, **options)
+    assert np.abs(got - want).max() / np.abs(want).max() < TOLERANCES[engine_name]
+
+
+def test_auto_takes_what_was_built(engine_name, bundle, caplog):
+    if engine_name not in engines.choice.AUTO:
+        pytest.skip(f"{engine_name} is not among those that auto takes")
+    chosen = engines.choose_engine(None, bundle)
+    assert engines.choice.AUTO.index(chosen) <= engines.choice.AUTO.index(engine_name)
+
+
+def test_a_lora_taken_off_leaves_the_original_bit_for_bit(engine_name, bundle, tmp_path):
+    """A known defect elsewhere: NVIDIA/TensorRT#3628."""
+    file = lora_for(bundle, tmp_path / "lora.safetensors")
+    before = latents(bundle, engine_name)
+    with_lora = latents(bundle, engine_name, loras=[(file, 1.0)])
+    want = latents(bundle, "onnxruntime-cpu", loras=[(file, 1.0)])
+    assert np.abs(with_lora - want).max() / np.abs(want).max() < TOLERANCES[engine_name]
+    assert np.abs(with_lora - before).max() > 10 * TOLERANCES[engine_name] * np.abs(before).max()
+    np.testing.assert_array_equal(latents(bundle, engine_name), before)
+
+
+def lora_for(folder, file):
+    """A LoRA of rank 4 on a few of the UNet's matrices, large enough to be seen."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from vega_edge.onnx_file import read_weights
+
+    bundle = Bundle.open(folder)
+    weights, rng, tensors = read_weights(bundle.graph("unet")), np.random.default_rng(0), {}
+    places = bundle.manifest.parts["unet"].parameters
+    for name in [n for n in places if n.endswith(("to_q.weight", "to_v.weight"))][:12]:
+        shape = weights[places[name].initializer].shape
+        out, into = shape[::-1] if places[name].transposed else shape
+        module = f"unet.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = rng.standard_normal((4, into)).astype(np.float32) * 0.2
+        tensors[f"{module}.lora_B.weight"] = rng.standard_normal((out, 4)).astype(np.float32) * 0.2
+    safetensors.save_file(tensors, file)
+    return file
+
+
+def test_500_pictures_in_constant_memory(engine_name, bundle, device):
+    pipe = Pipeline.open(bundle, engine_name)
+    for seed in range(10):
+        pipe("a star", steps=1, seed=seed)
+    before = device.memory()[0]
+    for seed in range(500):
+        pipe("a star", steps=1, seed=seed)
+    assert abs(device.memory()[0] - before) < 16 << 20
+    pipe.close()

@@ -1,0 +1,247 @@
+"""What is decided about a plan on a device: buffers, uploads, profiles, contexts, CUDA graphs. On a GPU of numpy."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from vega_edge.engines.device_io import is_constant
+from vega_edge.engines.plan_engine import PlanEngine, choose_profile
+from vega_edge.errors import EngineError
+
+from .fake_device import FakeDevice, FakeProgram
+
+WIDE = {"x": ((1, 1), (1, 8), (4, 64))}
+
+
+class Bench:
+    def __init__(self, profiles=(WIDE,), **options):
+        self.device = FakeDevice()
+        self.program = FakeProgram(self.device, profiles)
+        self.engine = PlanEngine(self.program, self.device, "vega-edge build X", **options)
+        self.calls = self.device.calls
+
+    def run(self, x, b=0.5):
+        b = b if isinstance(b, np.ndarray) else np.float32([b])
+        got = self.engine.run({"x": x, "b": b})["y"]
+        np.testing.assert_array_equal(got, 2 * x + b)
+        return got
+
+
+def x(batch=1, n=8, start=0):
+    return np.arange(start, start + batch * n, dtype=np.float32).reshape(batch, n)
+
+
+def constant(values):
+    values = np.float32(values)
+    values.flags.writeable = False
+    return values
+
+
+def test_the_first_run_warms_up_the_second_captures_the_third_replays():
+    bench = Bench()
+    bench.run(x())
+    assert (bench.calls["launch"], bench.calls["capture"], bench.calls["replay"]) == (1, 0, 0)
+    bench.run(x(start=3))
+    assert (bench.calls["launch"], bench.calls["capture"], bench.calls["replay"]) == (1, 1, 1)
+    bench.run(x(start=9))
+    assert (bench.calls["launch"], bench.calls["capture"], bench.calls["replay"]) == (1, 1, 2)
+
+
+def test_without_graphs_every_run_launches():
+    bench = Bench(graphs=False)
+    for i in range(3):
+        bench.run(x(start=i))
+    assert (bench.calls["launch"], bench.calls["capture"]) == (3, 0)
+
+
+def test_what_cannot_be_captured_says_so_once_and_runs(caplog):
+    bench = Bench()
+    bench.device.refuse_capture = True
+    with caplog.at_level(logging.WARNING):
+        for i in range(4):
+            bench.run(x(start=i))
+    assert [r.getMessage() for r in caplog.records] == [
+        "this plan can't be captured as a CUDA graph, and runs without one, slower: "
+        "operation not permitted when stream is capturing"
+    ]
+    assert bench.calls["launch"] == 4
+
+
+def test_each_shape_has_a_graph_of_its_own():
+    bench = Bench()
+    for _ in range(3):
+        bench.run(x(2, 8))
+        bench.run(x(1, 4))
+    assert (bench.program.opened, bench.calls["capture"], bench.calls["replay"]) == (2, 2, 4)
+
+
+def test_the_shape_used_longest_ago_goes_when_there_are_too_many():
+    bench = Bench()
+    bench.run(x(4, 64))  # the largest first: later ones move no buffer
+    for n in (1, 2, 3):
+        bench.run(x(1, n))
+        bench.run(x(1, n))
+    bench.run(x(4, 64))
+    assert (bench.program.opened, len(bench.program.contexts), len(bench.device.graphs)) == (4, 4, 4)
+    bench.run(x(1, 5))  # n = 1 goes
+    assert (bench.program.opened, len(bench.program.contexts), len(bench.device.graphs)) == (5, 4, 3)
+    bench.run(x(4, 64))
+    assert bench.program.opened == 5
+    bench.run(x(1, 1))
+    assert bench.program.opened == 6
+
+
+def test_a_buffer_that_moves_ends_the_graphs_that_know_its_old_place():
+    bench = Bench()
+    for _ in range(3):
+        bench.run(x(1, 4))
+    before = bench.calls["capture"]
+    bench.run(x(2, 64))
+    assert not bench.device.graphs
+    for _ in range(3):
+        bench.run(x(1, 4, start=7))
+    assert bench.calls["capture"] == before + 1
+
+
+def test_buffers_grow_and_stay():
+    bench = Bench()
+    bench.run(x(4, 64))
+    allocated = bench.calls["allocate"]
+    for i in range(50):
+        bench.run(x(1 + i % 4, 1 + i))
+    assert bench.calls["allocate"] == allocated
+    assert len(bench.device.memory) == 4  # x, b, y, scratch
+
+
+def test_a_constant_feed_is_sent_once():
+    bench = Bench()
+    b = constant([3])
+    for i in range(4):
+        bench.run(x(start=i), b)
+    assert bench.calls["upload"] == 4 + 1
+    bench.run(x(), constant([4]))  # another array, though it may lie where the first one did
+    bench.run(x(), b)
+    assert bench.calls["upload"] == 6 + 3
+
+
+def test_a_writable_feed_changed_in_place_is_seen():
+    bench = Bench()
+    b = np.float32([1])
+    bench.run(x(), b)
+    b[:] = 9
+    assert bench.run(x(), b)[0, 0] == 9
+
+
+def test_a_read_only_view_of_memory_that_can_change_is_sent_each_time():
+    bench = Bench()
+    b = np.float32([1])
+    view = b[:]
+    view.flags.writeable = False
+    bench.run(x(), view)
+    b[:] = 9
+    assert bench.run(x(), view)[0, 0] == 9
+
+
+def test_a_held_feed_survives_a_change_of_shape_but_not_of_its_buffer():
+    bench = Bench()
+    b = constant([3])
+    bench.run(x(1, 4), b)
+    uploads = bench.calls["upload"]
+    bench.run(x(1, 3), b)
+    assert bench.calls["upload"] == uploads + 1
+    bench.run(x(4, 64), b)  # x and y move, b stays
+    assert bench.calls["upload"] == uploads + 2
+    big = constant(np.arange(64).reshape(1, 64))
+    bench.run(big, b)
+    bench.run(constant(np.ones((4, 64))), b)
+    bench.run(big, b)
+
+
+def test_what_is_constant():
+    frozen = constant([1, 2])
+    assert is_constant(frozen)
+    assert is_constant(frozen[:1])
+    assert is_constant(np.frombuffer(b"1234", np.float32))
+    assert not is_constant(np.float32([1]))
+    writable = bytearray(4)
+    shared = np.frombuffer(writable, np.float32)
+    shared.flags.writeable = False
+    assert not is_constant(shared)
+
+
+def test_results_belong_to_the_caller():
+    bench = Bench()
+    first = bench.run(x())
+    kept = first.copy()
+    first += 100
+    bench.run(x(start=5))
+    np.testing.assert_array_equal(first, kept + 100)
+
+
+def test_feeds_in_any_memory_order():
+    bench = Bench()
+    bench.run(np.asfortranarray(x(3, 5)))
+    bench.run(np.repeat(x(3, 5), 2, axis=1)[:, ::2])
+
+
+def test_close_frees_everything():
+    bench = Bench()
+    for shape in ((1, 4), (1, 4), (2, 8)):
+        bench.run(x(*shape))
+    bench.engine.close()
+    assert (bench.device.memory, bench.device.pinned, bench.device.graphs) == ({}, {}, {})
+    assert bench.program.closed
+    assert bench.device.closed
+
+
+def test_two_engines_have_buffers_of_their_own():
+    device = FakeDevice()
+    engines = [PlanEngine(FakeProgram(device, [WIDE]), device, "") for _ in range(2)]
+    for i in range(4):
+        for k, engine in enumerate(engines):
+            given = x(1, 8, start=10 * i + k)
+            np.testing.assert_array_equal(engine.run({"x": given, "b": np.float32([k])})["y"], 2 * given + k)
+
+
+def test_each_run_makes_the_device_the_threads_own():
+    """A server may run a model in another thread than the one that opened it."""
+    bench = Bench()
+    bench.run(x())
+    bench.run(x())
+    assert bench.calls["activate"] == 2
+
+
+# profiles
+
+SMALL, LARGE = {"x": ((1, 1), (1, 8), (1, 16))}, {"x": ((1, 8), (2, 32), (4, 64))}
+
+
+@pytest.mark.parametrize(
+    ("shape", "index"), [((1, 8), 0), ((1, 16), 0), ((1, 17), 1), ((2, 8), 1), ((4, 64), 1), ((1, 1), 0)]
+)
+def test_the_profile_that_fits_and_is_nearest(shape, index):
+    assert choose_profile([SMALL, LARGE], {"x": shape, "b": (1,)}, "") == index
+
+
+def test_outside_every_profile():
+    with pytest.raises(EngineError) as caught:
+        choose_profile([SMALL, LARGE], {"x": (1, 65), "b": (1,)}, "vega-edge build B --part unet")
+    assert str(caught.value) == (
+        "input 'x' is 1x65, but axis 1 was built for 1 to 16; widen it: vega-edge build B --part unet"
+    )
+
+
+def test_a_plan_without_free_axes_takes_its_one_shape():
+    assert choose_profile([{}], {"x": (1, 8)}, "") == 0
+    assert choose_profile([], {"x": (1, 8)}, "") == 0
+
+
+def test_a_refused_shape_leaves_the_engine_working():
+    bench = Bench()
+    bench.run(x())
+    with pytest.raises(EngineError):
+        bench.engine.run({"x": x(5, 8), "b": np.float32([0])})
+    bench.run(x())

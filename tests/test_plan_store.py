@@ -1,0 +1,255 @@
+"""Plans on disk: hashes, locks, what is left of a build that was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vega_edge.engines.plan_choice import Here, choose_plan, lacking
+from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
+from vega_edge.errors import EngineError
+
+pytest.importorskip("filelock")
+RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "bundle"
+    for part, name in (("unet", "model.onnx"), ("vae_decoder", "pixels.onnx"), ("vae_decoder", "model.onnx")):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / name).write_bytes(f"{part} {name}".encode())
+    (folder / "unet" / "model.onnx_data").write_bytes(b"weights")
+    return folder
+
+
+@pytest.fixture
+def store(bundle):
+    return PlanStore(bundle)
+
+
+def plan(bundle, graph="unet/model.onnx", **changes):
+    return dataclasses.replace(
+        Plan("", "", 0, graph, graph_hash(bundle / graph), "tensorrt-rtx", "1.7", ("ampere+",), RANGES), **changes
+    )
+
+
+def refused(call, *args):
+    with pytest.raises(EngineError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+def test_what_is_added_is_read(store, bundle):
+    added = store.add(plan(bundle), b"plan", 1.234)
+    assert store.folder == bundle.with_name("bundle.engines")
+    assert (added.file, added.bytes, added.seconds) == (f"unet.model.{added.key[:16]}.tensorrt-rtx.plan", 4, 1.23)
+    assert store.plans() == (added,)
+    assert store.read(added) == b"plan"
+    again = store.add(plan(bundle), b"other plan", 1)
+    assert store.plans() == (again,)
+    assert store.read(again) == b"other plan"
+
+
+def test_the_key_covers_what_makes_a_plan_another(bundle):
+    one = plan(bundle)
+    others = [
+        {"graph_hash": "0"}, {"library": "tensorrt"}, {"version": "1.6"}, {"targets": ("sm_75",)}, {"profile": {}},
+        {"precision": "int8"}, {"flags": ("static",)}, {"weights": "0"}, {"graph": "unet/other.onnx"},
+    ]  # fmt: skip
+    keys = {dataclasses.replace(one, **other).key for other in others}
+    assert len(keys | {one.key}) == len(others) + 1
+    same = dataclasses.replace(one, seconds=3.0, file="x", bytes=3, sha256="0", loras=(PlanLora("0", 1.0),))
+    assert same.key == one.key
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(b"pl"), "{path} is truncated (2 of 4 bytes); {cure}"),
+        (
+            lambda p: p.write_bytes(b"evil"),
+            "{path} is not the engine that was built here (sha256 d7c1d14e3a2d, engines.json says 0d11b08ae3b3) and is "
+            "not loaded, because an engine is code; {cure}",
+        ),
+        (lambda p: p.unlink(), "{path} can't be read (No such file or directory); {cure}"),
+    ],
+)
+def test_a_plan_that_is_not_what_was_built_is_not_loaded(store, bundle, damage, message):
+    added = store.add(plan(bundle), b"plan", 0)
+    path = store.folder / added.file
+    damage(path)
+    cure = f"build it again: vega-edge build {bundle} --engine tensorrt-rtx --part unet"
+    message = message.replace("d7c1d14e3a2d", hashlib.sha256(b"evil").hexdigest()[:12])
+    message = message.replace("0d11b08ae3b3", hashlib.sha256(b"plan").hexdigest()[:12])
+    assert refused(store.read, added) == message.format(path=path, cure=cure)
+
+
+def test_a_plan_that_nobody_listed_is_not_seen(store, bundle):
+    added = store.add(plan(bundle), b"plan", 0)
+    (store.folder / "unet.model.0.tensorrt-rtx.plan").write_bytes(b"from elsewhere")
+    assert store.plans() == (added,)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ('{"format": 2}', "format 2 is not 1, the one this version reads"),
+        ('{"format": 1, "plan": []}', "unknown key 'plan'; known keys: format, plans"),
+    ],
+)
+def test_a_damaged_manifest(store, bundle, text, why):
+    store.add(plan(bundle), b"plan", 0)
+    (store.folder / INDEX).write_text(text)
+    cure = f"remove {store.folder} and build again"
+    assert refused(store.plans) == f"{store.folder / INDEX}: {why}; {cure}"
+
+
+def test_a_listed_name_stays_in_the_folder(store, bundle):
+    store.add(plan(bundle), b"plan", 0)
+    index = json.loads((store.folder / INDEX).read_text())
+    index["plans"][0]["file"] = "../evil.plan"
+    (store.folder / INDEX).write_text(json.dumps(index))
+    assert "'../evil.plan' is not the name of a file in this folder" in refused(store.plans)
+
+
+def test_removing(store, bundle):
+    one, two = store.add(plan(bundle), b"1", 0), store.add(plan(bundle, flags=("static",)), b"2", 0)
+    store.remove((one,))
+    assert store.plans() == (two,)
+    assert not (store.folder / one.file).exists()
+
+
+def test_what_a_killed_build_left_is_found_but_not_what_is_being_written(store, bundle):
+    added = store.add(plan(bundle), b"plan", 0)
+    old, new = store.folder / ".x.plan.1.part", store.folder / ".y.plan.2.part"
+    for path in (old, new, store.folder / "unlisted.plan"):
+        path.write_bytes(b"half")
+    for path in (old, store.folder / "unlisted.plan", store.folder / added.file):
+        os.utime(path, (time.time() - 3600,) * 2)
+    assert store.stray() == [old, store.folder / "unlisted.plan"]
+
+
+def test_a_plan_of_another_export_is_of_no_use(store, bundle):
+    added = store.add(plan(bundle), b"plan", 0)
+    assert store.fault(added) == ""
+    (bundle / "unet" / "model.onnx_data").write_bytes(b"others")
+    assert store.fault(added) == "unet/model.onnx has changed since"
+    (bundle / "unet" / "model.onnx").unlink()
+    assert store.fault(added) == "the bundle has no unet/model.onnx"
+    (store.folder / added.file).unlink()
+    assert store.fault(added) == "its file is missing"
+
+
+def test_a_folder_that_cannot_be_made(bundle, monkeypatch):
+    (bundle.parent / "file").write_text("")
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(bundle.parent / "file"))
+    store = PlanStore(bundle)
+    assert refused(store.write, store.folder / "x", b"") == (
+        f"{store.folder} can't be made (Not a directory); copy the bundle to a folder of yours, or set "
+        "VEGA_EDGE_ENGINES to one where engines may be kept"
+    )
+
+
+def test_many_processes_list_their_plans_at_once(store, bundle):
+    """Without the lock, one would write back a manifest that it read before another's was there."""
+    code = (
+        "import sys; from pathlib import Path; from vega_edge.engines.plan_store import *\n"
+        "b = Path(sys.argv[1]); s = PlanStore(b)\n"
+        "for i in range(15): s.add(Plan('', '', 0, 'unet/model.onnx', sys.argv[2] + str(i), 'tensorrt', '1', (), {}), b'x', 0)"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, str(bundle), str(n)]) for n in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert len(store.plans()) == 45
+    assert len(list(store.folder.glob("*.plan"))) == 45
+
+
+def test_a_lock_ends_with_its_process(store):
+    code = (
+        "import sys, os; from pathlib import Path; from vega_edge.engines.plan_store import *\n"
+        "with PlanStore(Path(sys.argv[1])).lock('key'):\n    print('held', flush=True); os._exit(9)"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(store.bundle)], capture_output=True, text=True)
+    assert (child.stdout, child.returncode) == ("held\n", 9)
+    with store.lock("key"):
+        pass
+
+
+# which one runs here
+
+ADA = Here("tensorrt-rtx", "1.7", "sm_89", frozenset({"sm_75", "sm_86", "sm_89"}))
+ORIN = dataclasses.replace(ADA, capability="sm_87")
+LORA = {"w": np.float32([1])}
+
+
+def chosen(store, here=ADA, weights=None):
+    return choose_plan(store, store.bundle / "unet" / "model.onnx", here, weights or {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "why"),
+    [
+        (None, ADA, "none has been built"),
+        ({"version": "1.6"}, ADA, "the one there is of tensorrt-rtx 1.6, and this is 1.7"),
+        ({"targets": ("sm_89",)}, ORIN, "the one there is built for sm_89, and this GPU is sm_87"),
+        ({"graph_hash": "0"}, ADA, "the one there is of another export of the bundle"),
+        ({"weights": "0"}, ADA, "the one there is built with another LoRA"),
+    ],
+)
+def test_why_none_fits(store, bundle, changes, here, why):
+    if changes is not None:
+        store.add(plan(bundle, **changes), b"plan", 0)
+    command = f"vega-edge build {bundle} --engine tensorrt-rtx --part unet"
+    assert refused(chosen, store, here) == f"no engine of unet/model.onnx can be used here: {why}; run: {command}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("sm_89", True), ("sm_75", False), ("sm_90", False), ("sm_87", False)]
+)
+def test_one_for_all_rtx_gpus_is_not_for_turing_hopper_or_orin(store, bundle, capability, fits):
+    store.add(plan(bundle), b"plan", 0)
+    here = dataclasses.replace(ADA, capability=capability)
+    if fits:
+        assert chosen(store, here).plan == store.plans()[0]
+    else:
+        assert f"built for ampere+, and this GPU is {capability}" in refused(chosen, store, here)
+
+
+def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bundle):
+    plain = store.add(plan(bundle), b"plan", 0)
+    assert refused(chosen, store, ADA, LORA).endswith(
+        f"the one there is built without this LoRA; run: vega-edge build {bundle} --engine tensorrt-rtx --part unet "
+        "--lora FILE:STRENGTH"
+    )
+    refit = store.add(plan(bundle, flags=("refit",)), b"refit", 0)
+    assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (refit, True)
+    built = store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (built, False)
+    assert chosen(store).plan in (plain, refit)
+
+
+def test_the_last_built_is_taken(store, bundle):
+    first, second = (store.add(plan(bundle, flags=flags), b"plan", 0) for flags in ((), ("static",)))
+    os.utime(store.folder / first.file, (1e9, 1e9))
+    assert chosen(store).plan == second
+    os.utime(store.folder / second.file, (9e8, 9e8))
+    assert chosen(store).plan == first
+
+
+def test_every_graph_needs_one(store, bundle):
+    store.add(plan(bundle), b"plan", 0)
+    assert lacking(bundle, ADA) == (
+        "no engine of vae_decoder/pixels.onnx can be used here: none has been built; "
+        f"run: vega-edge build {bundle} --engine tensorrt-rtx --part vae_decoder"
+    )
+    store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
+    assert lacking(bundle, ADA) == ""

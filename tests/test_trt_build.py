@@ -1,0 +1,574 @@
+"""Engines built: for which shapes, for which GPUs, what a failure says; and real builds by TensorRT-RTX, which need no GPU."""
+
+from __future__ import annotations
+
+import _thread
+import dataclasses
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from vega_edge import engines
+from vega_edge.bundle import Bundle
+from vega_edge.cli import main
+from vega_edge.engines import nvidia
+from vega_edge.engines.plan_store import PlanStore
+from vega_edge.errors import EngineError, UsageError
+from vega_edge.export import trt_build, trt_library
+from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
+from vega_edge.export.trt_calibrate import largest_values
+from vega_edge.export.trt_graph import int8_scale, prepared
+from vega_edge.export.trt_library import Library, check_targets, load_library
+from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
+from vega_edge.export.trt_profiles import (
+    Range,
+    Sizes,
+    batch_range,
+    bundle_sizes,
+    check_multiple,
+    profile,
+    size_range,
+)
+from vega_edge.models import recipes
+from vega_edge.onnx_file import read_weights
+from vega_edge.runtime.calibration import unet_feeds
+
+from .fake_tensorrt import FakeTensorRT
+
+pytest.importorskip("filelock")
+F32, F16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def refused(exception, call, *args, **kwargs):
+    with pytest.raises(exception) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """y = x @ w, x [batch, 16, 128], w [128, 128]."""
+    return matmul(tmp_path / "unet" / "model.onnx", np.float32)
+
+
+def matmul(path, dtype, side=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    w = np.random.default_rng(0).standard_normal((side, side)).astype(dtype)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="the_product")]
+    tensors = [helper.make_tensor_value_info(name, kind, ["batch", 16, side]) for name in "xy"]
+    made = helper.make_graph(nodes, "graph", tensors[:1], tensors[1:], [numpy_helper.from_array(w, "w")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    return path
+
+
+# shapes
+
+SIZES = Sizes(Range(512, 1024, 1536), Range(512, 768, 1024), Range(1, 1, 4))
+UNET = {
+    "sample": (-1, 4, -1, -1), "timestep": (1,), "encoder_hidden_states": (-1, -1, 2048), "text_embeds": (-1, 1280),
+    "time_ids": (-1, 6),
+}  # fmt: skip
+
+
+def test_the_unets_shapes():
+    assert profile("unet", UNET, SIZES, 8) == {
+        "sample": ((1, 4, 64, 64), (1, 4, 96, 128), (8, 4, 128, 192)),
+        "encoder_hidden_states": ((1, 77, 2048), (1, 77, 2048), (8, 231, 2048)),
+        "text_embeds": ((1, 1280), (1, 1280), (8, 1280)),
+        "time_ids": ((1, 6), (1, 6), (8, 6)),
+    }
+
+
+def test_a_static_engine_has_one_shape():
+    guided = dataclasses.replace(SIZES, guided=Range(1, 2, 2)).static()
+    ranges = profile("unet", UNET, guided, 8)
+    assert ranges["sample"] == ((2, 4, 96, 128),) * 3
+    assert ranges["encoder_hidden_states"] == ((2, 77, 2048),) * 3
+
+
+def test_other_parts_shapes():
+    assert profile("vae_decoder", {"latent_sample": (-1, 4, -1, -1)}, SIZES, 8) == {
+        "latent_sample": ((1, 4, 64, 64), (1, 4, 96, 128), (4, 4, 128, 192))
+    }
+    assert profile("vae_encoder", {"sample": (-1, 3, -1, -1)}, SIZES, 8) == {
+        "sample": ((1, 3, 512, 512), (1, 3, 768, 1024), (4, 3, 1024, 1536))
+    }
+    assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES, 8) == {"input_ids": ((1, 77), (1, 77), (6, 77))}
+    assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES.static(), 8) == {"input_ids": ((1, 77),) * 3}
+
+
+def test_a_foreign_timestep_with_a_free_axis_is_one_number():
+    assert profile("unet", {"timestep": (-1,)}, SIZES, 8) == {"timestep": ((1,), (1,), (1,))}
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "height"),
+    [
+        ("512", (512, 512, 512), (512, 512, 512)),
+        ("512:768:1024", (512, 768, 1024), (512, 768, 1024)),
+        ("512x384:768x512:1024X1024", (512, 768, 1024), (384, 512, 1024)),
+    ],
+)
+def test_sizes(text, width, height):
+    assert size_range(text) == (width, height)
+
+
+@pytest.mark.parametrize(
+    ("call", "text", "message"),
+    [
+        (size_range, "512:1024", "a size must be MIN:BEST:MAX or one size, in px such as 512:768:1024 or 768x512, not '512:1024'"),
+        (size_range, "big", "a size must be in px, such as 512, 768x512 or 512:768:1024, not 'big'"),
+        (size_range, "512x", "a size must be in px, such as 512, 768x512 or 512:768:1024, not '512x'"),
+        (size_range, "1024:512:1024", "a size's MIN:BEST:MAX must not fall, as in 1:1:4, but '1024:512:1024' does"),
+        (batch_range, "0", "a batch must be MIN:BEST:MAX or one number, from 1 on, such as 1:1:4, not '0'"),
+        (batch_range, "4:1:1", "a batch's MIN:BEST:MAX must not fall, as in 1:1:4, but '4:1:1' does"),
+        (lambda text: check_multiple(Sizes(*size_range(text), Range(1, 1, 1)), 64), "100", "a side must be a multiple of 64 px for this model, not 100"),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_refused(call, text, message):
+    assert refused(UsageError, call, text) == message
+
+
+def test_a_batch():
+    assert batch_range("2") == (2, 2, 2)
+    assert batch_range("1:2:4") == (1, 2, 4)
+
+
+# progress
+
+
+@pytest.mark.parametrize(
+    ("phases", "done"),
+    [([], 0), ([[0, 4]], 0), ([[1, 4]], 0.25), ([[1, 4], [5, 10]], 0.375), ([[1, 2], [1, 2], [1, 2]], 0.875), ([[4, 4], [1, 2]], 1)],
+)  # fmt: skip
+def test_share_of_phases_within_phases(phases, done):
+    assert share(phases) == done
+
+
+def test_progress_never_goes_back(graph):
+    seen = []
+    fake = FakeTensorRT(steps=((0, 2), (1, 2), (0, 2)))
+    build_plan(Job(Library("tensorrt", fake), graph), lambda done, phase: seen.append((done, phase)))
+    assert seen == [(0.5, "Building engine"), (1, "Building engine"), (1, "Building engine")]
+
+
+def test_ctrl_c_stops_the_build_and_waits_for_its_end(graph):
+    """The interrupt comes while the library works; the library is told, and is done before the call ends."""
+    steps = []
+    stopped = threading.Event()
+
+    def progress(done, phase):
+        steps.append(done)
+        if len(steps) == 5:
+            _thread.interrupt_main()
+        if len(steps) >= 5:
+            stopped.wait(0.02)
+
+    fake = FakeTensorRT(steps=tuple((i, 1000) for i in range(1000)))
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(Job(Library("tensorrt", fake), graph), progress)
+    count = len(steps)
+    assert 5 <= count < 1000
+    stopped.wait(0.1)
+    assert len(steps) == count
+
+
+# what the library is told
+
+
+def test_tensorrt_before_11_is_asked_for_a_strongly_typed_network(graph):
+    for typed, flags in ((True, 2), (False, 0)):
+        fake = FakeTensorRT(typed=typed)
+        build_plan(Job(Library("tensorrt", fake), graph))
+        assert fake.told["network"] == flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [((), []), (("refit",), ["REFIT"]), (("stripped", "static"), ["REFIT", "STRIP_PLAN"]), (("weight-streaming",), ["WEIGHT_STREAMING"])],
+)  # fmt: skip
+def test_flags(graph, flags, told):
+    fake = FakeTensorRT()
+    build_plan(Job(Library("tensorrt", fake), graph, flags=flags))
+    assert fake.told["flags"] == told
+
+
+def test_profiles_and_timings_are_handed_over(graph):
+    fake = FakeTensorRT()
+    ranges = {"x": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
+    built = build_plan(Job(Library("tensorrt", fake), graph, ranges, timing_cache=b"known"))
+    assert fake.told["shapes"] == ranges
+    assert (fake.told["timing cache"], built.timing_cache, bytes(built.content)) == (b"known", b"known+", b"plan")
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 99)", "too little memory: lower MIN:BEST:MAX of --size and --batch, build one --part at a time, or close other programs"),
+        ("Myelin: FP32 GEMM is not supported.", "sm_75 has no fp32 matrix product in TensorRT-RTX: export the bundle with --dtype fp16"),
+        ("MyelinCheckException: CHECK(status == CUDA_SUCCESS) failed.", "this kind of build needs a GPU with a new enough driver: see vega-edge doctor, or build without --refit and --stripped"),
+        ("something else", "see -v for all that the library said"),
+    ],
+)  # fmt: skip
+def test_a_failed_build_names_the_cure(graph, error, cure):
+    fake = FakeTensorRT(plan=None, errors=["first", error])
+    message = refused(EngineError, build_plan, Job(Library("tensorrt", fake), graph))
+    assert message == f"unet/model.onnx: tensorrt can't build it: {error}; {cure}"
+
+
+def test_an_operator_that_is_not_supported_names_the_node(graph):
+    fake = FakeTensorRT(parse=("node_Foo_7", "Foo", "no importer\nfor it"))
+    assert refused(EngineError, build_plan, Job(Library("tensorrt", fake), graph)) == (
+        "unet/model.onnx: its node 'node_Foo_7' (Foo) is not supported (no importer for it); "
+        "export the bundle with this version's vega-edge export"
+    )
+
+
+# libraries and targets
+
+
+def test_a_library_that_is_not_there(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(trt_library, "import_module", fail)
+    assert refused(EngineError, load_library, "tensorrt-rtx") == (
+        'tensorrt-rtx is not installed here; pip install "vega-edge[tensorrt-rtx]"'
+    )
+    assert refused(UsageError, load_library, "openvino") == (
+        "unknown engine to build 'openvino'; there are: tensorrt, tensorrt-rtx"
+    )
+
+
+class Capability:
+    __members__ = {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM86": 86, "SM89": 89, "SM120": 120}  # noqa: RUF012
+
+
+RTX = Library("tensorrt-rtx", type("M", (), {"ComputeCapability": Capability, "__version__": "1.7"}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "got"),
+    [
+        ((), "graph", ("ampere+",)),
+        (("sm_75",), "graph", ("sm_75",)),
+        (("sm_86", "sm_89"), "int8", ("sm_86", "sm_89")),
+        (("sm_89", "sm_120"), "fp8", ("sm_89", "sm_120")),
+    ],
+)
+def test_targets(targets, precision, got):
+    assert check_targets(RTX, targets, precision) == got
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "message"),
+    [
+        (("sm_90",), "graph", "unknown target 'sm_90'; did you mean 'sm_89'? there are: ampere+, sm_120, sm_75, sm_86, sm_89"),
+        (("sm_75", "sm_86"), "graph", "ampere+ and sm_75 are each an engine of its own, not to be mixed with others: build one after the other"),
+        ((), "fp8", "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
+        (("sm_86", "sm_89"), "fp8", "fp8 needs sm_89, sm_120, sm_121; sm_86 has none: name targets, or use int8"),
+        ((), "int4", "unknown precision 'int4'; did you mean 'int8'? there are: fp8, graph, int8"),
+    ],
+)  # fmt: skip
+def test_targets_that_are_refused(targets, precision, message):
+    assert refused(UsageError, check_targets, RTX, targets, precision) == message
+
+
+def test_tensorrt_builds_for_the_gpu_here(monkeypatch):
+    monkeypatch.setattr(nvidia, "compute_capability", lambda: "sm_87")
+    library = Library("tensorrt", FakeTensorRT())
+    assert check_targets(library, (), "graph") == ("sm_87",)
+    assert refused(UsageError, check_targets, library, ("sm_89",), "graph") == (
+        "tensorrt builds for the GPU it runs on, sm_87, not for sm_89"
+    )
+
+
+def test_refitting_needs_a_gpu_to_build_on(monkeypatch, tmp_path):
+    def none():
+        raise EngineError("the NVIDIA driver shows no GPU")
+
+    monkeypatch.setattr(nvidia, "devices", none)
+    options = BuildOptions("tensorrt-rtx", SIZES, flags=("stripped",))
+    assert refused(EngineError, trt_build._check_flags, RTX, options) == (
+        "--stripped with tensorrt-rtx needs a GPU to build on, and the NVIDIA driver shows no GPU; build without it: for "
+        "a LoRA, build with --lora, which takes as long"
+    )
+
+
+# the graph that is built from
+
+
+def test_the_bundles_own_graph_is_not_copied(graph, tmp_path):
+    with prepared(graph, {}, "graph", tmp_path / "work") as path:
+        assert path == graph
+    assert not (tmp_path / "work").exists()
+
+
+def test_replaced_weights_are_those_of_the_copy(graph, tmp_path):
+    new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
+    x = np.ones((2, 16, 128), np.float32)
+    before = (graph.parent / "model.onnx_data").read_bytes()
+    with prepared(graph, {"w": new}, "graph", tmp_path / "work") as path:
+        np.testing.assert_array_equal(read_weights(path)["w"].read(), new)
+        got = engines.open_engine(path, "onnxruntime-cpu").run({"x": x})["y"]
+    want = engines.open_engine(graph, "onnxruntime-cpu", weights={"w": new}).run({"x": x})["y"]
+    np.testing.assert_array_equal(got, want)
+    assert (graph.parent / "model.onnx_data").read_bytes() == before
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_int8_weights_stay_near_and_are_a_quarter(graph, tmp_path):
+    x = np.random.default_rng(2).standard_normal((2, 16, 128)).astype(np.float32)
+    want = engines.open_engine(graph, "onnxruntime-cpu").run({"x": x})["y"]
+    with prepared(graph, {}, "int8", tmp_path) as path:
+        got = engines.open_engine(path, "onnxruntime-cpu").run({"x": x})["y"]
+        size = (path.parent / "quantized_data").stat().st_size
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 1e-4 < error < 0.02  # 127 steps for each column: a uniform error of half a step, over normal weights
+    assert size < 0.3 * 128 * 128 * 4
+
+
+def test_an_int8_column_of_zeros_has_a_scale():
+    scale = int8_scale(np.float16([[0, 127], [0, -254]]))
+    assert (scale.tolist(), scale.dtype) == ([1, 2], np.float16)
+
+
+def test_fp8_is_of_both_sides(graph, tmp_path):
+    with prepared(graph, {}, "fp8", tmp_path, {"x": 4.0}) as path:
+        model = onnx.load(path)
+    assert [node.op_type for node in model.graph.node] == [
+        "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "MatMul"
+    ]  # fmt: skip
+    assert model.opset_import[0].version == 19
+    scales = {t.name: float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name.endswith("scale")}
+    largest = float(np.abs(read_weights(graph)["w"].read()).max())
+    assert sorted(scales.values()) == pytest.approx(sorted([4 / 448, largest / 448]))
+
+
+def test_an_fp8_graph_stays_near(graph, tmp_path):
+    """E4M3 has 3 bits of mantissa: a rounding of up to 2^-4 on each side, which a sum of 128 products averages."""
+    x = np.random.default_rng(2).standard_normal((2, 16, 128)).astype(np.float32)
+    want = engines.open_engine(graph, "onnxruntime-cpu").run({"x": x})["y"]
+    with prepared(graph, {}, "fp8", tmp_path, largest_values(graph, [{"x": x}])) as path:
+        options = onnxruntime.SessionOptions()  # onnxruntime's fusions take every 8-bit type for an integer
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        (got,) = onnxruntime.InferenceSession(path, options).run(None, {"x": x})
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 5e-3 < error < 0.05
+
+
+def test_calibration_takes_the_largest_of_all_inputs(graph):
+    feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
+    assert largest_values(graph, feeds) == {"x": 5}
+
+
+def test_calibration_on_what_is_not_finite(graph):
+    feeds = [{"x": np.full((1, 16, 128), np.inf, np.float32)}]
+    assert refused(EngineError, largest_values, graph, feeds) == (
+        "unet/model.onnx: x is not finite on calibration inputs; fp8 can't be scaled: use int8"
+    )
+
+
+def test_calibration_inputs_are_what_the_unet_is_fed():
+    feeds = list(unet_feeds(recipes()["demo-vegart"].bundle_path))
+    assert len(feeds) == 3 * 4
+    times = [float(given["timestep"][0]) for given in feeds]
+    assert times[:4] == sorted(times[:4], reverse=True) == times[4:8]
+    assert feeds[0]["sample"].shape == (1, 4, 16, 16)
+    assert not np.array_equal(feeds[0]["sample"], feeds[4]["sample"])
+    assert not np.array_equal(feeds[0]["encoder_hidden_states"], feeds[4]["encoder_hidden_states"])
+
+
+# real builds, by TensorRT-RTX, which needs no GPU for them
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines") / "demo"
+    shutil.copytree(recipes()["demo-vegart"].bundle_path, folder)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def built(rtx, embedded):
+    return build_engines(embedded, BuildOptions("tensorrt-rtx", bundle_sizes(embedded)))
+
+
+def test_every_graph_of_the_embedded_model_is_built_without_a_gpu(built, embedded):
+    assert [each.plan.graph for each in built] == graphs(embedded)
+    assert {"text_encoder/model.onnx", "unet/model.onnx", "vae_decoder/pixels.onnx"} <= {e.plan.graph for e in built}
+    store = PlanStore(embedded.path)
+    for each in built:
+        content = store.read(each.plan)
+        assert content[:4] == b"vtrt"  # how TensorRT-RTX's plans begin
+        assert each.seconds > 0
+        assert each.plan.targets == ("ampere+",)
+    unet = next(each.plan for each in built if each.plan.graph == "unet/model.onnx")
+    assert unet.profile["sample"] == ((1, 4, 8, 8), (1, 4, 16, 16), (8, 4, 32, 32))
+    assert not [path for path in store.folder.iterdir() if path.name.startswith(".build-")]
+
+
+def test_what_is_there_is_not_built_again(built, embedded, monkeypatch):
+    def never(*args):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(trt_build, "build_plan", never)
+    again = build_engines(embedded, BuildOptions("tensorrt-rtx", bundle_sizes(embedded)))
+    assert [each.plan for each in again] == [each.plan for each in built]
+    assert {each.seconds for each in again} == {0}
+
+
+def test_an_altered_plan_is_built_again(built, embedded):
+    store = PlanStore(embedded.path)
+    plan = next(each.plan for each in built if each.plan.graph == "text_encoder/model.onnx")
+    (store.folder / plan.file).write_bytes(b"x" * plan.bytes)
+    options = BuildOptions("tensorrt-rtx", bundle_sizes(embedded), ("text_encoder",))
+    (again,) = build_engines(embedded, options)
+    assert again.seconds > 0
+    assert store.read(again.plan)[:4] == b"vtrt"
+
+
+def test_a_lora_is_a_plan_of_its_own(built, embedded):
+    """A changed weight of the text encoder; the graph with it is compared on a CPU above."""
+    options = BuildOptions("tensorrt-rtx", bundle_sizes(embedded), ("text_encoder",))
+    name, place = next(
+        (n, p) for n, p in read_weights(embedded.graph("text_encoder")).items() if len(p.shape) == 2 and p.external
+    )
+    changed = np.fromfile(
+        place.file, "f2" if place.dtype == "fp16" else "f4", int(np.prod(place.shape)), offset=place.offset
+    )
+    changed = (changed.reshape(place.shape) * 2).astype(changed.dtype)
+    (with_lora,) = build_engines(embedded, options, weights=lambda part: {name: changed}, loras=[("ab" * 32, 0.5)])
+    store = PlanStore(embedded.path)
+    key = next(each.plan.key for each in built if each.plan.graph == "text_encoder/model.onnx")
+    plain = next(plan for plan in store.plans() if plan.key == key)
+    assert with_lora.plan.key != plain.key
+    assert with_lora.plan.loras[0].strength == 0.5
+    assert {plain.file, with_lora.plan.file} <= {plan.file for plan in store.plans()}
+    assert len(store.read(with_lora.plan)) == pytest.approx(len(store.read(plain)), rel=0.1)
+
+
+def build_one(library, path, ranges=None, **options):
+    ranges = ranges or {"x": ((1, 16, 128), (1, 16, 128), (2, 16, 128))}
+    return bytes(build_plan(Job(library, path, ranges, **options)).content)
+
+
+def test_turing_is_built_of_half_precision_only(rtx, tmp_path):
+    half, full = matmul(tmp_path / "h" / "model.onnx", np.float16), matmul(tmp_path / "f" / "model.onnx", np.float32)
+    assert build_one(rtx, half, targets=("sm_75",))[:4] == b"vtrt"
+    message = refused(EngineError, build_one, rtx, full, targets=("sm_75",))
+    assert message.startswith("f/model.onnx: tensorrt-rtx can't build it: ")
+    assert message.endswith("sm_75 has no fp32 matrix product in TensorRT-RTX: export the bundle with --dtype fp16")
+
+
+def test_int8_weights_make_a_smaller_plan(rtx, tmp_path):
+    path = matmul(tmp_path / "h" / "model.onnx", np.float16, side=1024)
+    ranges = {"x": ((1, 16, 1024), (1, 16, 1024), (2, 16, 1024))}
+    with prepared(path, {}, "int8", tmp_path / "work") as quantized:
+        smaller = build_one(rtx, quantized, ranges)
+    assert len(smaller) < 0.65 * len(build_one(rtx, path, ranges))
+
+
+def test_fp8_is_built_for_ada_and_blackwell_and_refused_for_ampere(rtx, tmp_path):
+    path = matmul(tmp_path / "h" / "model.onnx", np.float16)
+    with prepared(path, {}, "fp8", tmp_path / "work", {"x": 4.0}) as quantized:
+        assert build_one(rtx, quantized, targets=("sm_89", "sm_120"))[:4] == b"vtrt"
+        message = refused(EngineError, build_one, rtx, quantized, targets=("sm_86",))
+    assert message.endswith("sm_86 lacks a type of this graph: name other targets with --target")
+
+
+def test_an_operator_that_tensorrt_rtx_does_not_have(rtx, tmp_path):
+    path = matmul(tmp_path / "unet" / "model.onnx", np.float32)
+    model = onnx.load(path)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "OurProduct", "ours"
+    onnx.save(model, path)
+    message = refused(EngineError, read_inputs, rtx, path)
+    assert message.startswith("unet/model.onnx: its node 'the_product' (OurProduct) is not supported (")
+    assert message.endswith("); export the bundle with this version's vega-edge export")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", "cut"])
+def test_a_file_that_is_no_graph(rtx, graph, content):
+    graph.write_bytes(graph.read_bytes()[:-20] if content == "cut" else content)
+    message = refused(EngineError, read_inputs, rtx, graph)
+    assert message.startswith("unet/model.onnx: it ")
+    assert message.endswith("export it again")
+
+
+def test_the_builder_needs_no_torch():
+    code = (
+        "import sys, vega_edge.export.trt_build, vega_edge.verbs.build\n"
+        "print([m for m in ('torch', 'onnx', 'onnx_ir', 'diffusers', 'tensorrt_rtx') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+# the command line
+
+
+def test_build_and_engines(built, embedded, capsys):
+    folder = str(embedded.path)
+    assert main(["build", folder, "--engine", "tensorrt-rtx", "--part", "unet"]) == 0
+    out, err = capsys.readouterr()
+    unet = next(each.plan for each in built if each.plan.graph == "unet/model.onnx")
+    assert out == f"{unet.file}\n"
+    assert err.endswith(f"unet/model.onnx: {unet.bytes / 1e6:.1f} MB, there already\n")
+    assert main(["engines", "ls", folder]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        f"{unet.file}  {unet.bytes / 1e6:.1f} MB  tensorrt-rtx {unet.version} ampere+  sample 1x4x8x8..1x4x16x16..8x4x32x32"
+        in out
+    )
+    assert f" MB in {folder}.engines" in err
+
+
+def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    shutil.copytree(embedded.path, folder)
+    options = BuildOptions("tensorrt-rtx", bundle_sizes(embedded), ("text_encoder",))
+    (made,) = build_engines(Bundle.open(folder), options)
+    assert main(["engines", "gc", str(folder)]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["engines", "rm", str(folder), "nothing"]) == 2
+    assert capsys.readouterr().err == (
+        f"vega-edge: there is no engine nothing in {folder}.engines; see: vega-edge engines ls {folder}\n"
+    )
+    assert main(["engines", "rm", str(folder), made.plan.file]) == 0
+    assert PlanStore(folder).plans() == ()
+    build_engines(Bundle.open(folder), options)
+    (PlanStore(folder).folder / made.plan.file).unlink()
+    capsys.readouterr()
+    assert main(["engines", "gc", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{made.plan.file}\n"
+    assert PlanStore(folder).plans() == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder"),
+        (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
+        (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
+        (["--refit", "--stripped"], "stripped engines are refittable ones without their weights: ask for --refit or --stripped"),
+    ],
+)  # fmt: skip
+def test_build_with_wrong_options(rtx, embedded, arguments, message, capsys):
+    assert main(["build", str(embedded.path), "--engine", "tensorrt-rtx", *arguments]) == 2
+    assert capsys.readouterr().err == f"vega-edge: {message}\n"

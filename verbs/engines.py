@@ -1,0 +1,86 @@
+"""`vega-edge engines`: the built engines of a bundle: list, remove, clean up."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..engines.plan_store import Plan, PlanStore
+
+
+def add(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "action", choices=("ls", "rm", "gc"), help="list; remove those named; remove what can't be used any more"
+    )
+    p.add_argument("bundle", metavar="BUNDLE", help="a model's name, or a bundle's folder")
+    p.add_argument("files", metavar="FILE", nargs="*", help="of rm: names that ls printed")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..engines.plan_store import PlanStore
+    from ..models import find_bundle
+
+    store = PlanStore(find_bundle(arguments.bundle))
+    if arguments.action == "ls":
+        _list(store, arguments.json)
+    elif arguments.action == "rm":
+        _remove(store, arguments.files)
+    else:
+        _clean(store)
+
+
+def _list(store: PlanStore, as_json: bool) -> None:
+    plans = store.plans()
+    if as_json:
+        print(json.dumps([{**dataclasses.asdict(plan), "unusable": store.fault(plan)} for plan in plans], indent=2))
+        return
+    for plan in plans:
+        print(f"{plan.file}  {plan.bytes / 1e6:.1f} MB  {_describe(plan)}{_unusable(store, plan)}")
+    print(f"{len(plans)} engines, {sum(plan.bytes for plan in plans) / 1e6:.1f} MB in {store.folder}", file=sys.stderr)
+
+
+def _describe(plan: Plan) -> str:
+    shapes = "; ".join(
+        f"{name} {'..'.join('x'.join(map(str, shape)) for shape in dict.fromkeys(ranges))}"
+        for name, ranges in plan.profile.items()
+    )
+    extras = [*([plan.precision] if plan.precision != "graph" else []), *plan.flags]
+    extras += [f"lora {lora.sha256[:8]}:{lora.strength:g}" for lora in plan.loras]
+    return f"{plan.library} {plan.version} {','.join(plan.targets)}  {shapes}  {' '.join(extras)}".rstrip()
+
+
+def _unusable(store: PlanStore, plan: Plan) -> str:
+    fault = store.fault(plan)
+    return f"  ({fault})" if fault else ""
+
+
+def _remove(store: PlanStore, files: list[str]) -> None:
+    plans = {plan.file: plan for plan in store.plans()}
+    if not files:
+        raise UsageError("engines rm: name the files to remove, as engines ls prints them")
+    for file in files:
+        if file not in plans:
+            raise UsageError(f"there is no engine {file} in {store.folder}; see: vega-edge engines ls {store.bundle}")
+    store.remove(tuple(plans[file] for file in dict.fromkeys(files)))
+    print(*files, sep="\n")
+
+
+def _clean(store: PlanStore) -> None:
+    unusable = tuple(plan for plan in store.plans() if store.fault(plan))
+    strays = store.stray()
+    freed = sum(path.stat().st_size for path in strays) + sum(plan.bytes for plan in unusable)
+    if unusable:
+        store.remove(unusable)
+    for path in strays:
+        path.unlink(missing_ok=True)
+    for name in (*(plan.file for plan in unusable), *(path.name for path in strays)):
+        print(name)
+    print(f"{len(unusable) + len(strays)} files, {freed / 1e6:.1f} MB removed from {store.folder}", file=sys.stderr)
