@@ -30,7 +30,7 @@ check: .venv-test/installed
 
 .venv-test/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-test
-	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,openvino,export,serve,test]"
+	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,openvino,tensorrt-rtx,serve,export,test]"
 	@$(PYTHON) -c "open('$@', 'w').close()"
 
 clean:

@@ -30,6 +30,9 @@ _ALL = dict.fromkeys(PRECISIONS, YES)
 TABLE: Mapping[str, Mapping[tuple[str, str], str]] = {
     "onnxruntime-cpu": _ALL | {("bf16", "bf16"): _NO_CONVOLUTION},
     "onnxruntime-cuda": dict.fromkeys(PRECISIONS, UNTRIED) | {("int8", "int8"): _NO_SUCH},
+    "onnxruntime-tensorrt": dict.fromkeys(PRECISIONS, UNTRIED),
+    "tensorrt": dict.fromkeys(PRECISIONS, UNTRIED),
+    "tensorrt-rtx": dict.fromkeys(PRECISIONS, UNTRIED),  # it builds fp32 and fp16 graphs; no GPU has run them
     "openvino": _ALL,
     "openvino-bf16": _ALL,
 }

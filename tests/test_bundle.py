@@ -257,14 +257,14 @@ NEEDED = "name, created_by, dtype, weights, source, defaults, limits"
         (lambda v: v.update(format=True), "format must be a whole number from 1, not true"),
         (lambda v: v.update(format=0), "format must be a whole number from 1, not 0"),
         (lambda v: v.update(name=7), "name: must be a text, not 7"),
-        (lambda v: v.update(dtype="fp8"), 'dtype: must be one of "fp32", "fp16", not "fp8"'),
+        (lambda v: v.update(dtype="fp8"), 'dtype: must be one of "fp32", "fp16", "bf16", "int8", not "fp8"'),
         (lambda v: v.update(parts=[]), "parts: must be an object, not []"),
         (lambda v: v["source"].update(vae="big"), 'source.vae: must be one of "full", "tiny", not "big"'),
         (lambda v: v["source"].update(loras={}), "source.loras: must be a list, not {}"),
         (lambda v: v["source"]["loras"][0].update(strength="1"), 'source.loras[0].strength: must be a number, not "1"'),
         (
             lambda v: v["parts"]["unet"].update(hash="x"),
-            "parts.unet: unknown key 'hash'; known keys: files, max_relative_error, parameters",
+            "parts.unet: unknown key 'hash'; known keys: files, max_relative_error, parameters, dtype, weights, activation_scale",
         ),
         (
             lambda v: v["parts"]["unet"]["files"]["unet/model.onnx"].pop("bytes"),
@@ -299,7 +299,7 @@ NEEDED = "name, created_by, dtype, weights, source, defaults, limits"
         (lambda v: v.update(limits={"steps": [8, 1]}), "limits: steps must be [least, most], not [8, 1]"),
         (
             lambda v: v.update(defaults={"step": 4}),
-            "defaults: unknown key 'step'; known keys: scheduler, family, steps, guidance, width, height",
+            "defaults: unknown key 'step'; known keys: scheduler, family, schedule, steps, guidance, width, height, prompt_syntax",
         ),
         (lambda v: v["parts"].pop("config"), "parts.config: model_index.json is not listed"),
     ],
@@ -387,7 +387,7 @@ def test_a_manifest_of_files_that_are_not_there_is_not_written(tmp_path):
 
 def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path):
     manifest = manifest_of(fill(tmp_path), dtype="fp8")
-    want = f'{tmp_path / "vega-edge.json"}: dtype: must be one of "fp32", "fp16", not "fp8"'
+    want = f'{tmp_path / "vega-edge.json"}: dtype: must be one of "fp32", "fp16", "bf16", "int8", not "fp8"'
     assert refused(write_manifest, tmp_path, manifest) == want
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model_index.json"]
 

@@ -109,7 +109,7 @@ def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
 
 
 BAD = [
-    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-vega, demo-vegart"),
+    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-vega, demo-vegart, "),
     (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
     (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, "),
     (["--scheduler", "PLMS", "--family", "diffusers"], 2, "vega-edge: PLMS is not in the family diffusers; it is in a1111"),
@@ -146,7 +146,7 @@ def test_bad_input_gets_one_clear_line(tmp_path: Path, arguments: list[str], sta
     engine = [] if "--engine" in arguments else ["--engine", "onnxruntime-cpu"]
     done = run("generate", STAR, *arguments, *engine, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (status, "")
-    line, end = done.stderr.splitlines(), message.endswith(("; ", "there are: ", "DDIM, "))
+    line, end = done.stderr.splitlines(), message.endswith(("; ", "there are: ", "DDIM, ", "demo-vegart, "))
     assert len(line) == 1, done.stderr
     assert line[0].startswith(message) if end else line[0] == message
     assert not list(tmp_path.iterdir())
@@ -166,7 +166,10 @@ def test_an_existing_file_is_not_overwritten_silently(tmp_path: Path) -> None:
 
 def test_a_long_prompt_says_what_was_cut(tmp_path: Path) -> None:
     done = generate(tmp_path, "star " * 75 + "moon", "--steps", "1")
-    assert "vega-edge: the prompt has 76 tokens, CLIP reads 75; cut off: 'moon'" in done.stderr.splitlines()
+    assert (
+        "vega-edge: the prompt has 76 tokens, CLIP reads 75 at a time; cut off: 'moon'; --long-prompt reads all of it"
+        in done.stderr.splitlines()
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
