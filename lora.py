@@ -77,7 +77,8 @@ class LoraLayer:
         """What to add to the weight of this shape (torch's layout, [out, in, ...])."""
         rank = self.down.shape[0]
         up = self.up.reshape(-1, rank) * np.float32(strength * self.scale)
-        return (up @ self.down.reshape(rank, -1)).reshape(shape)
+        change: NDArray[np.float32] = up @ self.down.reshape(rank, -1)
+        return change.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def read_lora(path: Path) -> Lora:
     scales = Scales(path, metadata, raw_peft=any(m.startswith(RAW_PEFT) for m in found))
     layers: dict[ModuleKey, LoraLayer] = {}
     for module, roles in found.items():
-        key, layer = module_key(module), _layer(path, module, roles, scales)
-        if key in layers:
-            raise CheckpointError(f"LoRA {path}: {module} and {layers[key].label} are the same module, spelled twice")
-        layers[key] = layer
+        place, layer = module_key(module), _layer(path, module, roles, scales)
+        if place in layers:
+            raise CheckpointError(f"LoRA {path}: {module} and {layers[place].label} are the same module, spelled twice")
+        layers[place] = layer
     return Lora(path, layers)
 
 
@@ -146,17 +147,19 @@ def match_lora(lora: Lora, weights: Mapping[str, Mapping[str, tuple[int, ...]]])
         else:
             matched[part][name] = layer
     if faults:
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        more = "".join(f", then {fault}" for fault in faults[1:_SHOWN])
+        more += f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError(
-            f"LoRA {lora.path}: {len(faults)} of its {len(lora.layers)} modules fit nothing in this checkpoint: "
-            f"{', '.join(faults[:_SHOWN])}{more}; {_made_for(lora, weights)}use a LoRA made for this architecture"
+            f"LoRA {lora.path}: {len(faults)} of its {len(lora.layers)} modules fit nothing in this checkpoint, the "
+            f"first is {faults[0]}{more}; {len(lora.layers) - len(faults)} fit; {_made_for(lora, weights)}use a LoRA "
+            "made for this architecture"
         )
     return matched
 
 
 def _modules(weights: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[ModuleKey, tuple[str, str]]:
     """Every name that a module with a matrix or a kernel may have in a LoRA file -> its part and weight name."""
-    found = {}
+    found: dict[ModuleKey, tuple[str, str]] = {}
     for part, shapes in weights.items():
         names = [
             name.removesuffix(".weight")

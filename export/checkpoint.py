@@ -268,6 +268,8 @@ def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
             options |= {"dtype": dtype, "output_loading_info": True}
             module, info = getattr(diffusers, _CLASSES[part][0]).from_pretrained(folder, **options)
             missing = info["missing_keys"]
+    for parameter in module.parameters() if part in checkpoint.pickles else ():
+        parameter.data = parameter.data.contiguous()  # pickles keep strides; distill-sd's are not in order
     if missing:
         raise ExportError(f"{folder}: {len(missing)} weights are missing, the first is {min(missing)}; fetch it again")
     return module

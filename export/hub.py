@@ -44,10 +44,11 @@ class _Repository:
     commit: str
     files: Mapping[str, _Remote]
     get: Callable[[str], Path]
+    where: str = ""
 
     @property
     def title(self) -> str:
-        return f"hub repository {self.name} at {self.commit[:7]}"
+        return f"hub repository {self.name} at {self.commit[:7]}{self.where}"
 
     def need(self, file: str, what: str) -> str:
         if file not in self.files:
@@ -189,7 +190,7 @@ def _cached(name: str, revision: str | None, file: str) -> _Repository:
     for _ in PurePosixPath(file).parts:
         folder = folder.parent
     files = {p.relative_to(folder).as_posix(): _Remote(None, None, None) for p in folder.rglob("*") if p.is_file()}
-    return _Repository(name, f"{folder.name} in the cache", files, folder.joinpath)
+    return _Repository(name, folder.name, files, folder.joinpath, " in the cache")
 
 
 @contextlib.contextmanager

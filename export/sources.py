@@ -36,14 +36,7 @@ class ModelSource:
         """Fetches what has to be fetched. CheckpointError and ExportError say in one line what is wrong."""
         if self.random_weights is not None:
             return self._random(self.random_weights, tiny_vae)
-        place = self.place
-        if isinstance(place, Origin):
-            if place.hub is None:
-                place = self._own_file(place)
-            elif place.file is None:
-                place = fetch_folder(place, allow_pickle=self.allow_pickle)
-            else:
-                place = self._fetched(place)
+        place = self._found(self.place) if isinstance(self.place, Origin) else self.place
         if place.is_file():
             return self._single_file(place, tiny_vae)
         return open_checkpoint(place, tiny_vae, allow_pickle=self.allow_pickle)
@@ -62,11 +55,18 @@ class ModelSource:
         loaders = {part: loader for part in checkpoint.parts if part != "tiny_vae"}
         return replace(checkpoint, loaders=loaders, random_weights=seed)
 
-    def _fetched(self, origin: Origin) -> Path:
-        assert origin.file is not None
-        if origin.file.endswith(PICKLED) and not self.allow_pickle:
+    def _found(self, origin: Origin) -> Path:
+        """Where it is on this disk, fetched if it has to be."""
+        if origin.hub is None:
+            return self._own_file(origin)
+        if origin.file and origin.file.endswith(PICKLED) and not self.allow_pickle:
             raise _refused(str(origin))
-        return fetch_file(origin)
+        try:
+            return fetch_file(origin) if origin.file else fetch_folder(origin, allow_pickle=self.allow_pickle)
+        except CheckpointError as failure:
+            if self.recipe is None:
+                raise
+            raise CheckpointError(f"{failure}; weights that you have elsewhere are named with --from") from None
 
     def _own_file(self, origin: Origin) -> Path:
         path = checkpoints_folder() / str(origin.file)

@@ -54,7 +54,7 @@ class Hub:
 
     def fetched(self, method: str = "GET") -> list[str]:
         return [
-            path.split(f"/resolve/{COMMIT}/")[1] for m, path, _ in self.asked if m == method and "/resolve/" in path
+            re.split("/resolve/[^/]+/", path)[1] for m, path, _ in self.asked if m == method and "/resolve/" in path
         ]
 
 

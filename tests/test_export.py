@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 from vega_edge.bundle import Bundle  # noqa: E402
 from vega_edge.demo.train.distill import TARGETS  # noqa: E402
 from vega_edge.engines import open_engine  # noqa: E402
-from vega_edge.errors import ExportError  # noqa: E402
+from vega_edge.errors import CheckpointError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
 from vega_edge.lora import match_lora, read_lora  # noqa: E402
@@ -455,7 +455,7 @@ def test_map_finds_every_weight_a_lora_may_touch(request: pytest.FixtureRequest,
 
 
 def test_lora_of_another_architecture(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         export_bundle(checkpoints["sd"], tmp_path / "bundle", loras=[(loras["peft"], 1.0)])
     text = (
         rf"LoRA {re.escape(str(loras['peft']))}: \d+ of its 80 modules fit nothing in this checkpoint, the first is \S+"

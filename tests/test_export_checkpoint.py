@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from vega_edge.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint  # noqa: E402
+from vega_edge.models import architectures  # noqa: E402
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ("r e", "re d</w>", "c a", "ca t</w>")
@@ -189,20 +190,20 @@ def test_refuses_pickled_weights(broken: Path, out: Path) -> None:
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     assert refusal(broken, out) == (
         f"{folder} holds only pickled weights (diffusion_pytorch_model.bin), which can run any code when they are "
-        "read; allowed is .safetensors: fetch that version, or convert it where you trust it with "
+        "read; if you trust them, --allow-pickle reads them with torch's weights_only, or convert them with "
         "from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
     )
 
 
 def test_refuses_what_is_no_checkpoint(sd: Path, broken: Path, out: Path) -> None:
-    assert (
-        refusal(broken / "nowhere", out)
-        == f"{broken / 'nowhere'} does not exist; give the path of a local diffusers folder"
+    assert refusal(broken / "nowhere", out) == (
+        f"{broken / 'nowhere'} does not exist; give a model's name, a diffusers folder, a .safetensors checkpoint, or "
+        "hf:OWNER/NAME for a repository of the hub"
     )
     single = broken / "unet" / WEIGHTS
     assert refusal(single, out) == (
-        f"{single} is a single file; export needs a diffusers folder: convert it where you trust it with diffusers' "
-        "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder, safe_serialization=True)"
+        f"{single} is no checkpoint of a known architecture but one part in diffusers' names; give the whole diffusers "
+        f"folder; known are: {', '.join(architectures())}"
     )
     edit(broken / "model_index.json", _class_name="FluxPipeline")
     kinds = "StableDiffusionPipeline and StableDiffusionXLPipeline"

@@ -244,7 +244,7 @@ def test_no_network_and_offline(hub: Hub, tmp_path: Path) -> None:
     assert fetch(hub, cache, environment=offline, revision=COMMIT) == str(folder) and hub.asked == []
     (folder / HALF[0]).unlink()
     assert fetch(hub, cache, environment=offline) == (
-        f"ERROR hub repository tiny/model at {COMMIT} in the cache has no weights of unet; expected {UNET}.safetensors "
+        f"ERROR hub repository tiny/model at {COMMIT[:7]} in the cache has no weights of unet; expected {UNET}.safetensors "
         "or diffusion_pytorch_model.fp16.safetensors"
     )
 

@@ -173,16 +173,16 @@ def test_what_fits_nothing_is_counted_and_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(path), WEIGHTS)
     assert str(caught.value) == (
-        f"LoRA {path}: 5 of its 6 modules fit nothing in this checkpoint: lora_unet_mid_block_v (6x5, no such module), "
-        "lora_unet_mid_block_w (6x5, no such module), lora_unet_mid_block_x (6x5, no such module) and 2 more; "
-        "use a LoRA made for this architecture"
+        f"LoRA {path}: 5 of its 6 modules fit nothing in this checkpoint, the first is lora_unet_mid_block_v (6x5, no "
+        "such module), then lora_unet_mid_block_w (6x5, no such module), then lora_unet_mid_block_x (6x5, no such "
+        "module) and 2 more; 1 fit; use a LoRA made for this architecture"
     )
     wider = {**WEIGHTS, "unet": {f"{TO_OUT}.weight": (6, 7)}}
     with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(write_safetensors(path, fitting)), wider)
     assert str(caught.value) == (
-        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint: unet.{TO_OUT} "
-        "(6x5 here, 6x7 in the checkpoint); use a LoRA made for this architecture"
+        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint, the first is unet.{TO_OUT} "
+        "(6x5 here, 6x7 in the checkpoint); 0 fit; use a LoRA made for this architecture"
     )
 
 
@@ -194,8 +194,8 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         match_lora(read_lora(path), {"unet": {f"{key}.weight": (320, 768)}})
     assert str(caught.value) == (
-        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint: unet.{key} (320x2048 here, 320x768 in the "
-        "checkpoint); it is for SDXL, this is SD 1.x; use a LoRA made for this architecture"
+        f"LoRA {path}: 1 of its 1 modules fit nothing in this checkpoint, the first is unet.{key} (320x2048 here, "
+        "320x768 in the checkpoint); 0 fit; it is for SDXL, this is SD 1.x; use a LoRA made for this architecture"
     )
 
 

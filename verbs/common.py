@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -19,6 +25,12 @@ def bar(total: int | None) -> Iterator[Any]:
 
     with tqdm(total=total, disable=None, leave=False, file=sys.stderr) as shown:
         yield shown
+
+
+def warn_of_random_weights(bundle: Bundle) -> None:
+    seed = bundle.manifest.source.random_weights if bundle.manifest else None
+    if seed is not None:
+        _log.warning("%s has random weights (seed %d): its pictures mean nothing", bundle.path, seed)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..errors import ExportError, UsageError
 from .common import bar, lora
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         random_weights=arguments.random_weights,
     )
     recipe = source.recipe
-    options = recipe.export_options() if recipe else {"name": None}
+    options: dict[str, Any] = recipe.export_options() if recipe else {"name": None}
     options["name"] = arguments.name or options["name"]
     named = recipe is not None and arguments.random_weights is None  # made-up weights never go by the model's name
     output = arguments.output or (models.bundles_folder() / recipe.name if recipe and named else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .common import bar, size
+from .common import bar, size, warn_of_random_weights
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline, Result
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.pipeline import Pipeline
 
     pipe = Pipeline.open(arguments.model, arguments.engine)
+    warn_of_random_weights(pipe.bundle)
     width, height = arguments.size or (None, None)
     request = pipe.request(
         arguments.prompt, negative=arguments.negative, steps=arguments.steps, guidance=arguments.guidance, width=width,

@@ -27,7 +27,8 @@ def _facts(r: Recipe) -> dict[str, Any]:
     """What is known of a model without opening it; sizes in bytes, 0 for what is not on this disk."""
     from ..models import storage
 
-    repositories = sorted({place.hub for place in (*r.sources, *r.loras) if place.hub})
+    hubs = [origin.hub for origin in r.sources] + [lora.hub for lora in r.loras]
+    repositories = sorted({hub for hub in hubs if hub})
     return {
         "name": r.name,
         "title": r.title,
