@@ -104,13 +104,13 @@ class _Writer:
         return value
 
     def _dequantized(self, value: ir.Value, scale: ir.Value, axis: int) -> ir.Value:
-        return self._first_node("DequantizeLinear", [value, scale], f"{value.name}.float32", axis=axis)
+        return self._node("DequantizeLinear", [value, scale], f"{value.name}.float32", axis=axis)
 
     def _cast(self, value: ir.Value) -> ir.Value:
         kind = value.dtype or ir.DataType.FLOAT  # of a node of ours, which gives float32
         if kind == self.arithmetic:
             return value
-        return self._first_node("Cast", [value], f"{value.name}.cast", to=self.arithmetic)
+        return self._node("Cast", [value], f"{value.name}.cast", to=self.arithmetic)
 
     def _gather(self, node: ir.Node, table: ir.Value, scales: ir.Value) -> None:
         """Rows are looked up before they are widened: a vocabulary is large, a prompt has 77 tokens."""
@@ -127,10 +127,14 @@ class _Writer:
         node.outputs[0].replace_all_uses_with(product.outputs[0])
         self.graph.remove(node, safe=True)
 
-    def _first_node(self, op: str, inputs: list[ir.Value], output: str, **attributes: int) -> ir.Value:
+    def _node(self, op: str, inputs: list[ir.Value], output: str, **attributes: int) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, name=output)
         node.outputs[0].name = output
-        self.graph.insert_before(next(iter(self.graph)), node)
+        producer = inputs[0].producer()
+        if producer is None:
+            self.graph.insert_before(next(iter(self.graph)), node)
+        else:
+            self.graph.insert_after(producer, node)
         return node.outputs[0]
 
     @staticmethod

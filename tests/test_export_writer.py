@@ -142,7 +142,7 @@ def test_only_bundles_are_overwritten(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_can_not_be_made(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mkdir(path: Path, *_: Any) -> None:
+    def mkdir(path: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
