@@ -28,9 +28,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as p:
         arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        browser: Any = p.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
         for name, (width, height, scale, scheme, query) in VIEWS.items():
-            page: Any = browser.new_page(
+            page = browser.new_page(
                 viewport={"width": width, "height": height}, device_scale_factor=scale, color_scheme=scheme
             )
             page.goto(url + query)

@@ -40,10 +40,12 @@ class Scaling:
         return cls(float(config.get("scaling_factor", default)), *shaped)
 
     def from_network(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return latents * (self.std / np.float32(self.factor)) + self.mean
+        scaled: NDArray[np.float32] = latents * (self.std / np.float32(self.factor)) + self.mean
+        return scaled
 
     def to_network(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (latents - self.mean) * (np.float32(self.factor) / self.std)
+        scaled: NDArray[np.float32] = (latents - self.mean) * (np.float32(self.factor) / self.std)
+        return scaled
 
 
 class Decoder:

@@ -73,8 +73,8 @@ def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.float32]:
     """float32 [1, 3, height, width] in [-1, 1]: the middle of the picture that has this shape, resampled by Lanczos."""
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
-    return pixels / np.float32(127.5) - 1
+    pixels: NDArray[np.float32] = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / np.float32(127.5) - 1
+    return pixels
 
 
 def size_for(image: Image.Image, default: tuple[int, int], least: int, most: int, multiple: int) -> tuple[int, int]:

@@ -142,8 +142,9 @@ def emphasized(hidden: Array, weights: Array) -> Array:
     """
     if np.all(weights == 1):
         return hidden
-    weighted = hidden * weights[None, :, None]
-    return weighted * (hidden.mean() / weighted.mean())
+    weighted: Array = hidden * weights[None, :, None]
+    weighted *= hidden.mean() / weighted.mean()
+    return weighted
 
 
 def _filled(text: TextInputs, empty: TextInputs, tokens: int) -> TextInputs:
