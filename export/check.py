@@ -107,6 +107,7 @@ class _LeanSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all casts come first
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

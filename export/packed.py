@@ -27,11 +27,27 @@ class Stored:
     data: torch.Tensor
     scale: torch.Tensor | None = None
 
-    def widened(self) -> torch.Tensor:
-        """A float32 copy, or the data itself where that is float32."""
-        if self.scale is None:
-            return self.data.float()
-        return self.data.float() * self.scale.view(-1, *[1] * (self.data.ndim - 1))
+    def widened(self, into: torch.Tensor) -> torch.Tensor:
+        """The value in float32, written to `into`."""
+        into.copy_(self.data)
+        return into if self.scale is None else into.mul_(self.scale.view(-1, *[1] * (self.data.ndim - 1)))
+
+
+class _Stack:
+    """Float32 memory for the layers under way, taken once: made and freed for each layer, it would fragment the heap by
+    as much again as the weights take."""
+
+    def __init__(self, elements: int) -> None:
+        self._memory, self._top = torch.empty(elements), 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        start, self._top = self._top, self._top + like.numel()
+        if self._top > self._memory.numel():  # a layer with weights of its own inside another such layer
+            return torch.empty(like.shape)
+        return self._memory[start : self._top].view(like.shape)
+
+    def give_back(self, like: torch.Tensor) -> None:
+        self._top -= like.numel()
 
 
 def quantized(weight: torch.Tensor) -> Stored:
@@ -95,13 +111,16 @@ class Packed:
         by_owner: dict[nn.Module, list[tuple[str, str]]] = {}
         for full, (owner, name) in self._owners.items():
             by_owner.setdefault(owner, []).append((full, name))
+        room = _Stack(max(sum(self.stored[full].data.numel() for full, _ in own) for own in by_owner.values()))
 
         def widen(owner: nn.Module, _: Any) -> None:
             for full, name in by_owner[owner]:
-                setattr(owner, name, nn.Parameter(self.stored[full].widened(), requires_grad=False))
+                wide = self.stored[full].widened(room.take(self.stored[full].data))
+                setattr(owner, name, nn.Parameter(wide, requires_grad=False))
 
         def narrow(owner: nn.Module, *_: Any) -> None:
             for full, name in by_owner[owner]:
+                room.give_back(self.stored[full].data)
                 setattr(owner, name, _placeholder(self.stored[full].data, torch.float32))
 
         hooks = [owner.register_forward_pre_hook(widen) for owner in by_owner]
