@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..engines import ENGINES, Spec
-from ..engines.choice import missing_here
+from ..engines import Spec, available
 from ..runtime.memory import weight_bytes
 from ..runtime.parts import Parts
 from ..runtime.pipeline import Pipeline
@@ -134,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--part", default="unet")
-    here = [name for name in ENGINES if name != "onnxruntime-cuda" and missing_here(name) is None]
+    here = [status.name for status in available() if status.ok and status.name != "onnxruntime-cuda"]
     parser.add_argument("--engines", nargs="+", default=here)
     parser.add_argument("--latent", type=int, default=32, help="latents a side; activations grow with its square")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
