@@ -17,7 +17,7 @@ from vega_edge.bench.gpu_peers import flops, pipeline_flops
 def test_on_a_cpu(tmp_path, capsys):
     bundle, out = recipes()["demo-vegart"].bundle_path, tmp_path / "results" / "gpu.json"
     gpu.main([
-        str(bundle), "--device", "cpu", "--engine", "onnxruntime-cpu", "--batches", "1", "2", "--runs", "1",
+        str(bundle), "--device", "cpu", "--engine", "onnxruntime-cpu", "--batches", "2", "--runs", "1",
         "--peers", "eager", "-o", str(out),
     ])  # fmt: skip
     result = json.loads(out.read_text())

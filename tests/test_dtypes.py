@@ -35,6 +35,11 @@ def test_a_pair_that_does_not_run_is_refused_by_name() -> None:
     )
 
 
+def cpu_flags() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 WORKING = [status.name for status in available() if status.ok]
 
 
@@ -48,6 +53,8 @@ def test_the_table_is_what_the_engines_do(engine: str, dtype: str, weights: str,
     said = TABLE[engine][dtype, weights]
     if said == UNTRIED:
         pytest.skip("not tried")
+    if dtype == "int8" and engine.startswith("openvino") and "vnni" not in cpu_flags():
+        pytest.skip("without VNNI, OpenVINO adds pairs of 8-bit products in 16 bits, which saturates")
     path, x, wanted = convolution(dtype, weights, tmp_path)
     try:
         opened = open_engine(path, engine, threads=1)

@@ -279,9 +279,7 @@ def test_refuses_a_tiny_autoencoder_of_other_latents(broken: Path, out: Path) ->
 
 
 def test_refuses_arguments(sd: Path, out: Path, tmp_path: Path) -> None:
-    assert (
-        refusal(sd, out, dtype="fp8") == "unknown dtype 'fp8'; did you mean 'fp16'? there are: bf16, fp16, fp32, int8"
-    )
+    assert refusal(sd, out, dtype="fp8") == "unknown dtype 'fp8'; there are: bf16, fp16, fp32, int8"
     assert (
         refusal(sd, out, weights="int4")
         == "unknown weights 'int4'; did you mean 'int8'? there are: bf16, fp16, fp32, int8"

@@ -118,7 +118,9 @@ def test_eight_bits_by_rows() -> None:
     weight = torch.tensor([[127.0, -63.2, 0.4], [0.0, 0.0, 0.0], [1e-3, -1e-3, 5e-4]])
     stored = quantized(weight)
     assert stored.data.tolist() == [[127, -63, 0], [0, 0, 0], [127, -127, 64]]
-    np.testing.assert_allclose(stored.widened(torch.empty(3, 3)), [[127, -63, 0], [0, 0, 0], [1e-3, -1e-3, 64e-3 / 127]], atol=1e-9)
+    np.testing.assert_allclose(
+        stored.widened(torch.empty(3, 3)), [[127, -63, 0], [0, 0, 0], [1e-3, -1e-3, 64e-3 / 127]], atol=1e-9
+    )
 
 
 def test_weights_beyond_half_precision() -> None:

@@ -48,8 +48,8 @@ def test_low_memory_draws_the_same_with_one_network_open(
 ) -> None:
     if missing := missing_here(engine):
         pytest.skip(missing.why)
-    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
     bundle = find_bundle("demo-vegart")
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
     normal = Pipeline.open(bundle, engine, verify=False)(STAR, **OPTIONS)
     plain_open = parts.open_engine
     monkeypatch.setattr(parts, "open_engine", lambda *a, **k: Counted(plain_open(*a, **k)))
@@ -169,7 +169,7 @@ def test_previews_come_from_the_tiny_decoder(tmp_path: Path) -> None:
     picture, small = full(STAR, **options).images[0], tiny(STAR, **options).images[0]
     (step,) = full.stream(STAR, **options)
     assert np.array_equal(np.asarray(step.preview()[0]), np.asarray(small))
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(small)).max() > 20
+    assert not np.array_equal(np.asarray(picture), np.asarray(small))
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------

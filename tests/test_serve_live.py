@@ -403,6 +403,6 @@ def test_nothing_sticks_out_from_phone_to_4k(server: Running, page_of: Open, wid
 def test_the_docs_are_there_without_a_network(server: Running, page_of: Open) -> None:
     page = page_of(server, "/docs")
     page.wait_for_selector("summary")
-    assert page.locator("summary code", has_text="/v1/segmind-vega").count() == 2
+    assert page.locator("summary code", has_text="/v1/segmind-vega").count() == 3
     page.locator("summary").first.click()
     time.sleep(0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import dataclasses
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -161,7 +162,7 @@ def test_progress_never_goes_back(graph):
     assert seen == [(0.5, "Building engine"), (1, "Building engine"), (1, "Building engine")]
 
 
-def test_ctrl_c_stops_the_build_and_waits_for_its_end(graph):
+def test_ctrl_c_stops_the_build_and_waits_for_its_end(graph, request):
     """The interrupt comes while the library works; the library is told, and is done before the call ends."""
     steps = []
     stopped = threading.Event()
@@ -174,6 +175,8 @@ def test_ctrl_c_stops_the_build_and_waits_for_its_end(graph):
             stopped.wait(0.02)
 
     fake = FakeTensorRT(steps=tuple((i, 1000) for i in range(1000)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         build_plan(Job(Library("tensorrt", fake), graph), progress)
     count = len(steps)
@@ -563,7 +566,7 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder"),
+        (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
         (["--refit", "--stripped"], "stripped engines are refittable ones without their weights: ask for --refit or --stripped"),
