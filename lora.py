@@ -77,7 +77,7 @@ class LoraLayer:
         """What to add to the weight of this shape (torch's layout, [out, in, ...])."""
         rank = self.down.shape[0]
         up = self.up.reshape(-1, rank) * np.float32(strength * self.scale)
-        change: NDArray[np.float32] = up @ self.down.reshape(rank, -1)
+        change: NDArray[np.float32] = (up @ self.down.reshape(rank, -1)).astype(np.float32, copy=False)
         return change.reshape(shape)
 
 

@@ -59,4 +59,5 @@ def _ramps(starts: list[int], tile: int, scale: int) -> list[NDArray[np.float32]
             weight = np.minimum(weight, ((start + tile) * scale - at) / shared)
         weights.append(weight)
         total[start * scale : (start + tile) * scale] += weight
-    return [w / total[start * scale : (start + tile) * scale] for w, start in zip(weights, starts, strict=True)]
+    shares = (w / total[start * scale : (start + tile) * scale] for w, start in zip(weights, starts, strict=True))
+    return [share.astype(np.float32, copy=False) for share in shares]
