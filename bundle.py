@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import BundleError
 from .manifest import INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
+from .whole_file import writing
 
 __all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
 __all__ += ["check_files", "describe_files", "write_manifest"]
@@ -94,17 +95,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     listed = {file for part in manifest.parts.values() for file in part.files}
     if unlisted := [file for file in _files(folder) if file not in listed | {MANIFEST}]:
         raise BundleError(f"{folder}: the manifest does not list {', '.join(unlisted)}")
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        with writing(target) as stream:
+            stream.write(text.encode())
     except OSError as failure:
         raise BundleError(f"{target} can't be written: {failure.strerror}") from failure
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from .. import records
 from ..errors import EngineError
 from ..manifest import MANIFEST, Manifest
+from ..whole_file import PART, writing
 
 INDEX, FORMAT = "engines.json", 1
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
-_PART = ".part"
 _STRAY_AFTER_S = 600
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best, most
@@ -162,7 +162,7 @@ class PlanStore:
         Not those of the last minutes: another process may be about to name or to list them.
         """
         listed = {plan.file for plan in self.plans()}
-        left = (p for p in self.folder.glob("*") if p.name.endswith((_PART, ".plan")) and p.name not in listed)
+        left = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
         return sorted(path for path in left if time.time() - path.stat().st_mtime > _STRAY_AFTER_S)
 
     @contextlib.contextmanager
@@ -194,17 +194,11 @@ class PlanStore:
     def write(self, target: Path, content: bytes | memoryview) -> None:
         """Whole or not at all."""
         self._make_folder()
-        temporary = target.with_name(f".{target.name}.{os.getpid()}{_PART}")
         try:
-            with open(temporary, "wb") as stream:
+            with writing(target) as stream:
                 stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
         except OSError as failure:
             raise EngineError(f"{target} can't be written ({failure.strerror}); free some space there") from failure
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def part_of(graph: str) -> str:

@@ -6,7 +6,6 @@ What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Her
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
+from ..whole_file import writing
 from . import nvidia
 from .cuda import CudaDevice
 from .plan_choice import Here, choose_plan
@@ -217,9 +217,8 @@ class _RuntimeCache:
         """Written when the engine closes, whole or not at all."""
         if self._changed and self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
-            os.replace(temporary, self._file)
+            with writing(self._file) as stream:
+                stream.write(memoryview(self._cache.serialize()))
         self._cache = self._engine = None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..manifest import Parameter
+from ..whole_file import writing
 from .report import PartReport
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ class Records:
 
         save_file({name: tensor.contiguous() for name, tensor in handed.items()}, self.folder / f"{part}.safetensors")
         told = dataclasses.asdict(exported) | {"files": self._files(part)}
-        temporary = self.folder / f"{part}.unfinished"
-        temporary.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(temporary, self.folder / f"{part}.json")
+        with writing(self.folder / f"{part}.json") as stream:
+            stream.write(json.dumps(told).encode())
 
     def load(self, part: str) -> tuple[Exported, dict[str, torch.Tensor]] | None:
         """None where the part is not finished, or its files are no longer as they were."""

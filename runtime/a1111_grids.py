@@ -33,12 +33,6 @@ def _every(model: NoiseModel, n: int) -> NDArray[np.int64]:
     return np.arange(0, model.train_steps, model.train_steps // n, dtype=np.int64)
 
 
-def timesteps_total(n: int, train_steps: int = 1000) -> int:
-    """How many steps `ddim` has."""
-    stride = train_steps // n
-    return -(-train_steps // stride) - (2 if stride == 1 else 1)
-
-
 def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """DDIM and PLMS there: whole timesteps moved up by one; the walk ends at the lowest, so it has a step less."""
     if named:
@@ -53,10 +47,6 @@ def plms(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     grid = ddim(model, n, named)
     retake = (float(grid.sigmas[0]), float(grid.sigmas[1]))
     return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, retake=retake)
-
-
-def unipc_total(n: int, train_steps: int = 1000) -> int:
-    return -(-train_steps // (train_steps // n))
 
 
 def unipc(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
@@ -75,15 +65,11 @@ def _unipc_orders(n: int) -> tuple[int, ...]:
     return tuple(min(3, i + 1, n - i) for i in range(n))
 
 
-def fast_total(n: int) -> int:
-    return n // 3 + 1
-
-
 def dpm_fast(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """n model calls, three a step as far as they go, even in log sigma, down to the lowest sigma (DPM-Solver-fast,
     Lu et al. 2022, arXiv:2206.00927, appendix D.4).
     """
-    steps = fast_total(n)
+    steps = n // 3 + 1
     orders = (3,) * (steps - 2) + (2, 1) if n % 3 == 0 else (3,) * (steps - 1) + (n % 3,)
     sigmas = spacings.exponential(model, steps + 1, float(model.sigmas[0]), float(model.sigmas[-1]))
     timesteps, top = model.log_timestep(sigmas[:-1]), float(sigmas[0])

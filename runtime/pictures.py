@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UsageError, VegaEdgeError
+from ..whole_file import writing
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _EXIF, _USER_COMMENT = 0x8769, 0x9286  # tags of the EXIF standard (CIPA DC-008)
@@ -57,7 +57,8 @@ def save(image: Image.Image, path: Path, parameters: str, overwrite: bool = Fals
         if not overwrite:  # the name is taken at once, so that of two processes one gets it and the other is told
             path.open("xb").close()
             taken = True
-        _replace(path, image, _options(path, parameters))
+        with writing(path) as file:
+            image.save(file, **_options(path, parameters))  # type: ignore[arg-type]
         taken = False
     except FileExistsError as failure:
         raise UsageError(f"{path} exists already; choose another name, or pass --overwrite") from failure
@@ -66,16 +67,6 @@ def save(image: Image.Image, path: Path, parameters: str, overwrite: bool = Fals
     finally:
         if taken:
             path.unlink(missing_ok=True)
-
-
-def _replace(path: Path, image: Image.Image, options: dict[str, object]) -> None:
-    temporary = path.with_name(f".vega-edge-{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            image.save(file, **options)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _options(path: Path, parameters: str) -> dict[str, object]:

@@ -162,22 +162,21 @@ _A1111_ROWS = (
     *_k("DPM++ 2M SDE Heun", _2m_sde_heun, 2, brownian=sde.whole_steps, spacings=_KE),
     *_k("DPM++ 3M SDE", partial(sde.dpmpp_3m_sde, eta=1.0), 3, discard=True, brownian=sde.whole_steps, spacings=_KE),
     _own(
-        "DPM fast", partial(singlestep.dpm_fast, eta=1.0), a1111_grids.dpm_fast, 3, total_of=a1111_grids.fast_total,
-        any_schedule=False,
+        "DPM fast", partial(singlestep.dpm_fast, eta=1.0), a1111_grids.dpm_fast, 3, any_schedule=False,
     ),
     _own(
         "DPM adaptive", partial(singlestep.dpm_adaptive, eta=1.0), a1111_grids.dpm_adaptive, None, None,
-        total_of=lambda steps: None, any_schedule=False,
+        any_schedule=False, adaptive=True,
     ),
     _own("Restart", samplers.restart, a1111_grids.restart, 2, 2, any_schedule=False, random=True),
     _own(
         "DDIM", partial(samplers.ancestral, eta=0.0), a1111_grids.ddim, 1, least_steps=2,
-        total_of=a1111_grids.timesteps_total,
+        counts_timesteps=True,
     ),
-    _own("PLMS", multistep.plms, a1111_grids.plms, 2, least_steps=2, total_of=a1111_grids.timesteps_total),
+    _own("PLMS", multistep.plms, a1111_grids.plms, 2, least_steps=2, counts_timesteps=True),
     _own(
         "UniPC", partial(multistep.unipc, variant="bh1"), a1111_grids.unipc, 4, least_steps=3,
-        total_of=a1111_grids.unipc_total,
+        counts_timesteps=True,
     ),
 )  # fmt: skip
 

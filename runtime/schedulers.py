@@ -23,10 +23,6 @@ FAMILIES = ("diffusers", "a1111")
 SCHEDULES = tuple(SPACINGS)
 
 
-def _as_many(steps: int) -> int:
-    return steps
-
-
 Intervals = Callable[[Schedule], list[tuple[float, float]]]
 
 
@@ -34,10 +30,11 @@ Intervals = Callable[[Schedule], list[tuple[float, float]]]
 class Scheduler:
     """A named scheduler.
 
-    order: of convergence, None where the sampler chooses its own steps. calls: of the model, a step. total: how many
-    steps it takes where n are asked for. least_steps: the fewest it can take. any_schedule: whether it can walk the
-    named ones. random: draws noise whatever eta is. brownian: where that noise is to be a Brownian path's, the
-    intervals of it that will be asked for, in order.
+    order: of convergence, None where the sampler chooses its own steps. calls: of the model, a step. least_steps: the
+    fewest it can take. any_schedule: whether it can walk the named ones. adaptive: how many steps it takes shows on the
+    way. counts_timesteps: the web UI spaces its timesteps, not noise levels, and takes as many steps as come of that.
+    random: draws noise whatever eta is. brownian: where that noise is to be a Brownian path's, the intervals of it that
+    will be asked for, in order.
 
     diffusers: the class whose numbers it gives. defaults: that class's own, where a `scheduler_config.json` is silent.
     forced: what the name itself says, whatever the file says. fixed: options that are implemented for these values
@@ -51,8 +48,9 @@ class Scheduler:
     order: int | None
     calls: float | None = 1
     least_steps: int = 1
-    total_of: Callable[[int], int | None] = _as_many
     any_schedule: bool = True
+    adaptive: bool = False
+    counts_timesteps: bool = False
     random: bool = False
     brownian: Intervals | None = None
     diffusers: str | None = None
@@ -67,11 +65,6 @@ class Scheduler:
         return None if eta is None else float(eta)
 
     @property
-    def takes_all_steps(self) -> bool:
-        """Whether n steps asked for are n steps taken."""
-        return self.total_of is _as_many
-
-    @property
     def stochastic(self) -> bool:
         return self.random or bool(self.eta)
 
@@ -82,10 +75,6 @@ class Scheduler:
             raise UsageError(f"eta must be a number from 0 to 1, got {eta!r}")
         sampler: Any = self.sampler  # whose type does not tell of its options
         return replace(self, sampler=partial(sampler, eta=float(eta)))
-
-    def total(self, steps: int) -> int | None:
-        """How many `Step`s its own schedule yields; None where the sampler decides on the way."""
-        return self.total_of(steps)
 
     def noise_model(self, config: Options) -> NoiseModel:
         """The model's `scheduler_config.json` read as this scheduler reads it; UsageError for what it can't do."""

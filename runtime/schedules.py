@@ -52,6 +52,11 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def total(self) -> int:
+        """How many `Step`s a walk of all of it yields."""
+        return len(self) + sum(len(detour) - 1 for detour in self.detours)
+
     def intervals(self) -> Iterator[tuple[float, float]]:
         return zip(self.sigmas[:-1].tolist(), self.sigmas[1:].tolist(), strict=True)
 

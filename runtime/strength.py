@@ -25,7 +25,7 @@ def ending(schedule: Schedule, scheduler: Scheduler, model: NoiseModel, steps: i
     count = len(schedule)
     webui = scheduler.family == "a1111" and scheduler.diffusers is None
     if webui:
-        taken = int(min(strength, _WHOLE) * steps) + (1 if scheduler.takes_all_steps else -1)
+        taken = int(min(strength, _WHOLE) * steps) + (-1 if scheduler.counts_timesteps else 1)
     else:
         taken = int(steps * strength)
     if taken < 1:

@@ -55,10 +55,7 @@ def make_plan(request: Request, scheduler_config: Mapping[str, Any]) -> Plan:
     schedule = scheduler.schedule(model, request.steps, request.schedule)
     if request.image is not None:
         schedule = ending(schedule, scheduler, model, request.steps, request.strength)
-        return Plan(scheduler, model, schedule, len(schedule))
-    return Plan(
-        scheduler, model, schedule, scheduler.total(request.steps) if request.schedule is None else len(schedule)
-    )
+    return Plan(scheduler, model, schedule, None if scheduler.adaptive else schedule.total)
 
 
 def walk(

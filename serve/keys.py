@@ -6,15 +6,14 @@ import contextlib
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError, VegaEdgeError, unknown
+from ..whole_file import writing
 
 _LOOK_EVERY_S = 1.0
 
@@ -91,16 +90,12 @@ def revoke(path: Path, name: str) -> None:
 
 
 def _save(path: Path, keys: list[Key]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    content: dict[str, Any] = {"keys": [asdict(key) for key in keys]}
+    text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
+        with writing(path, permissions=0o600) as file:
+            file.write(text.encode())
     except OSError as error:
         raise VegaEdgeError(f"{path} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(key: str) -> str:

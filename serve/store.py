@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VegaEdgeError
+from ..whole_file import writing
 
 QUEUED, PROCESSING, COMPLETED, FAILED = "QUEUED", "PROCESSING", "COMPLETED", "FAILED"
 _VERSION = 1
@@ -177,16 +178,8 @@ class Store:
 
     def save(self, name: str, data: bytes) -> None:
         """A picture, whole or not at all."""
-        temporary = self.pictures / f".{name}.part"
-        with _as_store_error(self.pictures):
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.pictures / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with _as_store_error(self.pictures), writing(self.pictures / name) as file:
+            file.write(data)
 
     def _write(self, text: str, *values: Any) -> None:
         with _as_store_error(self._database):

@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from vega_edge.whole_file import writing
+
+
+def test_replaces_what_was_there_when_the_block_ends(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"before")
+    with writing(file) as stream:
+        stream.write(b"af")
+        stream.flush()
+        assert file.read_bytes() == b"before"
+        stream.write(b"ter")
+    assert file.read_bytes() == b"after" and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_there_stays_when_the_block_does_not_end(tmp_path: Path, failure: BaseException) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"before")
+    with pytest.raises(type(failure)), writing(file) as stream:
+        stream.write(b"half")
+        raise failure
+    assert file.read_bytes() == b"before" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_disk_that_is_full_only_when_the_file_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), writing(tmp_path / "a") as stream:
+        stream.write(b"whole")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    with writing(tmp_path / ("n" * 255)) as stream:
+        stream.write(b"x")
+    assert (tmp_path / ("n" * 255)).read_bytes() == b"x"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for permissions, expected in ((0o666, 0o644), (0o600, 0o600)):
+            with writing(tmp_path / "a", permissions) as stream:
+                stream.write(b"x")
+            assert (tmp_path / "a").stat().st_mode & 0o777 == expected
+    finally:
+        os.umask(before)
