@@ -39,7 +39,7 @@ class Setting:
     goal: float | None = None
 
 
-BASE = {"scheduler": "Euler", "steps": 25, "guidance": 3.0}
+BASE = {"scheduler": "Euler", "steps": 25, "guidance": 5.0}
 SD = {"scheduler": "DPM Multi", "steps": 25, "guidance": 3.0}
 
 
@@ -48,9 +48,9 @@ def few(steps: int) -> dict[str, Any]:
 
 
 SETTINGS = [
-    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "seen", BASE, 95),
-    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "unseen", BASE, 90),
-    Setting("demo-vega, Euler, 25 steps, guidance 3", "demo-vega", "two", BASE, 80),
+    Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "seen", BASE, 95),
+    Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "unseen", BASE, 90),
+    Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "two", BASE, 80),
     Setting("demo-vega, Euler, 25 steps, no guidance", "demo-vega", "seen", {**BASE, "guidance": 0.0}),
     Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "seen", few(4), 90),
     Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "unseen", few(4), 85),

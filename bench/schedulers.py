@@ -28,7 +28,7 @@ from .machine import facts, markdown
 from .meaning import scenes
 
 STEPS = 25
-GUIDANCE = 3.0
+GUIDANCE = 5.0
 DISTILLED = ("LCM", "TCD")  # consistency samplers: what they expect of a network is what demo-vegart learned
 ALLOWED_POINTS = 10
 SHEET_PROMPT, SHEET_SEED = "a big red heart above a small yellow star in the night sky", 7

@@ -14,14 +14,11 @@ from vega_edge.demo import check, scenes
 from vega_edge.demo.render import render
 from vega_edge.demo.scenes import COLORS, SHAPES, Scene, Thing
 
-from .conftest import needs_training
-
 
 def megabytes(folder: str) -> float:
     return sum(f.stat().st_size for f in (Path(scenes.__file__).parent / folder).rglob("*") if f.is_file()) / 1e6
 
 
-@needs_training
 def test_sizes() -> None:
     """What the wheel carries, and what a clone does."""
     assert 1 < megabytes("bundles/demo-vegart") <= 12

@@ -16,8 +16,6 @@ from vega_edge.models.architectures import CONFIGS, MERGES, Architecture, archit
 from vega_edge.runtime.request import Limits, make_request
 from vega_edge.runtime.walk import make_plan
 
-from .conftest import needs_training
-
 ALL = recipes()
 FULL_SIZE = [r for r in ALL.values() if r.architecture]
 ids = {"ids": lambda value: value.name}
@@ -122,7 +120,6 @@ def test_configurations_build_networks_of_that_size(architecture: Architecture) 
         assert sum(p.numel() for p in module.parameters()) == count, part
 
 
-@needs_training
 def test_the_embedded_models_sizes() -> None:
     from vega_edge.safetensors_file import read_header
 

@@ -28,8 +28,6 @@ from vega_edge.bench.parity import FEW, SCHEDULERS, Parity, compare, reference_p
 from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.lora import match_lora, read_lora
 
-from .conftest import needs_training
-
 MAX_ERROR, MIN_PSNR_DB = 5e-4, 60.0
 
 
@@ -74,7 +72,6 @@ def vega(exported: Callable[[str], Path]) -> tuple[Path, Any]:
     return exported("demo-vega"), reference_pipeline("demo-vega")
 
 
-@needs_training
 def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(model: schedules.NoiseModel, n: int, named: str | None = None) -> schedules.Schedule:
         schedule = schedules.euler(model, n)
@@ -87,7 +84,6 @@ def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.M
     assert not good(compare(Pipeline.open(vega[0], "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
 
 
-@needs_training
 def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(vega[0], tmp_path / "bundle"))
     (bundle / "vega-edge.json").unlink()  # it would notice by itself
@@ -96,7 +92,6 @@ def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) ->
     assert not good(compare(Pipeline.open(bundle, "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
 
 
-@needs_training
 def test_the_lora_is_fused_as_diffusers_fuses_it() -> None:
     recipe = recipes()["demo-vegart"]
     checkpoint = open_checkpoint(recipe.checkpoint_path)

@@ -21,8 +21,6 @@ from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts
 from vega_edge.runtime.pipeline import Pipeline
 
-from .conftest import needs_training
-
 STAR = "a big red star on a blue background"
 
 
@@ -31,7 +29,6 @@ def pipe() -> Pipeline:
     return Pipeline.open("demo-vegart", engine="onnxruntime-cpu")
 
 
-@needs_training
 def test_it_draws_what_it_is_told(pipe: Pipeline) -> None:
     asked = scenes("seen", 32)
     drawn = [pipe(full_caption(scene), seed=i).images[0] for i, scene in enumerate(asked)]
@@ -213,7 +210,6 @@ def test_a_model_by_name_or_path() -> None:
         Pipeline.open("demo-vegar")
 
 
-@needs_training
 def test_recipes_and_manifest_agree() -> None:
     manifest = json.loads((find_bundle("demo-vegart") / "vega-edge.json").read_text())
     recipe = recipes()["demo-vegart"]

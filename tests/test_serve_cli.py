@@ -17,7 +17,6 @@ from vega_edge import Pipeline
 from vega_edge.cli import main
 from vega_edge.serve import keys
 
-from .conftest import needs_training
 from .serve_running import running
 
 
@@ -63,7 +62,6 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert err.startswith(f"vega-edge: can't listen on 127.0.0.1:{port} (") and err.count("\n") == 1
 
 
-@needs_training  # JPEG keeps pictures, not an untrained network's noise
 def test_the_server_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
     pipe = Pipeline.open("demo-vegart")
     ours = pipe("a big red star on a blue background", seed=7, width=64, height=64).images[0]

@@ -1,6 +1,6 @@
 """Trains the embedded models from nothing: `python -m vega_edge.demo.train --out demo/weights`.
 
-About three hours on two cores; every stage can be run alone once those before it are done. On Linux, first
+About seven hours on two cores; every stage can be run alone once those before it are done. On Linux, first
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.arena_max=1
 
@@ -27,10 +27,10 @@ STEPS = {
     "autoencoder": 4600,
     "decoder": 2000,
     "text-encoders": 1200,
-    "demo-vega": 9000,
+    "demo-vega": 22_000,
     "demo-vegart-lora": 3200,
-    "demo-small-sd": 3600,
-    "demo-tiny-sd": 1500,
+    "demo-small-sd": 8000,
+    "demo-tiny-sd": 4000,
     "tiny-autoencoder": 1500,
 }
 

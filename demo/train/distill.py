@@ -43,7 +43,7 @@ TARGETS = (
     "time_emb_proj",
 )
 RANK, ALPHA = 8, 4
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 TIMESTEPS = (999, 879, 759, 639, 499, 379, 259, 139)  # LCM's eight; its four and two are among them
 SHARE = (0.22, 0.04, 0.2, 0.04, 0.2, 0.04, 0.22, 0.04)
 WALKS = (TIMESTEPS, TIMESTEPS[::2], TIMESTEPS[::4])
