@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,26 @@ TARGETS = (
 
 
 def random_lora(bundle: Bundle, path: Path, rank: int) -> int:
-    """Writes a LoRA of random numbers over TARGETS, in PEFT's spelling, float16. Returns how many modules it has."""
-    from safetensors.numpy import save_file
-
+    """Writes a LoRA of random numbers for the bundle's U-Net. Returns how many modules it has."""
     parameters = (bundle.manifest.parts["unet"].parameters if bundle.manifest else None) or {}
     weights = read_weights(bundle.graph("unet"))
-    random, tensors = np.random.default_rng(0), {}
+    shapes = {}
     for name, place in parameters.items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(TARGETS):
-            continue
         shape = weights[place.initializer].shape
-        out, inside, *kernel = shape[::-1] if place.transposed else shape
+        shapes[name] = shape[::-1] if place.transposed else shape
+    return write_random_lora(shapes, path, rank)
+
+
+def write_random_lora(shapes: Mapping[str, Sequence[int]], path: Path, rank: int) -> int:
+    """As `random_lora`, for a U-Net whose parameters have these shapes: over TARGETS, in PEFT's spelling, float16."""
+    from safetensors.numpy import save_file
+
+    random, tensors = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name or not module.endswith(TARGETS):
+            continue
+        out, inside, *kernel = shape
         for side, size in (("A", (rank, inside, *kernel)), ("B", (out, rank, *(1 for _ in kernel)))):
             values = random.standard_normal(size, np.float32) * 0.02
             tensors[f"unet.{module}.lora_{side}.weight"] = values.astype(np.float16)
