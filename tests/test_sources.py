@@ -239,6 +239,24 @@ def test_random_networks_as_deep_as_sdxls_stay_in_range() -> None:
     assert all(float((a - outputs[0]).abs().mean()) > 0.01 for a in outputs[1:])
 
 
+def test_a_recipes_lora_is_left_out_of_random_weights_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: Any, loras: Any, **__: Any) -> Any:
+        assert loras == []
+        raise ExportError("enough")
+
+    monkeypatch.setattr("vega_edge.export.export_bundle", export)
+    lines = {
+        "segmind-vegart": "vega-edge: the LoRA of segmind-vegart is left out: fused, it would change made-up numbers and "
+        "no shape; --lora FILE adds one\n",
+        "segmind-vega": "",
+    }
+    for name, line in lines.items():
+        assert main(["export", name, "--random-weights", "3", "-o", str(tmp_path / "x")]) == 1
+        assert capsys.readouterr().err == line + "vega-edge: enough\n"
+
+
 def test_an_export_with_random_weights_says_so(
     sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from dataclasses import asdict
@@ -12,6 +13,8 @@ from typing import Any
 
 from ..errors import ExportError, UsageError
 from .common import bar, lora
+
+_log = logging.getLogger(__name__)
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -89,6 +92,11 @@ def run(arguments: argparse.Namespace) -> None:
         except OSError as failure:
             raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
     options["loras"] = lora_files(source, arguments.lora)
+    if recipe and recipe.loras and not named:
+        _log.warning(
+            "the LoRA of %s is left out: fused, it would change made-up numbers and no shape; --lora FILE adds one",
+            recipe.name,
+        )
     with bar(0) as shown:
 
         def progress(at: Progress) -> None:
