@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..models import find_bundle
 from ..onnx_file import read_weights
 from ..runtime.patches import Patches
 from .machine import facts, markdown, peak_mb
@@ -84,13 +85,14 @@ def measure(bundle: Path, engine: str, lora: Path | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", help="a model's name or a bundle's folder")
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--engine", default="onnxruntime-cpu")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in the process that is measured
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    arguments.bundle = find_bundle(arguments.bundle)
     if arguments.one:
         print(json.dumps(measure(arguments.bundle, arguments.engine, arguments.lora)))
         return

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..engines import Spec, available
+from ..models import find_bundle
 from ..runtime.memory import weight_bytes
 from ..runtime.parts import Parts
 from ..runtime.pipeline import Pipeline
@@ -131,7 +132,7 @@ def main() -> None:
     if not sys.platform.startswith("linux"):
         raise SystemExit("this measurement reads /proc, so it needs Linux")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", help="a model's name or a bundle's folder")
     parser.add_argument("--part", default="unet")
     here = [status.name for status in available() if status.ok and status.name != "onnxruntime-cuda"]
     parser.add_argument("--engines", nargs="+", default=here)
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    arguments.bundle = find_bundle(arguments.bundle)
     if arguments.one:
         low = arguments.one != "normal"
         cache = Path(os.environ["VEGA_EDGE_HOME"]) / "compiled" if low else None

@@ -21,7 +21,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from vega_edge.cli import main  # noqa: E402
 from vega_edge.errors import CheckpointError, ExportError, UsageError, VegaEdgeError  # noqa: E402
-from vega_edge.export import lora_files, model_source, sources  # noqa: E402
+from vega_edge.export import lora_files, model_source, sources, tiny_vae_folder  # noqa: E402
 from vega_edge.export.checkpoint import load_module  # noqa: E402
 from vega_edge.export.random_weights import RandomWeights  # noqa: E402
 from vega_edge.models import Origin, recipes  # noqa: E402
@@ -71,6 +71,17 @@ def test_a_recipes_loras_are_fetched_and_the_users_come_after(monkeypatch: pytes
     assert fetched == [Origin("segmind/Segmind-VegaRT", None, "pytorch_lora_weights.safetensors")]
     assert lora_files(model_source("segmind-vegart", random_weights=0), own) == own and len(fetched) == 1
     assert lora_files(model_source("somewhere"), own) == own
+
+
+def test_a_tiny_autoencoder_is_a_folder_or_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "fetch_network", lambda origin, part, **_: Path(f"{origin}/{part}"))
+    assert tiny_vae_folder("some/folder") == Path("some/folder")
+    assert tiny_vae_folder("hf:madebyollin/taesdxl@main") == Path("hf:madebyollin/taesdxl@main/tiny_vae")
+    with pytest.raises(UsageError) as caught:
+        tiny_vae_folder("hf:a/b/c.safetensors")
+    assert str(caught.value) == (
+        "'hf:a/b/c.safetensors' names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME"
+    )
 
 
 def test_a_file_the_user_must_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,11 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--weights", metavar="DTYPE", help="storage of the weights: fp32, fp16, bf16 or int8; default: as --dtype"
     )
-    p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny (TAESD) for fast decoding")
+    p.add_argument(
+        "--tiny-vae",
+        metavar="PLACE",
+        help="an AutoencoderTiny for fast decoding: a folder, or hf:OWNER/NAME, such as hf:madebyollin/taesdxl",
+    )
     p.add_argument(
         "--vae",
         default="full",
@@ -71,7 +75,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from .. import models
-    from ..export import Progress, export_bundle, format_report, lora_files, model_source
+    from ..export import Progress, export_bundle, format_report, lora_files, model_source, tiny_vae_folder
 
     source = model_source(
         arguments.source,
@@ -97,6 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
             "the LoRA of %s is left out: fused, it would change made-up numbers and no shape; --lora FILE adds one",
             recipe.name,
         )
+    tiny_vae = None
+    if arguments.tiny_vae:
+        tiny_vae = tiny_vae_folder(arguments.tiny_vae, allow_pickle=arguments.allow_pickle)
     with bar(0) as shown:
 
         def progress(at: Progress) -> None:
@@ -106,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         report = export_bundle(
-            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
+            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=tiny_vae,
             vae=arguments.vae, progress=progress, overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     if arguments.json:
