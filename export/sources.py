@@ -46,7 +46,7 @@ class ModelSource:
 
         if self.recipe and self.recipe.architecture:
             folder = skeleton_folder(architectures()[self.recipe.architecture], self.recipe.scheduler)
-        elif isinstance(self.place, Path):
+        elif isinstance(self.place, Path) and not self.place.is_file():
             folder = self.place
         else:
             raise UsageError(f"{self.name}: random weights need a model's name or a diffusers folder")

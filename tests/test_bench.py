@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vega_edge.bench import export, full_size, meaning, samplers, schedulers
+from vega_edge.bench import export, full_size, meaning, memory, samplers, schedulers
 
 GOOD = meaning.Row("demo-vegart, LCM, 4 steps", "seen", 400, 97, 96, 98, 93.0, 90, 0.85, 20.0, 0.1)
 CONTROL = meaning.Row(
@@ -72,3 +72,17 @@ def test_an_export_is_held_against_its_models_goals() -> None:
     ]
     assert export.held_against_goals("sdxl-lightning", "fp32", parts) == []
     assert export.held_against_goals("path/to/folder", "fp16", parts) == []
+
+
+def test_memory_is_held_against_the_goals_for_openvino() -> None:
+    results = {
+        f"{engine}, {way}": {"resident_ratio": ratio}
+        for engine in ("onnxruntime-cpu", "openvino-bf16")
+        for way, ratio in (("normal", 9.0), ("low, cold", 2.704), ("low, warm", 1.61))
+    }
+    assert memory.held_against_goals(results, "unet", "fp16") == [
+        {"what": "openvino-bf16, low, cold", "got": 2.7, "goal": 2.7, "met": True},
+        {"what": "openvino-bf16, low, warm", "got": 1.61, "goal": 1.6, "met": False},
+    ]
+    assert memory.held_against_goals(results, "all", "fp16") == []
+    assert memory.held_against_goals(results, "unet", "fp32") == []

@@ -209,8 +209,12 @@ def test_random_weights_depend_on_seed_and_name_only(sd: Path) -> None:
 def test_random_weights_of_a_folder_need_no_weights(sd: Path, tmp_path: Path) -> None:
     shutil.copytree(sd, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     assert model_source(tmp_path / "x", random_weights=0).open().weight_shapes("vae")
-    with pytest.raises(UsageError, match="hub/x: random weights need a model's name or a diffusers folder"):
-        model_source("hf:hub/x", random_weights=0).open()
+    file = tmp_path / "single.safetensors"
+    file.touch()
+    for source, name in (("hf:hub/x", "hub/x"), (file, "single.safetensors")):
+        with pytest.raises(UsageError) as caught:
+            model_source(source, random_weights=0).open()
+        assert str(caught.value) == f"{name}: random weights need a model's name or a diffusers folder"
 
 
 @pytest.mark.parametrize("name", ["segmind-vegart", "tiny-sd", "dynavis-lightning"])
