@@ -19,6 +19,7 @@ from vega_edge.bundle import Bundle  # noqa: E402
 from vega_edge.cli import main  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
+from vega_edge.verify import verify  # noqa: E402
 
 from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
@@ -77,3 +78,9 @@ def test_previews_are_the_tiny_ones_whatever_draws(bundle: Path, wanted: dict[st
     preview = np.asarray(last.preview()[0]).astype(int)
     pipe.close()
     assert np.abs(preview - wanted["tiny"]).mean() < np.abs(preview - wanted["full"]).mean() / 2
+
+
+def test_verify_runs_both(bundle: Path) -> None:
+    verdict = verify(bundle, "onnxruntime-cpu")
+    both = {f"{part}/{file}.onnx" for part in ("vae_decoder", "tiny_vae_decoder") for file in ("model", "pixels")}
+    assert verdict.ok and both <= {check.graph for check in verdict.checks}
