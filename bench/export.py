@@ -38,7 +38,7 @@ print(json.dumps({"part": "", "phase": "end", "cpu_s": time.process_time(), "not
 
 
 # On two cores, in fp16: of one part, or of the whole export where part is None.
-GOALS = {
+GOALS: dict[str, tuple[tuple[str | None, str, float], ...]] = {
     "segmind-vega": (("unet", "clock_s", 90.0), ("unet", "peak_over_weights", 1.6)),
     "sdxl-lightning": ((None, "peak_bytes", 12e9),),
 }
@@ -103,8 +103,10 @@ def by_part(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def held_against_goals(source: str, dtype: str, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a goal: what, got, goal, met."""
     whole = {"peak_bytes": max(part["peak_bytes"] for part in parts)}
-    found = []
-    for name, figure, goal in GOALS.get(source, ()) if dtype == "fp16" else ():
+    found: list[dict[str, Any]] = []
+    if dtype != "fp16":
+        return found
+    for name, figure, goal in GOALS.get(source, ()):
         row = whole if name is None else next(part for part in parts if part["part"] == name)
         what = f"{name or 'whole export'}, {figure}"
         found.append({"what": what, "got": row[figure], "goal": goal, "met": row[figure] <= goal})

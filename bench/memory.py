@@ -132,8 +132,10 @@ def run_all(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def held_against_goals(results: dict[str, dict[str, Any]], part: str, weights: str) -> list[dict[str, Any]]:
     """One row a goal: what, got, goal, met."""
-    rows = []
-    for name, found in results.items() if (part, weights) == ("unet", "fp16") else ():
+    rows: list[dict[str, Any]] = []
+    if (part, weights) != ("unet", "fp16"):
+        return rows
+    for name, found in results.items():
         engine, _, way = name.partition(", ")
         if engine.startswith("openvino") and way in GOALS:
             got = round(found["resident_ratio"], 2)
