@@ -20,21 +20,23 @@ from ..export.trt_build import graphs
 from ..export.trt_library import load_library
 from ..export.trt_network import Job, build_plan, read_inputs
 from ..export.trt_profiles import bundle_sizes, latent_px, profile
+from ..models import find_bundle
 from .machine import facts, markdown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="models' names or bundles' folders")
     parser.add_argument("--engine", default="tensorrt-rtx")
     parser.add_argument("--part", action="append", default=[])
     parser.add_argument("--graph", help=argparse.SUPPRESS)  # one build, in this process
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args(argv)
+    bundles = [find_bundle(name) for name in arguments.bundles]
     if arguments.graph:
-        print(json.dumps(build_here(arguments.bundles[0], arguments.graph, arguments.engine)))
+        print(json.dumps(build_here(bundles[0], arguments.graph, arguments.engine)))
         return
-    rows = [row for bundle in arguments.bundles for row in measure(bundle, arguments.engine, arguments.part)]
+    rows = [row for bundle in bundles for row in measure(bundle, arguments.engine, arguments.part)]
     library = load_library(arguments.engine)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """What an export costs: time and peak memory of each part, against the size of its weights.
 
-    python -m vega_edge.bench.export CHECKPOINT --dtype fp16 -o bench/results/export-vega-fp16.json
+    python -m vega_edge.bench.export segmind-vega --random-weights 7 -o bench/results/export-vega-fp16.json
+    python -m vega_edge.bench.export sdxl-lightning --random-weights 7 -o bench/results/export-sdxl-lightning-fp16.json
 
-CHECKPOINT is a diffusers folder. The export runs in a process of its own, whose resident memory is read as the system
-counts it (files that are mapped included) while each part is under way. On a machine that others use too, the
-processor's seconds say more than the clock's; both are told.
+What is exported is named as for `vega-edge export`. It runs in a process of its own, whose resident memory is read as the
+system counts it (files that are mapped included) while each part is under way. On a machine that others use too, the
+processor's seconds say more than the clock's; both are told. The project's goals are in the result, each with what was
+measured; exit status 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -23,22 +25,30 @@ from typing import Any
 from .machine import facts, markdown
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
-from vega_edge.export import export_bundle
+from vega_edge.export import export_bundle, model_source
 def progress(at):
     print(json.dumps({"part": at.part, "phase": at.phase, "cpu_s": time.process_time()}), flush=True)
 options = json.loads(sys.argv[3])
-report = export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress, **options)
+source = model_source(sys.argv[1], random_weights=options.pop("random_weights"))
+report = export_bundle(source, Path(sys.argv[2]), progress=progress, **options)
 print(json.dumps({"part": "", "phase": "end", "cpu_s": time.process_time(), "notes": list(report.notes)}), flush=True)
 """
 
 
-def measure(checkpoint: Path, out: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+# On two cores, in fp16: of one part, or of the whole export where part is None.
+GOALS: dict[str, tuple[tuple[str | None, str, float], ...]] = {
+    "segmind-vega": (("unet", "clock_s", 90.0), ("unet", "peak_over_weights", 1.6)),
+    "sdxl-lightning": ((None, "peak_bytes", 12e9),),
+}
+
+
+def measure(source: str, out: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a part: bytes of its weights file, seconds, processor seconds, largest resident memory while it ran."""
     import psutil
 
-    command = [sys.executable, "-c", _CHILD, str(checkpoint), str(out), json.dumps(options)]
+    command = [sys.executable, "-c", _CHILD, source, str(out), json.dumps(options)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     watched, peak = psutil.Process(child.pid), [0]
 
@@ -90,16 +100,33 @@ def by_part(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def held_against_goals(source: str, dtype: str, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a goal: what, got, goal, met."""
+    whole = {"peak_bytes": max(part["peak_bytes"] for part in parts)}
+    found: list[dict[str, Any]] = []
+    if dtype != "fp16":
+        return found
+    for name, figure, goal in GOALS.get(source, ()):
+        row = whole if name is None else next(part for part in parts if part["part"] == name)
+        what = f"{name or 'whole export'}, {figure}"
+        found.append({"what": what, "got": row[figure], "goal": goal, "met": row[figure] <= goal})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("source", help="a model's name, a diffusers folder, or another that `vega-edge export` takes")
+    parser.add_argument("--random-weights", type=int, metavar="SEED")
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--weights")
+    parser.add_argument(
+        "--keep", type=Path, metavar="BUNDLE", help="where the bundle stays; default: it is thrown away"
+    )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        options = {"dtype": arguments.dtype, "weights": arguments.weights}
-        phases = measure(arguments.checkpoint, Path(folder) / "bundle", options)
+    options = {name: getattr(arguments, name) for name in ("dtype", "weights", "random_weights")}
+    with tempfile.TemporaryDirectory() as folder:
+        phases = measure(arguments.source, arguments.keep or Path(folder) / "bundle", options)
     parts = by_part(phases)
     print(
         markdown(
@@ -111,18 +138,14 @@ def main() -> None:
             ],
         )
     )  # fmt: skip
+    goals = held_against_goals(arguments.source, arguments.dtype, parts)
     if arguments.output:
         load = os.getloadavg() if hasattr(os, "getloadavg") else ()
-        told = {
-            **facts(),
-            "checkpoint": arguments.checkpoint.name,
-            **options,
-            "load": load,
-            "parts": parts,
-            "phases": phases,
-        }
+        told = {**facts(), "source": Path(arguments.source).name, **options, "load": load, "goals": goals}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(told, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({**told, "parts": parts, "phases": phases}, indent=1) + "\n")
+    if missed := [f"{g['what']}: {g['got']:g}, goal {g['goal']:g}" for g in goals if not g["met"]]:
+        sys.exit("\n".join(missed))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ..bundle import Bundle
 from ..engines import EngineStatus, available
 from ..engines.checked import CheckedEngine
 from ..errors import EngineError
+from ..models import find_bundle
 from .gpu_peers import Peer, flops, matmul_peak, peer, pipeline_flops
 from .machine import facts, markdown
 
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="models' names or bundles' folders")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu; default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], metavar="N")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     peak = matmul_peak(arguments.device)
     rows = []
-    for folder in arguments.bundles:
+    for folder in map(find_bundle, arguments.bundles):
         rows += measure(folder, arguments, peak)
     result = {**facts(), "gpu": _gpu(arguments.device), "matmul_tflops": round(peak / 1e12, 2), "rows": rows}
     if arguments.output:

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
+from ..models import find_bundle
 from ..onnx_file import read_weights
 from ..runtime.patches import Patches
 from .machine import facts, markdown, peak_mb
@@ -32,18 +34,26 @@ TARGETS = (
 
 
 def random_lora(bundle: Bundle, path: Path, rank: int) -> int:
-    """Writes a LoRA of random numbers over TARGETS, in PEFT's spelling, float16. Returns how many modules it has."""
-    from safetensors.numpy import save_file
-
+    """Writes a LoRA of random numbers for the bundle's U-Net. Returns how many modules it has."""
     parameters = (bundle.manifest.parts["unet"].parameters if bundle.manifest else None) or {}
     weights = read_weights(bundle.graph("unet"))
-    random, tensors = np.random.default_rng(0), {}
+    shapes = {}
     for name, place in parameters.items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(TARGETS):
-            continue
         shape = weights[place.initializer].shape
-        out, inside, *kernel = shape[::-1] if place.transposed else shape
+        shapes[name] = shape[::-1] if place.transposed else shape
+    return write_random_lora(shapes, path, rank)
+
+
+def write_random_lora(shapes: Mapping[str, Sequence[int]], path: Path, rank: int) -> int:
+    """As `random_lora`, for a U-Net whose parameters have these shapes: over TARGETS, in PEFT's spelling, float16."""
+    from safetensors.numpy import save_file
+
+    random, tensors = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name or not module.endswith(TARGETS):
+            continue
+        out, inside, *kernel = shape
         for side, size in (("A", (rank, inside, *kernel)), ("B", (out, rank, *(1 for _ in kernel)))):
             values = random.standard_normal(size, np.float32) * 0.02
             tensors[f"unet.{module}.lora_{side}.weight"] = values.astype(np.float16)
@@ -75,13 +85,14 @@ def measure(bundle: Path, engine: str, lora: Path | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", help="a model's name or a bundle's folder")
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--engine", default="onnxruntime-cpu")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in the process that is measured
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    arguments.bundle = find_bundle(arguments.bundle)
     if arguments.one:
         print(json.dumps(measure(arguments.bundle, arguments.engine, arguments.lora)))
         return

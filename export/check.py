@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..engines import Spec, open_engine
 from ..engines.onnxruntime import DTYPES
 from ..errors import ExportError
+from .onnx_edit import save_with_late_weights
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -107,10 +108,15 @@ class _LeanSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all casts come first
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        copy = graph.with_name("checked.onnx")
+        try:
+            save_with_late_weights(graph, copy)
+            self._session = ort.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+        finally:
+            copy.unlink(missing_ok=True)
         self.inputs = {node.name: Spec(DTYPES[node.type], tuple(node.shape)) for node in self._session.get_inputs()}
 
     def run(self, feeds: Arrays) -> Arrays:

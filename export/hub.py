@@ -11,7 +11,7 @@ import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from .weight_files import TOKENIZER_FILES, choose_weights, expected, pickled, to
 _TIMEOUT_S = 30
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _INDEX = "model_index.json"
+_CONFIG = "config.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -78,12 +79,20 @@ def fetch_file(origin: Origin) -> Path:
         return _fetch(repository, [repository.need(origin.file, "check its name")])[0]
 
 
+def fetch_network(origin: Origin, part: str, *, allow_pickle: bool = False) -> Path:
+    """The snapshot folder of a repository that is one network, as the tiny autoencoders' are; raises as `fetch_folder`."""
+    with _repository(replace(origin, file=_CONFIG)) as repository:
+        config = repository.get(repository.need(_CONFIG, "name the repository of one network, as diffusers saves it"))
+        _fetch(repository, [_CONFIG, *_weights(repository, part, "", allow_pickle)])
+        return config.parent
+
+
 def _needed(repository: _Repository, parts: tuple[str, ...], allow_pickle: bool) -> list[str]:
     whole = "export needs a whole diffusers repository"
     wanted = [_INDEX, repository.need(_SCHEDULER, whole)]
     for part in parts:
         wanted.append(repository.need(f"{part}/config.json", whole))
-        wanted += _weights(repository, part, allow_pickle)
+        wanted += _weights(repository, part, f"{part}/", allow_pickle)
         if tokenizer := tokenizer_of(part):
             found = [f"{tokenizer}/{name}" for name in TOKENIZER_FILES if f"{tokenizer}/{name}" in repository.files]
             if f"{tokenizer}/tokenizer.json" not in found:
@@ -93,20 +102,21 @@ def _needed(repository: _Repository, parts: tuple[str, ...], allow_pickle: bool)
     return wanted
 
 
-def _weights(repository: _Repository, part: str, allow_pickle: bool) -> list[str]:
-    names = {PurePosixPath(f).name for f in repository.files if f.startswith(f"{part}/") and f.count("/") == 1}
+def _weights(repository: _Repository, part: str, folder: str, allow_pickle: bool) -> list[str]:
+    """folder: where in the repository they are, such as 'unet/', or '' for its root."""
+    names = {f.removeprefix(folder) for f in repository.files if f.startswith(folder)}
     weights = choose_weights(part, names, half_first=True, pickles=allow_pickle)
     if weights is None:
-        if found := pickled(names):
+        if found := pickled(name for name in names if "/" not in name):
             raise CheckpointError(
-                f"{repository.title} has the weights of {part} pickled only ({part}/{found}), which can run code when "
+                f"{repository.title} has the weights of {part} pickled only ({folder}{found}), which can run code when "
                 "they are read; if you trust it, --allow-pickle reads them with torch's weights_only"
             )
-        raise CheckpointError(f"{repository.title} has no weights of {part}; expected {part}/{expected(part)}")
+        raise CheckpointError(f"{repository.title} has no weights of {part}; expected {folder}{expected(part)}")
     files = [weights.file]
     if weights.sharded:
-        files += shards(repository.get(f"{part}/{weights.file}"))
-    return [repository.need(f"{part}/{file}", "its index names it; fetch another revision") for file in files]
+        files += shards(repository.get(f"{folder}{weights.file}"))
+    return [repository.need(f"{folder}{file}", "its index names it; fetch another revision") for file in files]
 
 
 def _fetch(repository: _Repository, files: list[str]) -> list[Path]:

@@ -103,6 +103,21 @@ def save_pixels(decoder: Path, pixels: Path, config: Mapping[str, Any]) -> None:
     ir.save(model, pixels)
 
 
+def save_with_late_weights(graph: Path, copy: Path) -> None:
+    """A copy of the graph, on the same weights file, whose weights pass through an Identity before each node that takes
+    them. What an engine makes of a weight it then makes after that, and not for all weights before the first node."""
+    model = ir.load(graph)
+    for node in list(model.graph):
+        for index, value in enumerate(node.inputs):
+            if value is None or not value.is_initializer() or value.const_value is None:
+                continue
+            if value.const_value.nbytes >= _EXTERNAL_BYTES:
+                late = ir.node("Identity", [value])
+                model.graph.insert_before(node, late)
+                node.replace_input_with(index, late.outputs[0])
+    ir.save(model, copy)
+
+
 class _Chain:
     """New nodes, each with its constants of type `dtype`, named prefix_0, prefix_1, ..."""
 

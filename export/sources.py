@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ExportError, UsageError
 from ..models import Origin, Recipe, architectures
 from ..models.storage import checkpoints_folder
 from .checkpoint import Checkpoint, open_checkpoint, open_configs, with_weights
-from .hub import fetch_file, fetch_folder
+from .hub import fetch_file, fetch_folder, fetch_network
 from .skeleton import skeleton_folder
 from .weight_files import PICKLED
 
@@ -46,7 +46,7 @@ class ModelSource:
 
         if self.recipe and self.recipe.architecture:
             folder = skeleton_folder(architectures()[self.recipe.architecture], self.recipe.scheduler)
-        elif isinstance(self.place, Path):
+        elif isinstance(self.place, Path) and not self.place.is_file():
             folder = self.place
         else:
             raise UsageError(f"{self.name}: random weights need a model's name or a diffusers folder")
@@ -143,6 +143,16 @@ def lora_files(source: ModelSource, own: Sequence[Lora] = ()) -> list[Lora]:
         return list(own)
     fetched = [(fetch_file(Origin(r.hub, r.revision, r.file)), r.strength) for r in recipe.hub_loras]
     return [*recipe.lora_paths, *fetched, *own]
+
+
+def tiny_vae_folder(place: str, *, allow_pickle: bool = False) -> Path:
+    """A tiny autoencoder's folder, from what the command line says: itself, or hf:OWNER/NAME[@REVISION], fetched."""
+    found = _place(place)
+    if isinstance(found, Path):
+        return found
+    if found.file is not None:
+        raise UsageError(f"{place!r} names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME")
+    return fetch_network(found, "tiny_vae", allow_pickle=allow_pickle)
 
 
 def _place(text: str) -> Path | Origin:

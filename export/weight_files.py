@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -42,7 +42,7 @@ def expected(part: str) -> str:
     return f"{stem}.safetensors or {stem}.fp16.safetensors"
 
 
-def pickled(names: Collection[str]) -> str | None:
+def pickled(names: Iterable[str]) -> str | None:
     """The first of the names that is a pickle."""
     return min((name for name in names if name.endswith(PICKLED)), default=None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..manifest import Parameter
 from . import graphs, onnx_edit, quantize
 from .check import Arrays, compare, compare_pixels, tolerance
 from .checkpoint import published_name
+from .heap import give_back
 from .packed import FLOATS, Packed
 from .precision import Precision
 from .report import PartReport
@@ -39,7 +39,11 @@ class Work:
         self.start = time.monotonic()
         self.graph = folder / part / "model.onnx"
         self.graph.parent.mkdir(exist_ok=True)
-        announce(part, "load")
+        self._begin("load")
+
+    def _begin(self, phase: str) -> None:
+        give_back()
+        self.announce(self.part, phase)
 
     def export(
         self,
@@ -50,14 +54,14 @@ class Work:
         ranges: Mapping[str, quantize.Range] | None = None,
     ) -> dict[str, Parameter]:
         """Trace, put the weights in, and write the graph. Returns where the weights that a LoRA may touch are."""
-        self.announce(self.part, "trace")
+        self._begin("trace")
         kind = FLOATS[self.precision.arithmetic]
         example = {
             n: t.to(kind) if t.is_floating_point() and n not in _ALWAYS_FLOAT32 else t for n, t in example.items()
         }
         with packed.tracing(self.precision.arithmetic):
             traced = graphs.trace(self.part, wrapper, spec, example, self.precision.arithmetic)
-        self.announce(self.part, "write")
+        self._begin("write")
         onnx_edit.strip(traced.model)
         placed = place(
             traced.model, traced.parameters, packed.stored, self.precision.arithmetic,
@@ -78,8 +82,7 @@ class Work:
         activation_scale: float = 1.0,
     ) -> Exported:
         """Compare what was written with torch's results. The module should be gone by now: the engine loads its own."""
-        gc.collect()
-        self.announce(self.part, "check")
+        self._begin("check")
         dtype, levels = self.precision.dtype, None
         error = compare(self.part, self.graph, dtype, cases)
         if pixel_cases:

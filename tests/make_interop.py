@@ -21,11 +21,12 @@ PACKAGES = (
 def main() -> None:
     folder = Path(sys.argv[1])
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not (folder / "made").exists():
+    made = folder / "made"
+    if not made.is_file() or made.read_text() != "\n".join(PACKAGES):
         venv.create(folder, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
         subprocess.run(install, check=True, stdout=sys.stderr)
-        (folder / "made").touch()
+        made.write_text("\n".join(PACKAGES))
     print(python)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vega_edge.bench import meaning, samplers, schedulers
+from vega_edge.bench import export, full_size, meaning, memory, samplers, schedulers
 
 GOOD = meaning.Row("demo-vegart, LCM, 4 steps", "seen", 400, 97, 96, 98, 93.0, 90, 0.85, 20.0, 0.1)
 CONTROL = meaning.Row(
@@ -47,3 +47,42 @@ def test_samplers_are_held_against_diffusers_and_a_millisecond() -> None:
         "Euler (diffusers): 0.51 of diffusers' time, goal 0.5", "Euler (diffusers): 1.00 ms a step, goal below 1",
         "Euler a (diffusers): 1.31 of diffusers' time, goal 1.3",
     ]  # fmt: skip
+
+
+def test_full_size_wants_every_part_and_the_latents() -> None:
+    row = {"model": "tiny-sd", "parts": {"unet": 1e-3, "vae_decoder": 2e-6}, "latents_error_of_std": 0.01}
+    assert full_size.missed(row) == []
+    assert full_size.missed({**row, "parts": {"unet": 1.1e-3}, "latents_error_of_std": 0.011}) == [
+        "tiny-sd, unet: 1.1e-03, goal 0.001",
+        "tiny-sd: latents differ by 1.1e-02 of their standard deviation, goal 0.01",
+    ]
+
+
+def test_an_export_is_held_against_its_models_goals() -> None:
+    parts = [
+        {"part": "text_encoder", "clock_s": 200.0, "peak_over_weights": 9.0, "peak_bytes": 12_000_000_001},
+        {"part": "unet", "clock_s": 90.0, "peak_over_weights": 1.61, "peak_bytes": 11_000_000_000},
+    ]
+    assert export.held_against_goals("segmind-vega", "fp16", parts) == [
+        {"what": "unet, clock_s", "got": 90.0, "goal": 90.0, "met": True},
+        {"what": "unet, peak_over_weights", "got": 1.61, "goal": 1.6, "met": False},
+    ]
+    assert export.held_against_goals("sdxl-lightning", "fp16", parts) == [
+        {"what": "whole export, peak_bytes", "got": 12_000_000_001, "goal": 12e9, "met": False}
+    ]
+    assert export.held_against_goals("sdxl-lightning", "fp32", parts) == []
+    assert export.held_against_goals("path/to/folder", "fp16", parts) == []
+
+
+def test_memory_is_held_against_the_goals_for_openvino() -> None:
+    results = {
+        f"{engine}, {way}": {"resident_ratio": ratio}
+        for engine in ("onnxruntime-cpu", "openvino-bf16")
+        for way, ratio in (("normal", 9.0), ("low, cold", 2.704), ("low, warm", 1.61))
+    }
+    assert memory.held_against_goals(results, "unet", "fp16") == [
+        {"what": "openvino-bf16, low, cold", "got": 2.7, "goal": 2.7, "met": True},
+        {"what": "openvino-bf16, low, warm", "got": 1.61, "goal": 1.6, "met": False},
+    ]
+    assert memory.held_against_goals(results, "all", "fp16") == []
+    assert memory.held_against_goals(results, "unet", "fp32") == []

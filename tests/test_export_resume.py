@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ pytest.importorskip("torch")
 
 from vega_edge.bundle import Bundle
 from vega_edge.errors import BundleError, ExportError
-from vega_edge.export import Progress, export_bundle, needs
+from vega_edge.export import Progress, export_bundle, model_source, needs, writer
 from vega_edge.export.checkpoint import open_checkpoint
 from vega_edge.export.precision import Precision
 
@@ -67,6 +70,36 @@ def test_another_export_takes_nothing_of_it(checkpoint: Path, killed: Path) -> N
     assert {at.part for at in seen} == {"text_encoder", "vae_encoder", "vae_decoder", "unet"}
     assert not [note for note in report.notes if "interrupted" in note]
     assert [p.name for p in killed.parent.iterdir()] == ["bundle"]
+
+
+def test_the_key_knows_what_changes_a_graph(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed, option, LoRA, file or version: nothing of the unfinished export fits. Its name and limits: all does."""
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+
+    def key(source: Path = checkpoint, **options: Any) -> str:
+        tiny, seed = options.pop("tiny_vae", None), options.pop("random_weights", None)
+        own = model_source(source, random_weights=seed)
+        given = {"loras": (), "precision": Precision("fp32", "fp32"), "vae": "full", "name": "x", **options}
+        return writer._key(own.open(tiny), writer._Request(own, tmp_path / "out", **given))
+
+    touched = Path(shutil.copytree(checkpoint, tmp_path / "touched"))
+    os.utime(touched / "unet" / "diffusion_pytorch_model.safetensors", (0, 0))
+    scheduled = Path(shutil.copytree(checkpoint, tmp_path / "scheduled"))
+    schedule = scheduled / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
+    keys = [
+        key(), key(random_weights=3), key(random_weights=4), key(precision=Precision("fp32", "fp16")),
+        key(precision=Precision("fp16", "fp16")), key(loras=((files[0], 1.0),)), key(loras=((files[0], 0.5),)),
+        key(loras=((files[1], 1.0),)), key(loras=((files[0], 1.0), (files[1], 1.0))),
+        key(loras=((files[1], 1.0), (files[0], 1.0))), key(tiny_vae=checkpoint / "tiny"),
+        key(tiny_vae=checkpoint / "tiny", vae="tiny"), key(touched), key(scheduled, random_weights=3),
+    ]  # fmt: skip
+    assert len({*keys}) == len(keys)
+    assert key(random_weights=3) == keys[1] and key(name="another") == keys[0]
+    monkeypatch.setattr(writer, "__version__", "0.0.1")
+    assert key() not in keys
 
 
 def test_two_exports_of_one_target(checkpoint: Path, tmp_path: Path) -> None:

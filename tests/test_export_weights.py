@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +115,26 @@ def test_a_packed_module_holds_one_copy_and_computes_with_the_stored_numbers() -
     with packed.computing() as module, torch.no_grad():
         assert torch.equal(module(ids), rounded(ids))
     assert all(p.untyped_storage().nbytes() <= 4 for p in net.parameters())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps them")
+def test_holes_in_the_heap_are_given_back() -> None:
+    script = """
+import mmap
+import numpy as np
+from pathlib import Path
+from vega_edge.export.heap import give_back
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
+blocks = [np.ones(8000) for _ in range(4000)]  # 64 kB: on the heap, not mapped
+last = np.ones(8000)  # above them, so that the heap can't shrink
+del blocks
+before = resident_mb()
+give_back()
+print(before - resident_mb())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 200
 
 
 def test_eight_bits_by_rows() -> None:

@@ -31,7 +31,10 @@ if len(sys.argv) > 3:
     from types import SimpleNamespace
     shutil.disk_usage = lambda path: SimpleNamespace(free=int(sys.argv[3]))
 try:
-    print(hub.fetch_file(origin) if origin.file else hub.fetch_folder(origin, allow_pickle=sys.argv[2] == "True"))
+    if sys.argv[2] == "network":
+        print(hub.fetch_network(origin, "tiny_vae"))
+    else:
+        print(hub.fetch_file(origin) if origin.file else hub.fetch_folder(origin, allow_pickle=sys.argv[2] == "True"))
 except VegaEdgeError as error:
     print("ERROR", error)
 print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)), file=sys.stderr)
@@ -78,8 +81,9 @@ def fetch(
 ) -> str:
     """What was printed: the path, or ERROR and its text. `environment` adds variables."""
     environment = options.pop("environment", {})
+    kind = "network" if options.pop("network", False) else str(pickles)
     origin = {"hub": name, **options}
-    arguments = [json.dumps(origin), str(pickles), *([str(free)] if free >= 0 else [])]
+    arguments = [json.dumps(origin), kind, *([str(free)] if free >= 0 else [])]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
         [sys.executable, "-c", FETCH, *arguments],
@@ -107,6 +111,25 @@ def test_a_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     assert fetch(hub, tmp_path / "cache", file="small.safetensors") == (
         f"ERROR hub repository tiny/model at {COMMIT[:7]} lacks small.safetensors; check its name"
     )
+
+
+def test_a_repository_that_is_one_network(hub: Hub, tmp_path: Path) -> None:
+    def ask(**environment: str) -> str:
+        return fetch(hub, tmp_path / "cache", network=True, environment=environment)
+
+    at = f"ERROR hub repository tiny/model at {COMMIT[:7]}"
+    assert ask() == f"{at} lacks config.json; name the repository of one network, as diffusers saves it"
+    (hub.folder / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    stem = "diffusion_pytorch_model"
+    assert ask() == f"{at} has no weights of tiny_vae; expected {stem}.safetensors or {stem}.fp16.safetensors"
+    (hub.folder / f"{stem}.bin").write_bytes(b"pickled")
+    assert ask().startswith(f"{at} has the weights of tiny_vae pickled only ({stem}.bin), which can run code")
+    (hub.folder / f"{stem}.safetensors").write_bytes(b"weights")
+    hub.asked.clear()
+    folder = Path(ask())
+    assert hub.fetched() == [f"{stem}.safetensors"] and (folder / f"{stem}.safetensors").read_bytes() == b"weights"
+    hub.asked.clear()
+    assert ask(HF_HUB_OFFLINE="1") == str(folder) and not hub.asked
 
 
 def test_a_broken_transfer_is_resumed(hub: Hub, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from vega_edge.cli import main  # noqa: E402
 from vega_edge.errors import CheckpointError, ExportError, UsageError, VegaEdgeError  # noqa: E402
-from vega_edge.export import lora_files, model_source, sources  # noqa: E402
+from vega_edge.export import lora_files, model_source, sources, tiny_vae_folder  # noqa: E402
 from vega_edge.export.checkpoint import load_module  # noqa: E402
 from vega_edge.export.random_weights import RandomWeights  # noqa: E402
 from vega_edge.models import Origin, recipes  # noqa: E402
@@ -71,6 +71,17 @@ def test_a_recipes_loras_are_fetched_and_the_users_come_after(monkeypatch: pytes
     assert fetched == [Origin("segmind/Segmind-VegaRT", None, "pytorch_lora_weights.safetensors")]
     assert lora_files(model_source("segmind-vegart", random_weights=0), own) == own and len(fetched) == 1
     assert lora_files(model_source("somewhere"), own) == own
+
+
+def test_a_tiny_autoencoder_is_a_folder_or_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "fetch_network", lambda origin, part, **_: Path(f"{origin}/{part}"))
+    assert tiny_vae_folder("some/folder") == Path("some/folder")
+    assert tiny_vae_folder("hf:madebyollin/taesdxl@main") == Path("hf:madebyollin/taesdxl@main/tiny_vae")
+    with pytest.raises(UsageError) as caught:
+        tiny_vae_folder("hf:a/b/c.safetensors")
+    assert str(caught.value) == (
+        "'hf:a/b/c.safetensors' names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME"
+    )
 
 
 def test_a_file_the_user_must_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +209,12 @@ def test_random_weights_depend_on_seed_and_name_only(sd: Path) -> None:
 def test_random_weights_of_a_folder_need_no_weights(sd: Path, tmp_path: Path) -> None:
     shutil.copytree(sd, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     assert model_source(tmp_path / "x", random_weights=0).open().weight_shapes("vae")
-    with pytest.raises(UsageError, match="hub/x: random weights need a model's name or a diffusers folder"):
-        model_source("hf:hub/x", random_weights=0).open()
+    file = tmp_path / "single.safetensors"
+    file.touch()
+    for source, name in (("hf:hub/x", "hub/x"), (file, "single.safetensors")):
+        with pytest.raises(UsageError) as caught:
+            model_source(source, random_weights=0).open()
+        assert str(caught.value) == f"{name}: random weights need a model's name or a diffusers folder"
 
 
 @pytest.mark.parametrize("name", ["segmind-vegart", "tiny-sd", "dynavis-lightning"])
@@ -237,6 +252,24 @@ def test_random_networks_as_deep_as_sdxls_stay_in_range() -> None:
     for out in outputs:
         assert 0.1 < float(out.std()) < 10 and torch.isfinite(out).all()
     assert all(float((a - outputs[0]).abs().mean()) > 0.01 for a in outputs[1:])
+
+
+def test_a_recipes_lora_is_left_out_of_random_weights_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: Any, loras: Any, **__: Any) -> Any:
+        assert loras == []
+        raise ExportError("enough")
+
+    monkeypatch.setattr("vega_edge.export.export_bundle", export)
+    lines = {
+        "segmind-vegart": "vega-edge: the LoRA of segmind-vegart is left out: fused, it would change made-up numbers and "
+        "no shape; --lora FILE adds one\n",
+        "segmind-vega": "",
+    }
+    for name, line in lines.items():
+        assert main(["export", name, "--random-weights", "3", "-o", str(tmp_path / "x")]) == 1
+        assert capsys.readouterr().err == line + "vega-edge: enough\n"
 
 
 def test_an_export_with_random_weights_says_so(

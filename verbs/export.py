@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from dataclasses import asdict
@@ -12,6 +13,8 @@ from typing import Any
 
 from ..errors import ExportError, UsageError
 from .common import bar, lora
+
+_log = logging.getLogger(__name__)
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -52,7 +55,11 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--weights", metavar="DTYPE", help="storage of the weights: fp32, fp16, bf16 or int8; default: as --dtype"
     )
-    p.add_argument("--tiny-vae", type=Path, metavar="FOLDER", help="an AutoencoderTiny (TAESD) for fast decoding")
+    p.add_argument(
+        "--tiny-vae",
+        metavar="PLACE",
+        help="an AutoencoderTiny for fast decoding: a folder, or hf:OWNER/NAME, such as hf:madebyollin/taesdxl",
+    )
     p.add_argument(
         "--vae",
         default="full",
@@ -68,7 +75,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from .. import models
-    from ..export import Progress, export_bundle, format_report, lora_files, model_source
+    from ..export import Progress, export_bundle, format_report, lora_files, model_source, tiny_vae_folder
 
     source = model_source(
         arguments.source,
@@ -89,6 +96,14 @@ def run(arguments: argparse.Namespace) -> None:
         except OSError as failure:
             raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
     options["loras"] = lora_files(source, arguments.lora)
+    if recipe and recipe.loras and not named:
+        _log.warning(
+            "the LoRA of %s is left out: fused, it would change made-up numbers and no shape; --lora FILE adds one",
+            recipe.name,
+        )
+    tiny_vae = None
+    if arguments.tiny_vae:
+        tiny_vae = tiny_vae_folder(arguments.tiny_vae, allow_pickle=arguments.allow_pickle)
     with bar(0) as shown:
 
         def progress(at: Progress) -> None:
@@ -98,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         report = export_bundle(
-            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=arguments.tiny_vae,
+            source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=tiny_vae,
             vae=arguments.vae, progress=progress, overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     if arguments.json:
