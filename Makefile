@@ -1,4 +1,6 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
+# make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
+# exports by optimum-onnx open here and ours there, in an environment of its own.
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
 BIN := Scripts
@@ -6,13 +8,23 @@ else
 BIN := bin
 endif
 
-.PHONY: demo test check clean
+.PHONY: demo test test-full test-interop check clean
 
 demo: .venv/demo-installed
 	.venv/$(BIN)/python -m vega_edge.demo.sheet demo.png
 
 test: .venv-test/installed
 	.venv-test/$(BIN)/python -m pytest
+
+test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
+test-full: .venv-test/installed
+	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
+	.venv-test/$(BIN)/python -m pytest tests/test_full_engines.py
+
+test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
+test-interop: .venv-test/installed
+	.venv-test/$(BIN)/python -m tests.make_interop .venv-interop
+	.venv-test/$(BIN)/python -m pytest tests/test_interop.py
 
 # mypy does not follow an editable install, so it reads a copy; once for the oldest Python, once for Windows.
 check: .venv-test/installed
@@ -34,4 +46,4 @@ check: .venv-test/installed
 	@$(PYTHON) -c "open('$@', 'w').close()"
 
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(p, True) for p in ('.venv', '.venv-test', 'build')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, True) for p in ('.venv', '.venv-test', '.venv-interop', 'build')]"
