@@ -105,7 +105,7 @@ def test_a_part_is_shared_kept_and_closed() -> None:
 def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     path = find_bundle("demo-vegart")
     bundle = Bundle.open(path, verify=False)
-    sizes = memory.weight_bytes(bundle)
+    sizes = memory.weight_bytes(bundle.path)
     assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
     whole, largest = sum(sizes.values()), max(sizes.values())
     monkeypatch.setattr(memory, "free_bytes", lambda: largest - 1)

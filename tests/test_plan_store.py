@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from vega_edge.engines.plan_choice import Here, choose_plan, lacking
+from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
 
@@ -247,9 +247,33 @@ def test_the_last_built_is_taken(store, bundle):
 
 def test_every_graph_needs_one(store, bundle):
     store.add(plan(bundle), b"plan", 0)
-    assert lacking(bundle, ADA) == (
+    assert lacking(BuiltFor(bundle), ADA) == (
         "no engine of vae_decoder/pixels.onnx can be used here: none has been built; "
         f"run: vega-edge build {bundle} --engine tensorrt-rtx --part vae_decoder"
     )
     store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
-    assert lacking(bundle, ADA) == ""
+    assert lacking(BuiltFor(bundle), ADA) == ""
+
+
+def test_the_tiny_decoder_needs_one_too_and_a_decoder_that_does_not_run_needs_none(store, bundle):
+    (bundle / "tiny_vae_decoder").mkdir()
+    (bundle / "tiny_vae_decoder" / "pixels.onnx").write_bytes(b"tiny")
+    for graph in ("unet/model.onnx", "vae_decoder/pixels.onnx"):
+        store.add(plan(bundle, graph), b"plan", 0)
+    assert lacking(BuiltFor(bundle), ADA) == (
+        "no engine of tiny_vae_decoder/pixels.onnx can be used here: none has been built; "
+        f"run: vega-edge build {bundle} --engine tensorrt-rtx --part tiny_vae_decoder"
+    )
+    store.add(plan(bundle, "tiny_vae_decoder/pixels.onnx"), b"plan", 0)
+    assert lacking(BuiltFor(bundle), ADA) == ""
+    store.remove(tuple(p for p in store.plans() if p.graph.startswith("vae_decoder")))
+    assert "vae_decoder/pixels.onnx" in lacking(BuiltFor(bundle), ADA)
+    assert lacking(BuiltFor(bundle, frozenset({"vae_decoder"})), ADA) == ""
+
+
+def test_with_a_lora_its_plan_is_the_one_that_is_needed(store, bundle):
+    store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
+    store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    with_lora = BuiltFor(bundle, weights=lambda part: LORA if part == "unet" else {})
+    assert lacking(with_lora, ADA) == ""
+    assert "the one there is built with another LoRA" in lacking(BuiltFor(bundle), ADA)
