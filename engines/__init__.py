@@ -13,7 +13,16 @@ from ..errors import EngineError, UsageError
 from ..onnx_file import numpy_dtype, read_weights
 from . import compiled
 from .checked import CheckedEngine, reason
-from .choice import ENGINES, best_engine, check_engine, choose_engine, gpu_index, runs_on_cpu
+from .choice import (
+    ENGINES,
+    best_engine,
+    check_engine,
+    choose_engine,
+    gpu_index,
+    has_attention,
+    runs_on_cpu,
+    takes_attention,
+)
 from .compiled import trim as trim_cache
 from .plan_choice import BuiltFor
 from .protocol import Engine, Opening, Spec, describe
@@ -29,8 +38,10 @@ __all__ = [
     "best_engine",
     "check_engine",
     "choose_engine",
+    "has_attention",
     "open_engine",
     "runs_on_cpu",
+    "takes_attention",
     "trim_cache",
 ]
 

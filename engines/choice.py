@@ -113,6 +113,21 @@ def runs_on_cpu(name: str) -> bool:
     return name in _ON_CPU
 
 
+def takes_attention(name: str) -> bool:
+    """Whether a graph with ONNX `Attention` nodes is the better one for engine `name`, which is imported to find out.
+
+    onnxruntime's CUDA provider has kernels for them since 1.25 (microsoft/onnxruntime#27542); before, they ran on the
+    CPU (#28025). On its CPU provider they are no faster: bench/attention.py.
+    """
+    return name == "onnxruntime-cuda" and has_attention()
+
+
+def has_attention() -> bool:
+    """Whether the onnxruntime that is installed runs `Attention` nodes on each of its providers: 1.25 and later."""
+    version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version())
+    return version is not None and (int(version[1]), int(version[2])) >= (1, 25)
+
+
 def _wrong_device(name: str, device: str | None) -> Missing | None:
     runs_on = "cpu" if runs_on_cpu(name) else "cuda"
     if device is None or device.startswith(runs_on):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..engines import Engine, check_engine, open_engine, trim_cache
+from ..engines import Engine, check_engine, open_engine, takes_attention, trim_cache
 from ..errors import EngineError, UsageError, unknown
-from ..manifest import part_of
+from ..manifest import attention_form, part_of
 from ..models import bundles_folder
 from .patches import Patches
 
@@ -95,6 +95,9 @@ class Parts:
 
     def _open(self, file: str, path: Path) -> Engine:
         weights = self.patches.of(part_of(file)) if self.patches else {}
+        fused = attention_form(file)
+        if self.bundle.has(fused) and takes_attention(self.engine):
+            path = self.bundle.file(fused)
         opened = open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
             low_memory=self.low_memory, device=self.device,

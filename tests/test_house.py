@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "engines": {"errors", "records", "manifest", "onnx_file"},
     "runtime": {"errors", "bundle", "lora", "manifest", "models", "onnx_file", "engines"},
     "doctor": {"", "errors", "manifest", "engines"},
-    "verify": {"errors", "bundle", "engines"},
+    "verify": {"errors", "bundle", "engines", "manifest"},
     "export": {"", "errors", "bundle", "lora", "manifest", "onnx_file", "models", "safetensors_file", "engines"},
     "serve": {"", "errors", "models", "runtime"},
     "verbs": {
