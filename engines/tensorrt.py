@@ -5,6 +5,7 @@ What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Her
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -214,12 +215,17 @@ class _RuntimeCache:
         self._changed = self._cache is not None
 
     def close(self) -> None:
-        """Written when the engine closes, whole or not at all."""
+        """Written when the engine closes, whole or not at all; without it the next start only takes longer."""
         if self._changed and self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
-            os.replace(temporary, self._file)
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+                os.replace(temporary, self._file)
+            except OSError as failure:
+                _log.warning("%s can't be kept (%s): the next start compiles again", self._file, failure.strerror)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         self._cache = self._engine = None
 
 

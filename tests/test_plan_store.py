@@ -13,9 +13,11 @@ import time
 import numpy as np
 import pytest
 
+from vega_edge.bundle import describe_files, write_manifest
 from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
+from vega_edge.manifest import Manifest, Part, Source
 
 pytest.importorskip("filelock")
 RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
@@ -277,3 +279,32 @@ def test_with_a_lora_its_plan_is_the_one_that_is_needed(store, bundle):
     with_lora = BuiltFor(bundle, weights=lambda part: LORA if part == "unet" else {})
     assert lacking(with_lora, ADA) == ""
     assert "the one there is built with another LoRA" in lacking(BuiltFor(bundle), ADA)
+
+
+def test_the_copies_of_a_killed_build_are_cleaned_up_but_not_those_of_one_under_way(store, bundle, capsys):
+    from vega_edge.cli import main
+
+    store.add(plan(bundle), b"plan", 0)
+    for name, age_s in ((".build-killed", 90_000), (".build-now", 3600)):
+        (store.folder / name / "unet").mkdir(parents=True)
+        (store.folder / name / "unet" / "model.onnx_data").write_bytes(b"x" * 1_500_000)
+        os.utime(store.folder / name, (time.time() - age_s,) * 2)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (".build-killed\n", f"1 files, 1.5 MB removed from {store.folder}\n")
+    assert {path.name for path in store.folder.glob(".build-*")} == {".build-now"}
+    assert len(store.plans()) == 1
+
+
+def test_a_part_that_the_manifest_does_not_list_is_read(bundle):
+    """A folder that was put beside the listed ones must not end in a traceback."""
+    listed = {part: Part(describe_files(bundle, part)) for part in ("unet", "vae_decoder")}
+    (bundle / "model_index.json").write_text("{}")
+    listed["config"] = Part(describe_files(bundle, "config"))
+    write_manifest(bundle, Manifest("x", "test", "fp32", "fp32", Source("x"), {}, {}, listed))
+    (bundle / "tiny_vae_decoder").mkdir()
+    graph = bundle / "tiny_vae_decoder" / "model.onnx"
+    graph.write_bytes(b"one")
+    first = graph_hash(graph)
+    graph.write_bytes(b"two")
+    assert len(first) == 64 and graph_hash(graph) != first

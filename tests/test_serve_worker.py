@@ -294,3 +294,47 @@ def test_shares_are_fair_and_remember_nobody_for_ever() -> None:
         line.add(one)
         assert line.first() is one and line.remove(one) and not line.remove(one)
     assert len(line) == 0 and line.first() is None and len(line._shares._used) <= 1
+
+
+def test_a_defect_in_what_waits_harms_nobody_else(make: Make) -> None:
+    """Waiting jobs are looked at when another begins, to draw them together."""
+    gate = Gate()
+
+    class Faulty(FakeDrawer):
+        def request(self, prompt: str, **options: Any) -> Any:
+            if prompt == "defect":
+                raise ZeroDivisionError("a defect")
+            return super().request(prompt, **options)
+
+    worker = make(Faulty(before_step=gate))
+    first, good, defect, last = job("first"), job("good"), job("defect"), job("last")
+    worker.submit(first)
+    gate.wait()
+    for each in (good, defect, last):
+        worker.submit(each)
+    gate.let(20)
+    assert all(isinstance(each.listener.end(), Done) for each in (first, good, last))
+    failed = defect.listener.end()
+    assert isinstance(failed, Failed) and isinstance(failed.error, ZeroDivisionError)
+    assert worker.alive
+
+
+def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> None:
+    gate = Gate()
+
+    class Clinging(FakeDrawer):
+        def draw(self, requests: Any) -> Any:
+            try:
+                return (yield from super().draw(requests))
+            except GeneratorExit:
+                raise EngineError("it can't be freed") from None
+
+    worker = make(Clinging(before_step=gate), batch=1)
+    one, other = job("one", steps=5), job("other")
+    worker.submit(one)
+    gate.wait()
+    worker.cancel(one)
+    worker.submit(other)
+    gate.let(20)
+    assert isinstance(other.listener.end(), Done)
+    assert worker.alive and not one.listener.ended
