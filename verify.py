@@ -65,29 +65,29 @@ class _Smoke:
     outputs: Mapping[str, Shape]
 
 
-def verify(path: str | os.PathLike[str], engine: str = "auto") -> Verdict:
-    """Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
+def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | None = None) -> Verdict:
+    """`device`: cpu, cuda or cuda:N; None for what the engine runs on. Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
     there is no engine; what a graph does wrong is in its check's `fault`."""
     bundle = Bundle.open(path)
     if engine == "auto":
-        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")))
+        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")), device=device)
     if bundle.manifest:
         check_dtype(engine, bundle.manifest.dtype, bundle.manifest.weights)
     files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
     graphs = sorted(file.relative_to(bundle.path).as_posix() for file in bundle.path.glob("*/*.onnx"))
     if not engine.startswith("onnxruntime"):  # the only one that takes graphs with Attention nodes
         graphs = [graph for graph in graphs if graph == plain_form(graph)]
-    checks = tuple(_check(bundle, graph, engine) for graph in graphs)
+    checks = tuple(_check(bundle, graph, engine, device) for graph in graphs)
     name = bundle.manifest.name if bundle.manifest else bundle.path.name
     return Verdict(str(bundle.path), name, engine, files, checks)
 
 
-def _check(bundle: Bundle, graph: str, engine: str) -> Check:
+def _check(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check:
     part = graph.partition("/")[0]
     start = time.perf_counter()
     fault = ""
     try:
-        with contextlib.closing(open_engine(bundle.path / graph, engine)) as opened:
+        with contextlib.closing(open_engine(bundle.path / graph, engine, device=device)) as opened:
             fault = _fault(opened, _smoke(bundle, graph))
     except VegaEdgeError as failure:
         fault = str(failure)

@@ -38,6 +38,7 @@ __all__ = [
     "best_engine",
     "check_engine",
     "choose_engine",
+    "gpu_index",
     "has_attention",
     "open_engine",
     "runs_on_cpu",

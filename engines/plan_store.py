@@ -146,7 +146,7 @@ class PlanStore:
         plan = dataclasses.replace(plan, file=name, bytes=size, sha256=digest, seconds=round(seconds, 2))
         self.write(self.folder / name, content)
         with self.lock(INDEX):
-            kept = [other for other in self.plans() if other.key != plan.key and other.file != name]
+            kept = [other for other in self.plans() if other.file != name]  # whose name is made of its key
             self._list([*kept, plan])
         return plan
 

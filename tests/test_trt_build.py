@@ -26,7 +26,7 @@ from vega_edge.engines import nvidia
 from vega_edge.engines.plan_choice import Here, choose_plan
 from vega_edge.engines.plan_store import PlanLora, PlanStore
 from vega_edge.errors import EngineError, ExportError, UsageError
-from vega_edge.export import trt_build, trt_library
+from vega_edge.export import trt_build, trt_library, trt_network
 from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
 from vega_edge.export.trt_calibrate import largest_values
 from vega_edge.export.trt_graph import int8_scale, prepared
@@ -292,12 +292,21 @@ def test_targets_that_are_refused(targets, precision, message):
 
 
 def test_tensorrt_builds_for_the_gpu_here(monkeypatch):
-    monkeypatch.setattr(nvidia, "compute_capability", lambda: "sm_87")
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: ["sm_87", "sm_89"][index])
     library = Library("tensorrt", FakeTensorRT())
     assert check_targets(library, (), "graph") == ("sm_87",)
+    assert check_targets(library, (), "graph", gpu=1) == ("sm_89",)
     assert refused(UsageError, check_targets, library, ("sm_89",), "graph") == (
         "tensorrt builds for the GPU it runs on, sm_87, not for sm_89"
     )
+
+
+def test_the_gpu_is_chosen_in_the_thread_that_builds(monkeypatch, graph):
+    chosen = []
+    monkeypatch.setattr(trt_network, "select", lambda index: chosen.append((index, threading.current_thread().name)))
+    for gpu in (0, 2):
+        build_plan(Job(Library("tensorrt", FakeTensorRT()), graph, gpu=gpu))
+    assert chosen == [(2, "engine build")]
 
 
 def test_refitting_needs_a_gpu_to_build_on(monkeypatch, tmp_path):
@@ -648,6 +657,8 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "cpu"], "build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'"),
+        (["--device", "gpu1"], "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu1'"),
         (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
