@@ -240,6 +240,15 @@ def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bu
     assert chosen(store).plan in (plain, refit)
 
 
+def test_a_plan_built_with_one_lora_is_refitted_for_no_other(store, bundle):
+    """The weights that the one changed and the other does not would stay."""
+    store.add(plan(bundle, flags=("refit",), weights=weights_hash(LORA)), b"lora", 0)
+    other = {name: array + 1 for name, array in LORA.items()}
+    assert chosen(store, ADA, LORA).refit is False
+    for weights in (other, {}):
+        assert "the one there is built with another LoRA; run: " in refused(chosen, store, ADA, weights)
+
+
 def test_the_last_built_is_taken(store, bundle):
     first, second = (store.add(plan(bundle, flags=flags), b"plan", 0) for flags in ((), ("static",)))
     os.utime(store.folder / first.file, (1e9, 1e9))

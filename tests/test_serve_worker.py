@@ -251,14 +251,17 @@ def test_the_least_recently_used_model_makes_room() -> None:
     residents.get("a")
     assert residents.fits_beside("c", ["a"]) and not residents.fits_beside("c", ["a", "b"])
     residents.get("c")
+    residents.get("a")
     assert swaps == [("open", "a"), ("open", "b"), ("close", "b"), ("open", "c")]
     assert drawers["b"].closed and not drawers["a"].closed
-    assert residents.names == ["a", "c"] and residents.bytes == 80
+    assert residents.names == ["c", "a"] and residents.bytes == 80
+    residents.get("b", kept=["c"])  # which is drawn with now, though used longest ago
+    assert drawers["a"].closed and not drawers["c"].closed and residents.names == ["c", "b"]
     with pytest.raises(VegaEdgeError) as failure:
         residents.get("huge")
     assert str(failure.value) == "huge takes 0 MB, and the memory budget is 0 MB; raise --memory-budget"
     residents.close_all()
-    assert drawers["a"].closed and residents.names == []
+    assert drawers["c"].closed and residents.names == []
 
 
 def test_batching_learns_what_is_faster() -> None:
@@ -338,3 +341,51 @@ def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> No
     gate.let(20)
     assert isinstance(other.listener.end(), Done)
     assert worker.alive and not one.listener.ended
+
+
+def test_who_left_a_batch_hears_nothing_more(make: Make) -> None:
+    gate = Gate()
+    worker = make(FakeDrawer(before_step=gate), batch=2)
+    worker.submit(job("first", steps=1))
+    gate.wait()
+    stays, leaves = job("stays", "one"), job("leaves", "two")
+    worker.submit(stays)
+    worker.submit(leaves)
+    gate.let(1)
+    gate.wait()
+    worker.cancel(leaves)
+    gate.let(2)
+    done = stays.listener.end()
+    assert isinstance(done, Done) and done.together == 2
+    assert [type(event) for event in leaves.listener.events] == [Started]
+
+
+def test_no_more_are_drawn_together_than_is_fastest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, drawer = Gate(), FakeDrawer()
+    drawer.before_step = gate
+    worker = make(drawer, batch=4)
+    monkeypatch.setattr(Batching, "best", lambda self, kind, sizes: min(2, sizes[-1]))
+    jobs = [job(name, steps=1) for name in ("first", "a", "b", "c")]
+    worker.submit(jobs[0])
+    gate.wait()
+    for each in jobs[1:]:
+        worker.submit(each)
+    gate.let(4)
+    assert all(isinstance(each.listener.end(), Done) for each in jobs)
+    assert drawer.batches == [["first"], ["a", "b"], ["c"]]
+
+
+def test_stopping_begins_no_live_picture_beside_the_running_one(make: Make) -> None:
+    gate, drawer = Gate(), FakeDrawer()
+    drawer.before_step = gate
+    worker = make(drawer)
+    running, live = job("running", steps=3), job("live", live=True)
+    worker.submit(running)
+    gate.wait()
+    worker.submit(live)
+    worker.stop(20)
+    gate.let(20)
+    assert isinstance(running.listener.end(), Done)
+    failed = live.listener.end()
+    assert isinstance(failed, Failed) and isinstance(failed.error, Stopping)
+    assert drawer.batches == [["running"]]
