@@ -37,6 +37,7 @@ def make(tokens: int, heads: int, width: int, folder: Path) -> dict[str, Path]:
 
     from ..export.attention import save_attention
 
+    steps: list[tuple[str, list[str], str, dict[str, Any]]]
     steps = [("Mul", ["q.heads", "root"], "q.scaled", {}), ("Reshape", ["k.heads", "flat"], "k.flat", {})]
     steps += [
         ("Transpose", ["k.flat"], "k.turned", {"perm": [0, 2, 1]}),

@@ -81,7 +81,7 @@ def open_engine(
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
         kept = cache and compiled.entry(
-            cache, engine, module.version(), identity or compiled.identity_of(path, weights)
+            cache, engine, module.version(backend.setting), identity or compiled.identity_of(path, weights)
         )
         how = Opening(threads, kept, weights, low_memory, gpu_index(device))
         opened: Engine = module.open_graph(path, backend.setting, how)

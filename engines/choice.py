@@ -124,7 +124,7 @@ def takes_attention(name: str) -> bool:
 
 def has_attention() -> bool:
     """Whether the onnxruntime that is installed runs `Attention` nodes on each of its providers: 1.25 and later."""
-    version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version())
+    version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version(""))
     return version is not None and (int(version[1]), int(version[2])) >= (1, 25)
 
 

@@ -44,7 +44,8 @@ def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
         raise
 
 
-def version(module: str = "tensorrt") -> str:
+def version(module: str) -> str:
+    """Of tensorrt or tensorrt_rtx: only one of them may be installed."""
     return str(import_module(module).__version__)
 
 

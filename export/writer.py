@@ -72,8 +72,9 @@ def export_bundle(
     loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
     arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
     and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
-    previews; "tiny" in its place. attention: also write each graph's attention form, for onnxruntime-cuda. name: the bundle's, default `out`'s. defaults, limits: go into the manifest as they
-    are. Every part is compared with torch on real inputs.
+    previews; "tiny" in its place. attention: each graph's attention form is written too, for onnxruntime-cuda. name:
+    the bundle's, default `out`'s. defaults, limits: go into the manifest as they are. Every part is compared with torch
+    on real inputs.
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
     included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A

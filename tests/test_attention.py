@@ -194,7 +194,7 @@ def opened(bundle: Bundle, engine: str, file: str, monkeypatch: pytest.MonkeyPat
 def test_which_engine_is_given_it(
     bundle: Bundle, engine: str, version: str, file: str, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = SimpleNamespace(version=lambda: version)
+    backend = SimpleNamespace(version=lambda provider: version)
     monkeypatch.setattr(choice.importlib, "import_module", lambda name, package: backend)
     assert opened(bundle, engine, file, monkeypatch) == given
 
