@@ -37,7 +37,8 @@ class BundleFolder:
 
 @dataclass(frozen=True)
 class Report:
-    """What is not there is '': a package's version, the engine for `auto`, `why_no_gpu` where there is a GPU."""
+    """What is not there is '': a package's version, the engine for `auto`, `why_no_gpu` where there is a GPU.
+    passed_over: the engines that `auto` would rather have taken, each with the reason why not."""
 
     version: str
     python: str
@@ -49,6 +50,7 @@ class Report:
     packages: dict[str, str]
     engines: tuple[EngineStatus, ...]
     auto: str
+    passed_over: tuple[str, ...]
     bundle_folders: tuple[BundleFolder, ...]
     warnings: tuple[str, ...]
 
@@ -60,7 +62,8 @@ class Report:
 def examine(bundle_folders: Iterable[Path] = ()) -> Report:
     """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist."""
     gpus, why_no_gpu = _gpus()
-    auto, no_engine = _auto()
+    auto, passed_over = engines.best_engine()
+    no_engine = [] if auto else ['no engine can be used; pip install "vega-edge[cpu]"']
     return Report(
         version=_version("vega-edge"),
         python=platform.python_version(),
@@ -72,6 +75,7 @@ def examine(bundle_folders: Iterable[Path] = ()) -> Report:
         packages={name: _version(name) for name in PACKAGES},
         engines=tuple(engines.available()),
         auto=auto,
+        passed_over=tuple(passed_over),
         bundle_folders=tuple(_bundles(folder) for folder in bundle_folders),
         warnings=tuple(_overwritten() + no_engine),
     )
@@ -87,6 +91,7 @@ def render(report: Report) -> str:
         "",
         f"Engines (auto takes {report.auto or 'none'})",
         *_columns([_engine_row(state) for state in report.engines]),
+        *(f"  auto passes over {engine}" for engine in report.passed_over),
         "",
         "Packages",
         *_columns([(name, version or "-") for name, version in report.packages.items()]),
@@ -137,13 +142,6 @@ def _gpus() -> tuple[tuple[str, ...], str]:
         return tuple(nvidia.devices()), ""
     except EngineError as failure:
         return (), str(failure)
-
-
-def _auto() -> tuple[str, list[str]]:
-    try:
-        return engines.choose_engine(), []
-    except EngineError as failure:
-        return "", [str(failure)]
 
 
 def cpu_name() -> str:

@@ -19,6 +19,7 @@ MANIFEST = "vega-edge.json"
 FORMAT = 1
 INDEX = "model_index.json"
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+_ATTENTION = ".attention.onnx"
 ROOT_PART = "config"  # the part of the files that lie in no subfolder
 
 
@@ -170,3 +171,13 @@ def _is_inside(file: str) -> bool:
 def part_of(file: str) -> str:
     folder, slash, _ = file.partition("/")
     return folder if slash else ROOT_PART
+
+
+def attention_form(file: str) -> str:
+    """The name of the graph beside `file` whose attention is in nodes of its own: 'unet/model.attention.onnx'."""
+    return file.removesuffix(".onnx") + _ATTENTION
+
+
+def plain_form(file: str) -> str:
+    """The name of the graph that every engine takes: the other way round."""
+    return file.replace(_ATTENTION, ".onnx")

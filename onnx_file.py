@@ -97,9 +97,18 @@ def _tensor(data: memoryview, place: Any, path: Path) -> tuple[str, Weight | Non
             external[_text(data, entry[_ENTRY_KEY])] = _text(data, entry[_ENTRY_VALUE])
     dtype = _STORED.get(kind, str(kind))
     if "location" in external:
+        if not _is_inside(external["location"]):
+            raise BundleError(
+                f"{path} keeps weights in {external['location']!r}, which is not in its folder; it is not opened"
+            )
         beside, offset = path.parent / external["location"], int(external.get("offset", "0"))
         return name, Weight(dtype, tuple(dims), beside, offset, external=True)
     return name, None if raw is None else Weight(dtype, tuple(dims), path, raw, external=False)
+
+
+def _is_inside(location: str) -> bool:
+    """As onnx/docs/ExternalData.md asks: relative, and without a way up, on every system."""
+    return not any(piece in ("", "..") or ":" in piece for piece in location.replace("\\", "/").split("/"))
 
 
 def _fields(data: memoryview, place: tuple[int, int]) -> Iterator[tuple[int, Any]]:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .engines import Engine, choose_engine, open_engine
+from .engines import Engine, choose_engine, has_attention, open_engine
 from .engines.dtypes import check_dtype
 from .errors import BundleError, EngineError, VegaEdgeError
+from .manifest import plain_form
 
 TOKENS = 77
 Shape = tuple[int, ...]
@@ -64,27 +65,29 @@ class _Smoke:
     outputs: Mapping[str, Shape]
 
 
-def verify(path: str | os.PathLike[str], engine: str = "auto") -> Verdict:
-    """Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
+def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | None = None) -> Verdict:
+    """`device`: cpu, cuda or cuda:N; None for what the engine runs on. Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
     there is no engine; what a graph does wrong is in its check's `fault`."""
     bundle = Bundle.open(path)
     if engine == "auto":
-        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")))
+        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")), device=device)
     if bundle.manifest:
         check_dtype(engine, bundle.manifest.dtype, bundle.manifest.weights)
     files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
     graphs = sorted(file.relative_to(bundle.path).as_posix() for file in bundle.path.glob("*/*.onnx"))
-    checks = tuple(_check(bundle, graph, engine) for graph in graphs)
+    if engine not in ("onnxruntime-cpu", "onnxruntime-cuda") or not has_attention():  # nobody else takes such nodes
+        graphs = [graph for graph in graphs if graph == plain_form(graph)]
+    checks = tuple(_check(bundle, graph, engine, device) for graph in graphs)
     name = bundle.manifest.name if bundle.manifest else bundle.path.name
     return Verdict(str(bundle.path), name, engine, files, checks)
 
 
-def _check(bundle: Bundle, graph: str, engine: str) -> Check:
+def _check(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check:
     part = graph.partition("/")[0]
     start = time.perf_counter()
     fault = ""
     try:
-        with contextlib.closing(open_engine(bundle.path / graph, engine)) as opened:
+        with contextlib.closing(open_engine(bundle.path / graph, engine, device=device)) as opened:
             fault = _fault(opened, _smoke(bundle, graph))
     except VegaEdgeError as failure:
         fault = str(failure)
@@ -108,7 +111,7 @@ def _fault(engine: Engine, smoke: _Smoke) -> str:
 
 
 def _smoke(bundle: Bundle, graph: str) -> _Smoke:
-    part, _, file = graph.partition("/")
+    part, _, file = plain_form(graph).partition("/")
     random = np.random.default_rng(0)
     if part.startswith("text_encoder"):
         config = bundle.config(part)

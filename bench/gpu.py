@@ -5,7 +5,7 @@
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
 trained ones. The peers are built from the bundle's configurations, so that both sides are the same networks: fp16,
 channels_last, the decoder in the precision that ours has; compiled means max-autotune, which includes CUDA graphs.
-`--device cpu` runs the same on a CPU, to try the program itself.
+Bundles for onnxruntime-cuda: export them with --attention. `--device cpu` runs the same on a CPU, to try the program itself.
 """
 
 from __future__ import annotations

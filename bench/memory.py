@@ -104,7 +104,7 @@ def measure(bundle: Path, part: str, engine: str, low: bool, cache: Path | None,
 
 def run_all(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
-    sizes = weight_bytes(Bundle.open(arguments.bundle, verify=False))
+    sizes = weight_bytes(Bundle.open(arguments.bundle, verify=False).path)
     weights_mb = (sum(sizes.values()) if arguments.part == "all" else sizes[arguments.part]) / _MB
     for engine in arguments.engines:
         with tempfile.TemporaryDirectory() as home:

@@ -1,7 +1,9 @@
 #!/bin/sh
 # jetson-start MODEL [serve's options]: builds MODEL's engines where they are missing, then serves it.
+# VEGA_EDGE_BUILD: more of build's options, such as "--static --size 512 --stripped".
 set -eu
 model=$1
 shift
-vega-edge build "$model" --engine tensorrt
+# shellcheck disable=SC2086 # options, one word each
+vega-edge build "$model" --engine tensorrt ${VEGA_EDGE_BUILD:-}
 exec vega-edge serve --host 0.0.0.0 --engine tensorrt --preload "$model" "$@"

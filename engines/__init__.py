@@ -9,24 +9,40 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..errors import EngineError, UsageError, unknown
+from ..errors import EngineError, UsageError
 from ..onnx_file import numpy_dtype, read_weights
 from . import compiled
 from .checked import CheckedEngine, reason
-from .choice import ENGINES, check_device, choose_engine, gpu_index, missing_here
+from .choice import (
+    ENGINES,
+    best_engine,
+    check_engine,
+    choose_engine,
+    gpu_index,
+    has_attention,
+    runs_on_cpu,
+    takes_attention,
+)
 from .compiled import trim as trim_cache
+from .plan_choice import BuiltFor
 from .protocol import Engine, Opening, Spec, describe
 from .status import EngineStatus, available
 
 __all__ = [
     "ENGINES",
+    "BuiltFor",
     "Engine",
     "EngineStatus",
     "Spec",
     "available",
-    "check_device",
+    "best_engine",
+    "check_engine",
     "choose_engine",
+    "gpu_index",
+    "has_attention",
     "open_engine",
+    "runs_on_cpu",
+    "takes_attention",
     "trim_cache",
 ]
 
@@ -51,13 +67,9 @@ def open_engine(
     """
     if engine == "auto":
         engine = choose_engine(device=device)
-    if engine not in ENGINES:
-        raise unknown("engine", engine, ["auto", *ENGINES])
-    check_device(engine, device)
     if threads < 0:
         raise UsageError(f"threads must be 0 (the engine decides) or more, not {threads}")
-    if missing := missing_here(engine):
-        raise EngineError(f"engine {engine}: {missing.why}; {missing.cure}")
+    check_engine(engine, device)
     if not path.is_file():
         raise EngineError(f"engine {engine} can't open {path}: there is no such file")
     weights = weights or {}
@@ -69,7 +81,7 @@ def open_engine(
         raise EngineError(f"engine {engine}: {backend.package} can't be imported: {reason(failure)}") from failure
     try:
         kept = cache and compiled.entry(
-            cache, engine, module.version(), identity or compiled.identity_of(path, weights)
+            cache, engine, module.version(backend.setting), identity or compiled.identity_of(path, weights)
         )
         how = Opening(threads, kept, weights, low_memory, gpu_index(device))
         opened: Engine = module.open_graph(path, backend.setting, how)

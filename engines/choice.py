@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import EngineError, UsageError
+from ..errors import EngineError, UsageError, unknown
 from . import nvidia
-from .plan_choice import lacking
+from .plan_choice import BuiltFor, lacking
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,24 @@ _ON_CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 SMALL_BYTES = 100_000_000
 
 
-def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, device: str | None = None) -> str:
+def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
-    `model_bytes`: size of the model's graphs, where known. `bundle`: its folder; TensorRT runs what was built of it.
+    `model_bytes`: size of the model's graphs, where known. `built`: the model, since TensorRT runs what was built of it.
     `device`: cpu, cuda or cuda:N; None for any. Choose once for all graphs of a model. Raises EngineError if no engine
     can be used.
     """
+    name, passed = best_engine(model_bytes, built, device)
+    if not name:
+        raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+    log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
+    return name
+
+
+def best_engine(
+    model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None
+) -> tuple[str, list[str]]:
+    """As `choose_engine`, without a log: the name, '' if there is none, and each that was passed over with its reason."""
     passed: list[str] = []
     small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
     gpu = gpu_index(device)
@@ -69,12 +80,11 @@ def choose_engine(model_bytes: int | None = None, bundle: Path | None = None, de
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
         if missing is None and name in ("tensorrt-rtx", "tensorrt"):
-            missing = _missing_plans(name, bundle, gpu)
+            missing = _missing_plans(name, built, gpu)
         if missing is None:
-            log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
-            return name
+            return name, passed
         passed.append(f"{name} ({missing.why})")
-    raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+    return "", passed
 
 
 def gpu_index(device: str | None) -> int:
@@ -85,15 +95,41 @@ def gpu_index(device: str | None) -> int:
     return int(match[1] or 0)
 
 
-def check_device(name: str, device: str | None) -> None:
-    """Raises UsageError if engine `name` can't run on `device`."""
+def check_engine(name: str, device: str | None = None) -> None:
+    """Raises UsageError for a name that is neither "auto" nor one of ENGINES, or if that engine can't run on `device`;
+    EngineError if it can't be used here, as far as that is known without importing it."""
+    if name not in ("auto", *ENGINES):
+        raise unknown("engine", name, ["auto", *ENGINES])
     gpu_index(device)
+    if name == "auto":
+        return
     if wrong := _wrong_device(name, device):
         raise UsageError(f"engine {name}: {wrong.why}; leave --device out, or choose another engine")
+    if missing := missing_here(name):
+        raise EngineError(f"engine {name}: {missing.why}; {missing.cure}")
+
+
+def runs_on_cpu(name: str) -> bool:
+    return name in _ON_CPU
+
+
+def takes_attention(name: str) -> bool:
+    """Whether a graph with ONNX `Attention` nodes is the better one for engine `name`, which is imported to find out.
+
+    onnxruntime's CUDA provider has kernels for them since 1.25 (microsoft/onnxruntime#27542); before, they ran on the
+    CPU (#28025). On its CPU provider they are no faster: bench/attention.py.
+    """
+    return name == "onnxruntime-cuda" and has_attention()
+
+
+def has_attention() -> bool:
+    """Whether the onnxruntime that is installed runs `Attention` nodes on each of its providers: 1.25 and later."""
+    version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version(""))
+    return version is not None and (int(version[1]), int(version[2])) >= (1, 25)
 
 
 def _wrong_device(name: str, device: str | None) -> Missing | None:
-    runs_on = "cpu" if name in _ON_CPU else "cuda"
+    runs_on = "cpu" if runs_on_cpu(name) else "cuda"
     if device is None or device.startswith(runs_on):
         return None
     return Missing(f"it runs on {'the CPU' if runs_on == 'cpu' else 'an NVIDIA GPU'}, not on {device}", "")
@@ -115,13 +151,13 @@ def missing_here(name: str) -> Missing | None:
     return _missing_gpu() if name.startswith("tensorrt") else None
 
 
-def _missing_plans(name: str, bundle: Path | None, gpu: int) -> Missing | None:
-    if bundle is None:
+def _missing_plans(name: str, built: BuiltFor | None, gpu: int) -> Missing | None:
+    if built is None:
         return Missing("it runs engines built of a bundle, and none was named", "")
     backend = ENGINES[name]
     try:
         module = importlib.import_module(f".{backend.module}", __package__)
-        why = lacking(bundle, module.here(backend.setting, gpu))
+        why = lacking(built, module.here(backend.setting, gpu))
     except (EngineError, ImportError) as failure:
         why = str(failure)
     return Missing(why, "") if why else None

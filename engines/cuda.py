@@ -113,6 +113,14 @@ class CudaDevice:
         )
 
 
+def select(index: int) -> None:
+    """Makes GPU `index` the calling thread's. EngineError where that is refused."""
+    cuda = load_runtime()
+    (code,) = cuda.cudaSetDevice(index)
+    if int(code):
+        raise EngineError(describe(cuda, code))
+
+
 def load_runtime() -> Any:
     """CUDA's runtime API from cuda-python. EngineError if it is missing, or newer than the driver."""
     try:

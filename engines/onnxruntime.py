@@ -138,7 +138,7 @@ def _value(array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def version() -> str:
+def version(provider: str) -> str:
     return str(ort.__version__)
 
 

@@ -86,7 +86,7 @@ def _replace_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
             node.output(0).replace(ov.op.Constant(tensor, True).output(0))  # True: the array's memory is shared
 
 
-def version() -> str:
+def version(precision: str) -> str:
     return str(ov.__version__).split("-")[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,33 @@ def choose_plan(store: PlanStore, graph: Path, here: Here, weights: Mapping[str,
     return Chosen(plan, plan.weights != replaced, command)
 
 
-def lacking(bundle: Path, here: Here) -> str:
+@dataclass(frozen=True)
+class BuiltFor:
+    """What plans must have been built for. `unused`: parts of the bundle that will not run. `weights`: part -> its
+    initializers that a LoRA replaces.
+    """
+
+    bundle: Path
+    unused: frozenset[str] = frozenset()
+    weights: Callable[[str], Mapping[str, NDArray[Any]]] = lambda part: {}
+
+
+def lacking(wanted: BuiltFor, here: Here) -> str:
     """Why the bundle's engines can't be used here, '' if all can: each graph that a pipeline runs needs one."""
-    store = PlanStore(bundle)
-    for graph in needed_graphs(bundle):
+    store = PlanStore(wanted.bundle)
+    for graph in needed_graphs(wanted.bundle):
+        if graph.parent.name in wanted.unused:
+            continue
         try:
-            choose_plan(store, graph, here, {})
+            choose_plan(store, graph, here, wanted.weights(graph.parent.name))
         except EngineError as failure:
             return str(failure)
     return ""
 
 
 def needed_graphs(bundle: Path) -> list[Path]:
-    """Those that text to picture needs."""
-    parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+    """Those that text to picture needs, with previews; the tiny decoder makes these wherever there is one."""
+    parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "tiny_vae_decoder")
     found = (next((bundle / part / g for g in _GRAPHS if (bundle / part / g).is_file()), None) for part in parts)
     return [graph for graph in found if graph is not None]
 

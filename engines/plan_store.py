@@ -28,6 +28,8 @@ from ..whole_file import PART, writing
 INDEX, FORMAT = "engines.json", 1
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
 _STRAY_AFTER_S = 600
+BUILD_PREFIX = ".build-"  # of the folders that changed copies of graphs are written to, for the time of a build
+_BUILD_AFTER_S = 86400
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best, most
 
@@ -144,7 +146,7 @@ class PlanStore:
         plan = dataclasses.replace(plan, file=name, bytes=size, sha256=digest, seconds=round(seconds, 2))
         self.write(self.folder / name, content)
         with self.lock(INDEX):
-            kept = [other for other in self.plans() if other.key != plan.key and other.file != name]
+            kept = [other for other in self.plans() if other.file != name]  # whose name is made of its key
             self._list([*kept, plan])
         return plan
 
@@ -157,13 +159,16 @@ class PlanStore:
             (self.folder / file).unlink(missing_ok=True)
 
     def stray(self) -> list[Path]:
-        """Files that a build left when it was killed, and plans that the manifest does not list.
+        """What a build left when it was killed, and plans that the manifest does not list.
 
-        Not those of the last minutes: another process may be about to name or to list them.
+        Not files of the last minutes, which another process may be about to name or to list, nor folders of the last
+        day, in which one may build.
         """
-        listed = {plan.file for plan in self.plans()}
-        left = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
-        return sorted(path for path in left if time.time() - path.stat().st_mtime > _STRAY_AFTER_S)
+        listed, now = {plan.file for plan in self.plans()}, time.time()
+        files = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
+        old = [path for path in files if now - path.stat().st_mtime > _STRAY_AFTER_S]
+        old += [p for p in self.folder.glob(f"{BUILD_PREFIX}*") if now - p.stat().st_mtime > _BUILD_AFTER_S]
+        return sorted(old)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -211,7 +216,8 @@ def graph_hash(graph: Path) -> str:
     manifest = folder.parent / MANIFEST
     listed: Mapping[str, Any] = {}
     if manifest.is_file():
-        listed = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).parts[folder.name].files
+        parts = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).parts
+        listed = parts[folder.name].files if folder.name in parts else {}
     names = [graph.name, *sorted(p.name for p in folder.iterdir() if p.suffix not in (".onnx", ".json"))]
     digest = hashlib.sha256()
     for name in names:

@@ -36,6 +36,6 @@ def _status(name: str) -> EngineStatus:
         device = module.device(backend.setting)
         if device == "GPU":
             device = ", ".join(nvidia.devices())
-        return EngineStatus(name, True, module.version(), device)
+        return EngineStatus(name, True, module.version(backend.setting), device)
     except Exception as failure:  # a broken installation raises anything; the doctor reports it
         return EngineStatus(name, False, why_not=reason(failure))

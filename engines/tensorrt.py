@@ -43,7 +43,8 @@ def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
         raise
 
 
-def version(module: str = "tensorrt") -> str:
+def version(module: str) -> str:
+    """Of tensorrt or tensorrt_rtx: only one of them may be installed."""
     return str(import_module(module).__version__)
 
 
@@ -214,11 +215,14 @@ class _RuntimeCache:
         self._changed = self._cache is not None
 
     def close(self) -> None:
-        """Written when the engine closes, whole or not at all."""
+        """Written when the engine closes, whole or not at all; without it the next start only takes longer."""
         if self._changed and self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with writing(self._file) as stream:
-                stream.write(memoryview(self._cache.serialize()))
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with writing(self._file) as stream:
+                    stream.write(memoryview(self._cache.serialize()))
+            except OSError as failure:
+                _log.warning("%s can't be kept (%s): the next start compiles again", self._file, failure.strerror)
         self._cache = self._engine = None
 
 

@@ -31,7 +31,7 @@ class PartsExporter:
 
     `notes`: what was decided on the way, to tell the user.
     `layers`: part -> weight name -> the LoRA layers to fuse into it, each with its strength.
-    `vae`: what vae_decoder is, "full" or "tiny"; a tiny one that is not goes beside it.
+    `vae`: what vae_decoder is, "full" or "tiny"; a tiny one that is not goes beside it. `attention`: see `attention.py`.
     `announce(part, phase)` is called as each phase of PHASES begins; not for parts that `records` has finished already.
     """
 
@@ -44,14 +44,16 @@ class PartsExporter:
         announce: Callable[[str, str], None],
         records: Records,
         vae: str = "full",
+        attention: bool = False,
     ) -> None:
         self.checkpoint, self.folder, self.precision, self.vae = checkpoint, folder, precision, vae
+        self.attention = attention
         self.layers, self.announce, self.records = layers, announce, records
         self.notes: list[str] = []
         sizes = samples.latent_sizes(checkpoint.configs["unet"])
         # integers round the text and the picture too much; there only the storage is in eight bits
         self._float = Precision(precision.arithmetic, precision.weights)
-        self._autoencoders = Autoencoders(checkpoint, folder, precision, sizes, announce)
+        self._autoencoders = Autoencoders(checkpoint, folder, precision, sizes, announce, attention)
         self._scale, self._sizes = self._autoencoders.scale, sizes
         self._text: list[Feeds] = [{} for _ in sizes]  # per case, the U-Net's inputs that come from text
         self._latents: list[torch.Tensor] = []  # per case, in the U-Net's scale
@@ -97,7 +99,7 @@ class PartsExporter:
                 text["text_embeds"] = pooled
 
     def _text_encoder(self, part: str) -> tuple[Exported, Feeds]:
-        work = Work(part, self.folder, self._float, self.announce)
+        work = Work(part, self.folder, self._float, self.announce, self.attention)
         source = self.checkpoint.path / part.replace("text_encoder", "tokenizer")
         tokenizer = load_tokenizer(source)
         write_tokenizer(source, self.folder / source.name, tokenizer)
@@ -121,7 +123,7 @@ class PartsExporter:
         return work.finish(parameters, cases), handed
 
     def _unet(self) -> Exported:
-        work = Work("unet", self.folder, self.precision, self.announce)
+        work = Work("unet", self.folder, self.precision, self.announce, self.attention)
         packed = self._load("unet")
         wrapper, spec = graphs.Denoiser(packed.module), graphs.denoiser_spec(packed.module)
         cases, ranges = [], None

@@ -33,7 +33,8 @@ class BuildOptions:
     """library: tensorrt-rtx or tensorrt. parts: of the bundle; none is all. targets: none is the library's default.
 
     flags: static, refit, stripped, weight-streaming. precision: graph (as the graph says), int8 (weights of the UNet's
-    and text encoders' matrix products) or fp8 (the UNet's); the other parts stay as their graphs say.
+    and text encoders' matrix products) or fp8 (the UNet's); the other parts stay as their graphs say. gpu: to build on,
+    where one is needed.
     """
 
     library: str
@@ -42,6 +43,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     precision: str = "graph"
+    gpu: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def build_engines(
     """
     library = load_library(options.library)
     _check_flags(library, options)
-    targets = check_targets(library, options.targets, options.precision)
+    targets = check_targets(library, options.targets, options.precision, options.gpu)
     store, scale, built = PlanStore(bundle.path), latent_px(bundle), []
     for graph in graphs(bundle, options.parts):
         part = part_of(graph)
@@ -101,18 +103,26 @@ def build_engines(
                 continue
             measured = ranges(graph) if precision == "fp8" else {}
             with prepared(path, replaced, precision, store.folder, measured) as source:
-                built.append(_build(store, wanted, library, source, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
+                job = _job(store, wanted, library, source, options.gpu)
+                built.append(_build(store, wanted, job, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
     return built
 
 
-def _build(store: PlanStore, wanted: Plan, library: Library, source: Path, progress: Progress) -> BuiltEngine:
-    start = time.monotonic()
-    timing = store.folder / f"{library.name}-{library.version}-{'-'.join(wanted.targets)}.timing"
+def _job(store: PlanStore, wanted: Plan, library: Library, source: Path, gpu: int) -> Job:
+    timing = _timing(store, wanted)
     known = timing.read_bytes() if timing.is_file() else b""
-    job = Job(library, source, wanted.profile, wanted.targets, wanted.flags, known)
+    return Job(library, source, wanted.profile, wanted.targets, wanted.flags, known, gpu)
+
+
+def _timing(store: PlanStore, wanted: Plan) -> Path:
+    return store.folder / f"{wanted.library}-{wanted.version}-{'-'.join(wanted.targets)}.timing"
+
+
+def _build(store: PlanStore, wanted: Plan, job: Job, progress: Progress) -> BuiltEngine:
+    start = time.monotonic()
     made = build_plan(job, progress)
     if made.timing_cache:
-        store.write(timing, made.timing_cache)
+        store.write(_timing(store, wanted), made.timing_cache)
     seconds = time.monotonic() - start
     listed = store.add(wanted, made.content, seconds)
     return BuiltEngine(listed, seconds)

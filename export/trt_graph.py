@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.plan_store import BUILD_PREFIX
 from ..errors import EngineError, ExportError
 from ..onnx_file import read_weights
 
@@ -38,7 +40,7 @@ def prepared(
         yield graph
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder) as temporary:
         copy = Path(temporary) / graph.parent.name / graph.name
         try:
             _copy(graph, copy)
@@ -88,17 +90,22 @@ def _quantize(graph: Path, precision: str, ranges: Ranges) -> None:
 
 def quantize_matrices(model: Any, precision: str, ranges: Ranges) -> int:
     """Changes an onnx model in place, its weights loaded; returns how many matrix products it changed."""
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    uses = [name for node in model.graph.node for name in node.input]
-    nodes, count = [], 0
+    matrices, uses = _matrices(model), Counter(name for node in model.graph.node for name in node.input)
+    nodes, casts, count = [], set(), 0
     for node in model.graph.node:
-        source = _matrix(node, tensors)
-        if source is None or uses.count(source) > 1 or (precision == "fp8" and node.input[0] not in ranges):
+        matrix = matrices.get(node.input[1]) if node.op_type == "MatMul" else None
+        shared = matrix is not None and uses[matrix.initializer] * uses[node.input[1]] > 1
+        if matrix is None or shared or (precision == "fp8" and node.input[0] not in ranges):
             nodes.append(node)
             continue
+        source = matrix.initializer
         values = numpy_helper.to_array(tensors[source])
+        if matrix.dtype is not None:
+            values = values.astype(helper.tensor_dtype_to_np_dtype(matrix.dtype))
+            casts.add(node.input[1])
         make = _int8 if precision == "int8" else _fp8
         new, added = make(node, values, ranges)
         model.graph.initializer.remove(tensors.pop(source))
@@ -106,7 +113,7 @@ def quantize_matrices(model: Any, precision: str, ranges: Ranges) -> int:
         nodes += new
         count += 1
     del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    model.graph.node.extend(node for node in nodes if node.op_type != "Cast" or node.output[0] not in casts)
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
             opset.version = max(opset.version, _OPSET)  # 18 to 19 changed no operator that a bundle's graph uses
@@ -115,16 +122,27 @@ def quantize_matrices(model: Any, precision: str, ranges: Ranges) -> int:
 
 def matrix_products(model: Any) -> list[Any]:
     """The nodes that multiply by an initializer which is a large enough matrix; `model` need not have its weights loaded."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    return [node for node in model.graph.node if _matrix(node, tensors)]
+    matrices = _matrices(model)
+    return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
 
 
-def _matrix(node: Any, tensors: Mapping[str, Any]) -> str | None:
-    """The initializer that `node` multiplies by, if it is a matrix large enough."""
-    if node.op_type != "MatMul" or node.input[1] not in tensors:
-        return None
-    dims = tensors[node.input[1]].dims
-    return str(node.input[1]) if len(dims) == 2 and dims[0] * dims[1] >= _LEAST_ELEMENTS else None
+class _Matrix(NamedTuple):
+    """`dtype`: ONNX's number of what a Cast makes of the initializer, None where there is none."""
+
+    initializer: str
+    dtype: int | None = None
+
+
+def _matrices(model: Any) -> dict[str, _Matrix]:
+    """The initializers that are matrices large enough, under their own names and those of their Casts: a bundle's
+    weights may be stored in half precision and computed with in full."""
+    large = [t.name for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] * t.dims[1] >= _LEAST_ELEMENTS]
+    found = {name: _Matrix(name) for name in large}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in found:
+            (to,) = (attribute.i for attribute in node.attribute if attribute.name == "to")
+            found[node.output[0]] = _Matrix(node.input[0], to)
+    return found
 
 
 def _int8(node: Any, values: NDArray[Any], ranges: Ranges) -> tuple[list[Any], list[Any]]:

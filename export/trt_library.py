@@ -48,12 +48,12 @@ def load_library(name: str) -> Library:
     return Library(name, module)
 
 
-def check_targets(library: Library, targets: tuple[str, ...], precision: str) -> tuple[str, ...]:
-    """The targets to build for, given those asked for (none: the default). UsageError for what can't be."""
+def check_targets(library: Library, targets: tuple[str, ...], precision: str, gpu: int = 0) -> tuple[str, ...]:
+    """The targets to build for, given those asked for (none: the default), on GPU `gpu`. UsageError for what can't be."""
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     if not library.portable:
-        here = nvidia.compute_capability()
+        here = nvidia.compute_capability(gpu)
         if targets not in ((), (here,)):
             raise UsageError(f"{library.name} builds for the GPU it runs on, {here}, not for {', '.join(targets)}")
         targets = (here,)

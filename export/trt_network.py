@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engines.cuda import select
 from ..errors import EngineError
 from .trt_library import Library, cure, set_targets
 
@@ -38,6 +39,7 @@ class Job:
     targets: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     timing_cache: bytes = b""
+    gpu: int = 0  # to build on, in CUDA's order
     said: list[str] = field(default_factory=list)  # errors that the library logged
 
 
@@ -67,6 +69,8 @@ def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> Buil
     def work() -> None:
         running.set()
         try:
+            if job.gpu:  # a thread begins on GPU 0
+                select(job.gpu)
             outcome.append(_build(job, monitor))
         except BaseException as failure:
             outcome.append(failure)

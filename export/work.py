@@ -11,6 +11,7 @@ import torch
 
 from ..manifest import Parameter
 from . import graphs, onnx_edit, quantize
+from .attention import save_attention
 from .check import Arrays, compare, compare_pixels, tolerance
 from .checkpoint import published_name
 from .heap import give_back
@@ -34,8 +35,17 @@ class Exported:
 
 
 class Work:
-    def __init__(self, part: str, folder: Path, precision: Precision, announce: Callable[[str, str], None]) -> None:
-        self.part, self.precision, self.announce = part, precision, announce
+    """`attention`: each graph's attention form is written too."""
+
+    def __init__(
+        self,
+        part: str,
+        folder: Path,
+        precision: Precision,
+        announce: Callable[[str, str], None],
+        attention: bool = False,
+    ) -> None:
+        self.part, self.precision, self.announce, self.attention = part, precision, announce, attention
         self.start = time.monotonic()
         self.graph = folder / part / "model.onnx"
         self.graph.parent.mkdir(exist_ok=True)
@@ -87,6 +97,10 @@ class Work:
         error = compare(self.part, self.graph, dtype, cases)
         if pixel_cases:
             levels = compare_pixels(self.part, self.graph.with_name("pixels.onnx"), dtype, pixel_cases)
+        if self.attention and (fused := save_attention(self.graph)):
+            compare(self.part, fused, dtype, cases[:1])
+            if pixel_cases and (fused := save_attention(self.graph.with_name("pixels.onnx"))):
+                compare_pixels(self.part, fused, dtype, pixel_cases[:1])
         size = sum(path.stat().st_size for path in self.graph.parent.iterdir())
         report = PartReport(
             self.part, dtype, size, time.monotonic() - self.start, error, tolerance(self.part, dtype), levels,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..bundle import describe_files, write_manifest
+from ..engines import has_attention
 from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
@@ -47,6 +48,7 @@ class _Request:
     precision: Precision
     vae: str
     name: str
+    attention: bool
 
 
 def export_bundle(
@@ -58,6 +60,7 @@ def export_bundle(
     weights: str | None = None,
     tiny_vae: Path | None = None,
     vae: str = "full",
+    attention: bool = False,
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
@@ -69,15 +72,16 @@ def export_bundle(
     loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
     arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
     and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
-    previews; "tiny" in its place. name: the bundle's, default `out`'s. defaults, limits: go into the manifest as they
-    are. Every part is compared with torch on real inputs.
+    previews; "tiny" in its place. attention: each graph's attention form is written too, for onnxruntime-cuda. name:
+    the bundle's, default `out`'s. defaults, limits: go into the manifest as they are. Every part is compared with torch
+    on real inputs.
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
     included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A
     process that is killed leaves that folder; the next export of the same goes on from the parts that are whole.
     """
     start = time.monotonic()
-    request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite)
+    request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite, attention)
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
     checkpoint = request.source.open(tiny_vae)
@@ -88,6 +92,9 @@ def export_bundle(
             "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
             'pip install "vega-edge[openvino]"'
         )
+    if attention and not has_attention():
+        version = importlib.metadata.version("onnxruntime")
+        raise ExportError(f"attention graphs are checked on onnxruntime 1.25 or later, this is {version}; upgrade it")
     with staging(request.out, overwrite) as folder:
         records = Records(folder, _key(checkpoint, request))
         done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
@@ -107,6 +114,7 @@ def _checked(
     vae: str,
     name: str | None,
     overwrite: bool,
+    attention: bool,
 ) -> _Request:
     if vae not in ("full", "tiny"):
         raise unknown("vae", vae, ("full", "tiny"))
@@ -120,7 +128,11 @@ def _checked(
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
     found = source if isinstance(source, ModelSource) else path_source(source)
-    return _Request(found, out, tuple(loras), precision, vae, name or out.name)
+    if attention and precision.dtype == "bf16":
+        raise ExportError(
+            "attention graphs are not exported with dtype bf16: no engine here can check them; leave one out"
+        )
+    return _Request(found, out, tuple(loras), precision, vae, name or out.name, attention)
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:
@@ -143,6 +155,7 @@ def _key(checkpoint: Checkpoint, request: _Request) -> str:
         "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
         "loras": [(_sha256(path), strength) for path, strength in request.loras],
         "precision": [request.precision.dtype, request.precision.weights], "vae": request.vae,
+        "attention": request.attention,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -170,6 +183,7 @@ def _export_parts(
         lambda part, phase: progress(Progress(part, phase, next(seen), count)),
         records,
         request.vae,
+        request.attention,
     )
     return exporter.run(), exporter.notes
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..engines import runs_on_cpu
 from ..errors import NotEnoughMemoryError
 
 _log = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
     graphs probably takes more than is free. Says nothing where the system does not tell, or for a GPU.
     """
     free = free_bytes()
-    if free is None or engine == "onnxruntime-cuda":
+    if free is None or not runs_on_cpu(engine):
         return
-    sizes = weight_bytes(bundle)
+    sizes = weight_bytes(bundle.path)
     needed = max(sizes.values(), default=0) if low_memory else sum(sizes.values())
     weights = str(bundle.manifest.weights) if bundle.manifest else "fp32"
     likely = int(needed * _OPENING.get(weights, 2.0))
@@ -38,10 +39,10 @@ def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
         _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
 
 
-def weight_bytes(bundle: Bundle) -> dict[str, int]:
-    """Bytes of each network's files on disk; graphs that share a weights file count it once."""
+def weight_bytes(bundle: Path) -> dict[str, int]:
+    """Bytes of each network's files in a bundle's folder; graphs that share a weights file count it once."""
     found: dict[str, int] = {}
-    for file in bundle.path.glob("*/*.onnx*"):
+    for file in bundle.glob("*/*.onnx*"):
         if file.parent.name != "vae_encoder":  # opened for img2img alone
             found[file.parent.name] = found.get(file.parent.name, 0) + file.stat().st_size
     return found

@@ -12,14 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..engines import Engine, open_engine, trim_cache
-from ..errors import EngineError, UsageError
-from ..manifest import part_of
+from ..engines import Engine, check_engine, open_engine, takes_attention, trim_cache
+from ..errors import EngineError, UsageError, unknown
+from ..manifest import attention_form, part_of
 from ..models import bundles_folder
 from .patches import Patches
 
 MEMORY = ("normal", "low")
+VAES = ("full", "tiny")
 _CACHE_GB, _CACHE_VARIABLE = 20.0, "VEGA_EDGE_CACHE_GB"
+
+
+def check_opening(engine: str, memory: str, vae: str, device: str | None) -> None:
+    """Raises what `Pipeline.open` would for any bundle: UsageError, or EngineError for an engine that is not here."""
+    for kind, value, allowed in (("memory", memory, MEMORY), ("vae", vae, VAES)):
+        if value not in allowed:
+            raise unknown(kind, value, allowed)
+    check_engine(engine, device)
 
 
 class Part:
@@ -86,6 +95,9 @@ class Parts:
 
     def _open(self, file: str, path: Path) -> Engine:
         weights = self.patches.of(part_of(file)) if self.patches else {}
+        fused = attention_form(file)
+        if self.bundle.has(fused) and takes_attention(self.engine):
+            path = self.bundle.file(fused)
         opened = open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
             low_memory=self.low_memory, device=self.device,

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engines import choose_engine
-from ..errors import UsageError, unknown
+from ..engines import BuiltFor, choose_engine
+from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder
 from .init_image import ImageEncoder
 from .memory import check_memory
-from .parts import MEMORY, Parts, cache_folder
+from .parts import Parts, cache_folder, check_opening
 from .patches import Patches
 from .request import Limits, Request, alike, make_request
 from .schedulers import scheduler_named_in
 from .text import Text, TextEncoder, side_by_side
-from .vae_choice import find_decoders
+from .vae_choice import find_decoders, unused_parts
 from .walk import Network, make_plan, walk
 
 _log = logging.getLogger(__name__)
@@ -107,15 +107,15 @@ class Pipeline:
         can't do what is asked, CheckpointError for a LoRA that does not fit, EngineError for an engine that can't open
         it, NotEnoughMemoryError where that is certain.
         """
-        if memory not in MEMORY:
-            raise unknown("memory", memory, MEMORY)
+        check_opening(engine, memory, vae, device)
         bundle = Bundle.open(find_bundle(model), verify)
+        patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
         if engine == "auto":
             size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
-            engine = choose_engine(size, bundle.path, device)
+            built = BuiltFor(bundle.path, unused_parts(bundle, vae), patches.of)
+            engine = choose_engine(size, built, device)
         low = memory == "low"
         check_memory(bundle, engine, low)
-        patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
         return cls(Parts(bundle, engine, patches, low, cache_folder(), device), vae)
 
     @property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import BundleError, unknown
+from ..bundle import Bundle
+from ..errors import BundleError
 from .decoder import Decoder
 from .parts import Parts
 
-VAES = ("full", "tiny")
 _TINY = "tiny_vae_decoder"
 
 
@@ -14,10 +14,8 @@ def find_decoders(parts: Parts, vae: str) -> tuple[Decoder, Decoder]:
     """(for pictures, for previews): previews come from the tiny one wherever there is one. BundleError if "tiny" is
     asked of a bundle without. One whose only decoder is a tiny one has that for both.
     """
-    if vae not in VAES:
-        raise unknown("vae", vae, VAES)
     bundle = parts.bundle
-    if any(bundle.has(f"{_TINY}/{file}") for file in ("pixels.onnx", "model.onnx")):
+    if _has_tiny(bundle):
         tiny = Decoder(parts, _TINY)
         return (tiny if vae == "tiny" else Decoder(parts)), tiny
     full = Decoder(parts)
@@ -27,3 +25,12 @@ def find_decoders(parts: Parts, vae: str) -> tuple[Decoder, Decoder]:
             "--tiny-vae FOLDER"
         )
     return full, full
+
+
+def unused_parts(bundle: Bundle, vae: str) -> frozenset[str]:
+    """Those that no picture of `find_decoders`' choice needs."""
+    return frozenset({"vae_decoder"} if vae == "tiny" and _has_tiny(bundle) else ())
+
+
+def _has_tiny(bundle: Bundle) -> bool:
+    return any(bundle.has(f"{_TINY}/{file}") for file in ("pixels.onnx", "model.onnx"))

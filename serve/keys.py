@@ -60,13 +60,20 @@ def load(path: Path) -> list[Key]:
     """VegaEdgeError for a file that is missing or is not one of keys."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        return [Key(**entry) for entry in written["keys"]]
+        return [_checked(Key(**entry)) for entry in written["keys"]]
     except FileNotFoundError:
         raise VegaEdgeError(
             f"{path} does not exist; make it: vega-edge serve keys add NAME --api-keys {path}"
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise VegaEdgeError(f"{path} is not a file of keys: {error}") from error
+
+
+def _checked(key: Key) -> Key:
+    """A hash that is none would fail each time that a key is compared."""
+    if not isinstance(key.name, str) or not isinstance(key.sha256, str) or not re.fullmatch("[0-9a-f]{64}", key.sha256):
+        raise ValueError(f"the key {key.name!r} has no sha256 of 64 lower-case hex digits")
+    return key
 
 
 def add(path: Path, name: str) -> str:

@@ -51,7 +51,7 @@ class Residents:
             return True
         try:
             needed = self._bytes_of(model)
-        except VegaEdgeError:
+        except (VegaEdgeError, OSError):
             return True  # it will say so when it is opened, which takes no room
         return needed + sum(size for name, (_, size) in self._open.items() if name in kept) <= self._budget
 

@@ -12,6 +12,8 @@ from starlette.requests import Request as HttpRequest
 
 from ..errors import UsageError, VegaEdgeError
 from ..models import Recipe, find_bundle
+from ..runtime.memory import weight_bytes
+from ..runtime.parts import check_opening
 from ..runtime.pipeline import Pipeline
 from .catalog import Entry, catalog
 from .job import Done, Event, Failed, Job, Overloaded, Stopping, TookTooLong
@@ -91,6 +93,7 @@ class Service:
 
 def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None) -> Service:
     """open_model: what opens a model by name; the runtime's pipelines, if not said."""
+    check_opening(settings.engine, settings.memory, settings.vae, settings.device)
     metrics = Metrics()
     entries = catalog(settings.aliases)
     recipes: dict[str, Recipe] = {entry.recipe.name: entry.recipe for entry in entries.values()}
@@ -99,8 +102,8 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
             raise UsageError(f"--preload: unknown model {name!r}; there are: {', '.join(sorted(entries))}")
         entries[name].require_ready()
     residents = Residents(
-        open_model or (lambda name: Pipeline.open(name, settings.engine)),
-        _bytes_of,
+        open_model or (lambda name: open_pipeline(name, settings)),
+        lambda name: _bytes_of(name, settings.memory == "low"),
         settings.memory_budget,
         metrics.swap,
     )
@@ -113,8 +116,14 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
     return Service(settings, entries, metrics, residents, worker, queue, keys)
 
 
-def _bytes_of(model: str) -> int:
-    return sum(file.stat().st_size for file in find_bundle(model).glob("*/*.onnx*"))
+def open_pipeline(model: str, settings: Settings) -> Drawer:
+    return Pipeline.open(model, settings.engine, memory=settings.memory, vae=settings.vae, device=settings.device)
+
+
+def _bytes_of(model: str, low_memory: bool) -> int:
+    """What the memory budget counts: all its graphs, or where they are opened one after another the largest one."""
+    sizes = weight_bytes(find_bundle(model)).values()
+    return max(sizes, default=0) if low_memory else sum(sizes)
 
 
 def status_of(error: Exception) -> tuple[int, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The one thread that owns the device: takes jobs from two lines, draws, tells their listeners. Knows no HTTP.
+"""The one thread that owns the device: takes jobs from two lines, in turn; `drawing.py` draws them. Knows no HTTP.
 
 A walk is a generator, so between any two steps the worker can stop it, or let another one go first: a live picture
 that comes while a long job runs is drawn in between, as long as the live side has used no more of the device.
@@ -10,19 +10,15 @@ import logging
 import math
 import threading
 import time
-from typing import Any
 
 from ..errors import VegaEdgeError
-from ..runtime.request import alike
-from .batching import Batching
-from .job import Done, Failed, Job, Overloaded, Started, Stepped, Stopping, TookTooLong
+from .drawing import LIVE, QUEUED, Drawing
+from .job import Failed, Job, Overloaded, Stopping
 from .line import Line, Shares
 from .metrics import Metrics
-from .residents import Drawer, Residents
-from .walking import Walk
+from .residents import Residents
 
 _log = logging.getLogger(__name__)
-LIVE, QUEUED = "live", "queued"
 
 
 class Worker:
@@ -33,15 +29,14 @@ class Worker:
     def __init__(
         self, residents: Residents, metrics: Metrics, *, queue: int = 64, job_s: float = 300.0, batch: int = 4
     ) -> None:
-        self._residents, self._metrics, self._queue, self._job_s = residents, metrics, queue, job_s
-        self._batching = Batching(batch)
+        self._residents, self._queue = residents, queue
         self._lines = {LIVE: Line(), QUEUED: Line()}
         self._lanes = Shares()
-        self._walks: dict[str, Walk] = {}
         self._changed = threading.Condition()
+        self._drawing = Drawing(residents, metrics, self._lines, self._changed, job_s=job_s, batch=batch)
+        self._walks = self._drawing.walks
         self._stop_at: float | None = None
         self._preload: list[str] = []
-        self._recent_s = 1.0  # a queued picture, smoothed
         self.preloaded = False
         self.failure: str | None = None  # of preloading
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
@@ -65,7 +60,7 @@ class Worker:
             if self._stop_at is not None:
                 raise Stopping
             if not job.live and not beyond_limit and len(self._lines[QUEUED]) >= self._queue:
-                retry_s = max(1, math.ceil(self._recent_s * self._queue / 2))
+                retry_s = max(1, math.ceil(self._drawing.recent_s * self._queue / 2))
                 raise Overloaded(f"the queue is full ({self._queue} jobs wait); try again in {retry_s} s", retry_s)
             if not self._lines[lane] and lane not in self._walks:
                 self._lanes.join(lane)
@@ -102,13 +97,15 @@ class Worker:
             if stopping and (not self._walks or time.monotonic() > (self._stop_at or 0)):
                 break
             if lane is not None:
-                self._turn(lane)
+                start = time.perf_counter()
+                self._drawing.turn(lane)
+                self._lanes.charge(lane, time.perf_counter() - start)
         for walk in list(self._walks.values()):
-            self._end(walk, Stopping())
+            self._drawing.end(walk, Stopping())
         for line in self._lines.values():
             for job in list(line.in_order()):
                 line.remove(job)
-                self._tell(job, Failed(Stopping(), time.monotonic() - job.submitted))
+                self._drawing.tell(job, Failed(Stopping(), time.monotonic() - job.submitted))
         self._residents.close_all()
 
     def _open_first(self) -> None:
@@ -136,135 +133,3 @@ class Worker:
             if not self._residents.fits_beside(first.model, [self._walks[QUEUED].model]):
                 return QUEUED
         return self._lanes.least(lanes)
-
-    def _turn(self, lane: str) -> None:
-        """Begins a walk in the lane, or goes one step on with it."""
-        start = time.perf_counter()
-        walk = self._walks.get(lane)
-        if walk is None:
-            self._begin(lane)
-        elif all(job.cancelled for job in walk.jobs):
-            self._end(walk, None)
-        else:
-            self._step(walk)
-        self._lanes.charge(lane, time.perf_counter() - start)
-
-    def _begin(self, lane: str) -> None:
-        line = self._lines[lane]
-        with self._changed:
-            job = line.first()
-            if job is None or not line.remove(job):  # cancelled meanwhile
-                return
-        self._tell(
-            job, Started(time.monotonic() - job.submitted)
-        )  # before a model is opened, which may end the process
-        kept = [walk.model for walk in self._walks.values()]
-        try:
-            drawer = self._residents.get(job.model, kept)
-            job.request = drawer.request(job.prompt, **job.options)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        companions = self._companions(line, drawer, job)
-        self._walks[lane] = walk = Walk(lane, drawer, [job, *companions])
-        for other in companions:
-            self._tell(other, Started(walk.queue_s[other]))
-
-    def _companions(self, line: Line, drawer: Drawer, job: Job) -> list[Job]:
-        """Waiting jobs to draw in the same batch: those that are alike, as many as are worth it."""
-        if job.live:
-            return []
-        assert job.request is not None
-        with self._changed:
-            others = [other for other in line.in_order() if other.model == job.model]
-        found, total, sizes = [], job.samples, [job.samples]
-        for other in others:
-            if total + other.samples > self._batching.most:
-                continue
-            try:
-                other.request = other.request or drawer.request(other.prompt, **other.options)
-            except VegaEdgeError:
-                continue  # it is told when its turn comes
-            if alike(job.request, other.request):
-                found.append(other)
-                total += other.samples
-                sizes.append(total)
-        best = self._batching.best(_kind(job), sizes)
-        with self._changed:
-            return [other for other, size in zip(found, sizes[1:], strict=True) if size <= best and line.remove(other)]
-
-    def _step(self, walk: Walk) -> None:
-        try:
-            done = walk.advance()
-        except Exception as error:
-            self._broke(walk, error)
-            return
-        if done is not None:
-            self._finish(walk, done)
-            return
-        for job in walk.jobs:
-            if not job.cancelled:
-                self._tell(job, Stepped(walk.index, walk.total, walk.preview))
-        if walk.draw_s > self._job_s:
-            text = f"drawing took longer than the limit of {self._job_s:g} s; ask for fewer steps or a smaller picture"
-            self._end(walk, TookTooLong(text))
-
-    def _finish(self, walk: Walk, results: list[Any]) -> None:
-        del self._walks[walk.lane]
-        pictures = sum(len(result.images) for result in results)
-        self._metrics.batch(pictures)
-        self._batching.learn(_kind(walk.jobs[0]), pictures, walk.draw_s)
-        if walk.lane == QUEUED:
-            self._recent_s += 0.2 * (walk.draw_s / len(walk.jobs) - self._recent_s)
-        for job, result in zip(walk.jobs, results, strict=True):
-            self._lines[walk.lane].charge(job.client, walk.draw_s / len(walk.jobs))
-            if job.cancelled:
-                continue
-            seconds = {"queue": walk.queue_s[job], **result.timings, "draw": walk.draw_s}
-            self._metrics.drew(job.model, seconds, len(result.images))
-            self._tell(job, Done(result.images, result.request, walk.drawer.name, seconds, pictures))
-
-    def _broke(self, walk: Walk, error: Exception) -> None:
-        """One that fails alone has failed; a batch that does is drawn again one by one, so that it harms no other."""
-        jobs = [job for job in walk.jobs if not job.cancelled]
-        if len(walk.jobs) == 1 or not jobs:
-            self._end(walk, error)
-            return
-        _log.warning("a batch of %d failed (%s); its jobs are drawn one by one", len(walk.jobs), error)
-        self._batching.learn(_kind(walk.jobs[0]), sum(job.samples for job in walk.jobs), math.inf)
-        del self._walks[walk.lane]
-        for job in jobs:
-            alone = Walk(walk.lane, walk.drawer, [job])
-            alone.queue_s = {job: walk.queue_s[job]}
-            self._walks[walk.lane] = alone
-            while self._walks.get(walk.lane) is alone:
-                self._end(alone, None) if job.cancelled else self._step(alone)
-
-    def _end(self, walk: Walk, error: Exception | None) -> None:
-        """Gives a walk up; error None: it was cancelled."""
-        del self._walks[walk.lane]
-        walk.close()
-        for job in walk.jobs:
-            self._lines[walk.lane].charge(job.client, walk.draw_s / len(walk.jobs))
-            if error is not None and not job.cancelled:
-                self._fail(job, error, walk)
-
-    def _fail(self, job: Job, error: Exception, walk: Walk | None = None) -> None:
-        self._metrics.error(type(error).__name__)
-        if not isinstance(error, VegaEdgeError):
-            _log.error("a job failed on a defect", exc_info=error)
-        queue_s = walk.queue_s[job] if walk else time.monotonic() - job.submitted
-        self._tell(job, Failed(error, queue_s, walk.draw_s if walk else 0.0))
-
-    @staticmethod
-    def _tell(job: Job, event: Any) -> None:
-        try:
-            job.listener(event)
-        except Exception:  # such as an event loop that is closed already: not the device's concern
-            _log.exception("a job's listener failed")
-
-
-def _kind(job: Job) -> tuple[object, ...]:
-    """What the time of a picture depends on."""
-    assert job.request is not None
-    return job.model, job.request.width, job.request.height, job.request.guidance > 1, job.request.scheduler

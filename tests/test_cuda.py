@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,3 +112,45 @@ def test_a_stream_is_destroyed_once(opened):
 )  # fmt: skip
 def test_a_plan_that_is_not_loaded(said, why):
     assert not_loaded(said, (1_500_000_000, 8_000_000_000)) == why
+
+
+# What is called without a GPU being there to call it: the names at least must exist in the packages that are installed.
+
+TENSORRT_NAMES = {
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "get_tensor_name num_io_tensors get_tensor_mode num_optimization_profiles create_execution_context "
+    "get_tensor_dtype get_tensor_shape get_tensor_profile_shape create_runtime_config weight_streaming_budget_v2 "
+    "get_weight_streaming_automatic_budget device_memory_size_v2",
+    "IExecutionContext": "set_optimization_profile_async set_input_shape infer_shapes get_tensor_shape "
+    "set_device_memory set_tensor_address execute_async_v3",
+    "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy "
+    "cuda_graph_strategy create_runtime_cache set_runtime_cache",
+    "IRuntimeCache": "serialize deserialize",
+    "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
+    "OnnxParserRefitter": "refit_from_file",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "CudaGraphStrategy": "DISABLED",
+    "DataType": "FLOAT HALF INT32 INT64 INT8 UINT8 BOOL BF16",
+}
+
+
+@pytest.mark.parametrize("owner", TENSORRT_NAMES)
+def test_tensorrt_rtx_has_what_is_called(owner):
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    assert [name for name in TENSORRT_NAMES[owner].split() if not hasattr(getattr(trt, owner), name)] == []
+
+
+def test_cuda_python_has_what_is_called():
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    tree = ast.parse(Path(cuda.__file__).read_text(encoding="utf-8"))
+    names = {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("cuda")
+    } - {"cuda"}
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not hasattr(runtime, name) and not _is_member(runtime, name)] == []
+
+
+def _is_member(runtime, name):
+    kinds = (runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
+    return any(hasattr(kind, name) for kind in kinds)

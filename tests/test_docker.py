@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import vega_edge
+from vega_edge.cli import _parser as parser
+from vega_edge.models import recipes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,3 +89,29 @@ def test_the_image_holds_what_the_package_is():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {name.removeprefix("vega_edge").lstrip(".").replace(".", "/") for name in settings["packages"]}
     assert not folders & ignored
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize(("options", "built"), [("", ""), ("--static --size 512", " --static --size 512")])
+def test_a_jetson_builds_with_the_options_it_is_told_and_then_serves(tmp_path, options, built):
+    fake = tmp_path / "vega-edge"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", str(ROOT / "docker" / "jetson-start.sh"), "segmind-vegart", "--no-auth", "--memory", "low"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "VEGA_EDGE_BUILD": options}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        f"build segmind-vegart --engine tensorrt{built}",
+        "serve --host 0.0.0.0 --engine tensorrt --preload segmind-vegart --no-auth --memory low",
+    ]
+
+
+def test_the_kiosks_unit_says_what_serve_understands():
+    """The server knows models by name alone, so a folder's path would end it at its start."""
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"(?ms)^ExecStart=\S+ run (.*?[^\\])$", text)
+    model, *options = command.replace("\\\n", " ").split("vega-edge:jetson")[1].split()
+    assert model in recipes()
+    parsed = parser().parse_args(["serve", "--engine", "tensorrt", "--preload", model, *options])
+    assert (parsed.memory, parsed.vae) == ("low", "tiny")

@@ -9,7 +9,6 @@ import pytest
 
 from vega_edge import doctor, engines
 from vega_edge.engines import EngineStatus, nvidia
-from vega_edge.errors import EngineError
 
 
 @pytest.fixture
@@ -57,12 +56,10 @@ def test_one_onnxruntime_is_none(installed):
 
 
 def test_no_engine_is_a_warning(monkeypatch, installed):
-    def none():
-        raise EngineError("no engine can be used")
-
-    monkeypatch.setattr(engines, "choose_engine", none)
+    monkeypatch.setattr(engines, "best_engine", lambda: ("", ["openvino (it is not installed)"]))
     report = doctor.examine()
-    assert (report.auto, report.warnings) == ("", ("no engine can be used",))
+    assert (report.auto, report.passed_over) == ("", ("openvino (it is not installed)",))
+    assert report.warnings == ('no engine can be used; pip install "vega-edge[cpu]"',)
     assert "Engines (auto takes none)" in doctor.render(report)
 
 
@@ -101,6 +98,7 @@ def test_the_text():
             EngineStatus("openvino-bf16", False, why_not="no bf16"),
         ),
         auto="onnxruntime-cpu",
+        passed_over=("openvino (openvino is not installed)",),
         bundle_folders=(doctor.BundleFolder("/b", ("a", "c"), 12_340_000), doctor.BundleFolder("/n", (), 0)),
         warnings=("beware",),
     )
@@ -113,6 +111,7 @@ def test_the_text():
         "  onnxruntime-cpu  ok  1.31.1 on CPU",
         "  openvino         no  openvino is not installed; pip install it",
         "  openvino-bf16    no  no bf16",
+        "  auto passes over openvino (openvino is not installed)",
         "",
         "Packages",
         "  numpy  2.4.6",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import sys
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
@@ -162,10 +163,31 @@ def test_an_installation_that_does_not_import(monkeypatch, tmp_path, graph):
 def test_the_gpus_are_the_device_of_cuda(monkeypatch, tmp_path):
     found(monkeypatch, tmp_path, onnxruntime="cuda")
     monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda library: Driver(["RTX 4090", "RTX 3060"]))
-    module = SimpleNamespace(device=lambda provider: "GPU", version=lambda: "1.31.1")
+    module = SimpleNamespace(device=lambda provider: "GPU", version=lambda provider: "1.31.1")
     monkeypatch.setattr(status, "import_module", lambda name, package: module)
     state = engines.EngineStatus("onnxruntime-cuda", True, "1.31.1", "RTX 4090, RTX 3060")
     assert state in engines.available()
+
+
+def test_tensorrt_rtx_does_not_ask_for_tensorrt(monkeypatch, tmp_path, graph):
+    """They share a file here, and usually one of them is installed."""
+    from vega_edge.engines import tensorrt
+
+    found(monkeypatch, tmp_path, tensorrt_rtx="cpu")
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda library: Driver(["RTX 4090"]))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_89")
+    assert engines.EngineStatus("tensorrt-rtx", True, "1.7", "RTX 4090") in engines.available()
+    told = []
+
+    def open_graph(path, module, how):
+        told.append((module, how.cache.parent.name))
+        return SimpleNamespace(inputs={}, outputs={}, close=lambda: None)
+
+    monkeypatch.setattr(tensorrt, "open_graph", open_graph)
+    engines.open_engine(graph, "tensorrt-rtx", cache=tmp_path / "cache")
+    assert told == [("tensorrt_rtx", "tensorrt-rtx-1.7")]
 
 
 def test_auto_never_loses_precision():

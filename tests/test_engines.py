@@ -343,7 +343,7 @@ def test_onnxruntime_must_give_the_provider_that_was_asked_for(affine, monkeypat
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", open_session)
-    monkeypatch.setattr(engines, "missing_here", lambda name: None)
+    monkeypatch.setattr(engines.choice, "missing_here", lambda name: None)
     message = refused(EngineError, engines.open_engine, affine, "onnxruntime-cuda", threads=3)
     want = "asked for CUDAExecutionProvider, got CPUExecutionProvider"
     assert message == f"engine onnxruntime-cuda can't open {affine}: {want}"
@@ -353,7 +353,7 @@ def test_onnxruntime_must_give_the_provider_that_was_asked_for(affine, monkeypat
 def test_onnxruntime_without_the_provider(affine, monkeypatch):
     ort = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(engines, "missing_here", lambda name: None)
+    monkeypatch.setattr(engines.choice, "missing_here", lambda name: None)
     message = refused(EngineError, engines.open_engine, affine, "onnxruntime-cuda")
     why = f"onnxruntime {ort.__version__} has no CUDAExecutionProvider; it has: CPUExecutionProvider"
     assert message == f"engine onnxruntime-cuda can't open {affine}: {why}"

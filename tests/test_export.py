@@ -33,6 +33,7 @@ from vega_edge.errors import CheckpointError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
 from vega_edge.lora import match_lora, read_lora  # noqa: E402
+from vega_edge.manifest import attention_form, plain_form  # noqa: E402
 
 from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
@@ -104,6 +105,7 @@ def xl(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path_factory: p
         "weights": "fp16",
         "defaults": {"steps": 4},
         "limits": {"steps": [1, 8]},
+        "attention": True,
     }
     return made(checkpoints["xl"], tmp_path_factory.mktemp("bundles") / "tiny", **options)
 
@@ -319,7 +321,8 @@ def test_names_types_and_axes(
 
 def graphs(made: Made) -> Iterator[tuple[str, Any]]:
     for path in sorted(made.bundle.path.glob("*/*.onnx")):
-        yield path.relative_to(made.bundle.path).as_posix(), onnx.load(path, load_external_data=False)
+        if path.name == plain_form(path.name):
+            yield path.relative_to(made.bundle.path).as_posix(), onnx.load(path, load_external_data=False)
 
 
 def test_graphs_are_plain_onnx_of_opset_18(xl: Made, sd: Made) -> None:
@@ -337,6 +340,27 @@ def test_graphs_are_plain_onnx_of_opset_18(xl: Made, sd: Made) -> None:
             str(xl.source.parent).encode(),
         ):
             assert trace not in raw, (name, trace)
+
+
+def test_attention_forms_share_the_weights_and_are_listed(xl: Made, sd: Made) -> None:
+    """Of all that have attention without a mask; text encoders have one, and stay as they are."""
+    plain = dict(graphs(xl))
+    forms = {name: attention_form(name) for name in plain if xl.bundle.has(attention_form(name))}
+    assert set(forms) == {
+        "unet/model.onnx",
+        "vae_encoder/model.onnx",
+        "vae_decoder/model.onnx",
+        "vae_decoder/pixels.onnx",
+    }
+    for name, form in forms.items():
+        model = onnx.load(xl.bundle.file(form), load_external_data=False)
+        decomposed = plain[name].graph.node
+        count = sum(node.op_type == "Softmax" for node in decomposed)
+        assert [node.op_type for node in model.graph.node].count("Attention") == count > 0
+        assert not any(node.op_type == "Softmax" for node in model.graph.node)
+        stored, shared = ([i for i in m.graph.initializer if i.external_data] for m in (plain[name], model))
+        assert shared == stored
+    assert not list(sd.bundle.path.glob("*/*.attention.onnx"))
 
 
 def test_pixels_share_the_weights_file(xl: Made, sd: Made) -> None:

@@ -204,7 +204,7 @@ def test_the_same_as_on_the_cpu(engine_name, bundle, options):
 def test_auto_takes_what_was_built(engine_name, bundle, caplog):
     if engine_name not in engines.choice.AUTO:
         pytest.skip(f"{engine_name} is not among those that auto takes")
-    chosen = engines.choose_engine(None, bundle)
+    chosen = engines.choose_engine(None, engines.BuiltFor(bundle))
     assert engines.choice.AUTO.index(chosen) <= engines.choice.AUTO.index(engine_name)
 
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "engines": {"errors", "records", "manifest", "onnx_file", "whole_file"},
     "runtime": {"errors", "bundle", "lora", "manifest", "models", "onnx_file", "engines", "whole_file"},
     "doctor": {"", "errors", "manifest", "engines"},
-    "verify": {"errors", "bundle", "engines"},
+    "verify": {"errors", "bundle", "engines", "manifest"},
     "export": {
         "",
         "errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 
 from vega_edge.bundle import Bundle
-from vega_edge.engines import compiled
+from vega_edge.engines import BuiltFor, compiled
 from vega_edge.engines.choice import missing_here
 from vega_edge.errors import BundleError, EngineError, NotEnoughMemoryError, UsageError
 from vega_edge.models import find_bundle
-from vega_edge.runtime import decoder, memory, parts
+from vega_edge.runtime import decoder, memory, parts, pipeline
 from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts, cache_folder
 from vega_edge.runtime.pipeline import Pipeline
@@ -105,7 +106,7 @@ def test_a_part_is_shared_kept_and_closed() -> None:
 def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     path = find_bundle("demo-vegart")
     bundle = Bundle.open(path, verify=False)
-    sizes = memory.weight_bytes(bundle)
+    sizes = memory.weight_bytes(bundle.path)
     assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
     whole, largest = sum(sizes.values()), max(sizes.values())
     monkeypatch.setattr(memory, "free_bytes", lambda: largest - 1)
@@ -156,8 +157,6 @@ def test_options_of_opening() -> None:
 
 
 def test_previews_come_from_the_tiny_decoder(tmp_path: Path) -> None:
-    import shutil
-
     bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
     (bundle / "vega-edge.json").unlink()
     shutil.copytree(bundle / "vae_decoder", bundle / "tiny_vae_decoder")  # the same network, at another scale
@@ -170,6 +169,36 @@ def test_previews_come_from_the_tiny_decoder(tmp_path: Path) -> None:
     (step,) = full.stream(STAR, **options)
     assert np.array_equal(np.asarray(step.preview()[0]), np.asarray(small))
     assert not np.array_equal(np.asarray(picture), np.asarray(small))
+
+
+def test_auto_is_told_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT runs plans: of the decoders that are used, and of weights as the LoRAs leave them."""
+    pytest.importorskip("safetensors")
+    from vega_edge.bench.lora import random_lora
+
+    asked: list[tuple[BuiltFor, str | None]] = []
+
+    def choose(size: int, built: BuiltFor, device: str | None) -> str:
+        asked.append((built, device))
+        raise EngineError("that is all")
+
+    monkeypatch.setattr(pipeline, "choose_engine", choose)
+    plain, with_tiny = find_bundle("demo-vegart"), tmp_path / "bundle"
+    shutil.copytree(plain / "vae_decoder", with_tiny / "tiny_vae_decoder")
+    for part in ("vae_decoder", "unet"):
+        shutil.copytree(plain / part, with_tiny / part)
+    shutil.copyfile(plain / "model_index.json", with_tiny / "model_index.json")
+    random_lora(Bundle.open(plain, verify=False), tmp_path / "lora.safetensors", rank=1)
+    loras = [(tmp_path / "lora.safetensors", 1.0)]
+    calls: list[tuple[Path, dict[str, Any]]] = [
+        (plain, {"device": "cuda:1"}), (plain, {"loras": loras}), (with_tiny, {}), (with_tiny, {"vae": "tiny"})
+    ]  # fmt: skip
+    for bundle, options in calls:
+        with pytest.raises(EngineError, match="that is all"):
+            Pipeline.open(bundle, verify=False, **options)
+    assert [(built.bundle, device) for built, device in asked] == [(b, o.get("device")) for b, o in calls]
+    assert [set(built.unused) for built, _ in asked] == [set(), set(), set(), {"vae_decoder"}]
+    assert [len(built.weights("unet")) for built, _ in asked[:2]] == [0, 233]
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------

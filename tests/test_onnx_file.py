@@ -78,3 +78,15 @@ def test_bfloat16_is_the_nearest_half_to_even(value: float) -> None:
     torch = pytest.importorskip("torch")
     expected = torch.tensor([value], dtype=torch.float32).bfloat16().float().item()
     assert from_stored(to_stored(np.float32([value]), "bf16")).item() == expected
+
+
+@pytest.mark.parametrize("location", ["../weights", "a/../../weights", "/weights", "C:\\weights", "..\\weights"])
+def test_weights_outside_the_graphs_folder_are_not_read(tmp_path: Path, location: str) -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    graph = helper.make_graph([], "graph", [], [], [tensor])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(BundleError) as caught:
+        read_weights(path)
+    assert str(caught.value) == f"{path} keeps weights in {location!r}, which is not in its folder; it is not opened"

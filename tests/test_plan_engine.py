@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from vega_edge.engines.device_io import is_constant
+from vega_edge.engines.device_io import Buffers, Held, is_constant
 from vega_edge.engines.plan_engine import PlanEngine, choose_profile
 from vega_edge.errors import EngineError
 
@@ -104,6 +104,31 @@ def test_a_buffer_that_moves_ends_the_graphs_that_know_its_old_place():
     for _ in range(3):
         bench.run(x(1, 4, start=7))
     assert bench.calls["capture"] == before + 1
+
+
+def test_after_a_move_the_first_run_warms_up_again():
+    """Bound to another place a library may compile and allocate anew, which a capture may not contain."""
+    bench = Bench()
+    for _ in range(3):
+        bench.run(x(1, 4))
+    bench.run(x(2, 64))
+    launched, captured = bench.calls["launch"], bench.calls["capture"]
+    bench.run(x(1, 4, start=7))
+    assert (bench.calls["launch"], bench.calls["capture"]) == (launched + 1, captured)
+
+
+def test_what_was_constant_is_sent_again_after_another_value():
+    held, fixed, changing = Held(), constant([1, 2]), np.float32([3, 4])
+    assert [held.changed({"x": array}) for array in (fixed, fixed, changing, fixed)] == [["x"], [], ["x"], ["x"]]
+
+
+def test_a_constant_is_sent_again_where_its_buffer_moved_though_nothing_took_its_place():
+    """Another buffer's allocation may fail in between."""
+    buffers, fixed = Buffers(FakeDevice()), constant([1, 2])
+    buffers.reserve({"x": 8})
+    assert (buffers.upload({"x": fixed}), buffers.upload({"x": fixed})) == (["x"], [])
+    assert buffers.reserve({"x": 16})
+    assert buffers.upload({"x": fixed}) == ["x"]
 
 
 def test_buffers_grow_and_stay():

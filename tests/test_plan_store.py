@@ -13,9 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from vega_edge.engines.plan_choice import Here, choose_plan, lacking
+from vega_edge.bundle import describe_files, write_manifest
+from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
+from vega_edge.manifest import Manifest, Part, Source
 
 pytest.importorskip("filelock")
 RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
@@ -233,8 +235,18 @@ def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bu
     refit = store.add(plan(bundle, flags=("refit",)), b"refit", 0)
     assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (refit, True)
     built = store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    os.utime(store.folder / built.file, (1e9, 1e9))  # though it is older: refitting takes seconds
     assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (built, False)
     assert chosen(store).plan in (plain, refit)
+
+
+def test_a_plan_built_with_one_lora_is_refitted_for_no_other(store, bundle):
+    """The weights that the one changed and the other does not would stay."""
+    store.add(plan(bundle, flags=("refit",), weights=weights_hash(LORA)), b"lora", 0)
+    other = {name: array + 1 for name, array in LORA.items()}
+    assert chosen(store, ADA, LORA).refit is False
+    for weights in (other, {}):
+        assert "the one there is built with another LoRA; run: " in refused(chosen, store, ADA, weights)
 
 
 def test_the_last_built_is_taken(store, bundle):
@@ -247,9 +259,62 @@ def test_the_last_built_is_taken(store, bundle):
 
 def test_every_graph_needs_one(store, bundle):
     store.add(plan(bundle), b"plan", 0)
-    assert lacking(bundle, ADA) == (
+    assert lacking(BuiltFor(bundle), ADA) == (
         "no engine of vae_decoder/pixels.onnx can be used here: none has been built; "
         f"run: vega-edge build {bundle} --engine tensorrt-rtx --part vae_decoder"
     )
     store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
-    assert lacking(bundle, ADA) == ""
+    assert lacking(BuiltFor(bundle), ADA) == ""
+
+
+def test_the_tiny_decoder_needs_one_too_and_a_decoder_that_does_not_run_needs_none(store, bundle):
+    (bundle / "tiny_vae_decoder").mkdir()
+    (bundle / "tiny_vae_decoder" / "pixels.onnx").write_bytes(b"tiny")
+    for graph in ("unet/model.onnx", "vae_decoder/pixels.onnx"):
+        store.add(plan(bundle, graph), b"plan", 0)
+    assert lacking(BuiltFor(bundle), ADA) == (
+        "no engine of tiny_vae_decoder/pixels.onnx can be used here: none has been built; "
+        f"run: vega-edge build {bundle} --engine tensorrt-rtx --part tiny_vae_decoder"
+    )
+    store.add(plan(bundle, "tiny_vae_decoder/pixels.onnx"), b"plan", 0)
+    assert lacking(BuiltFor(bundle), ADA) == ""
+    store.remove(tuple(p for p in store.plans() if p.graph.startswith("vae_decoder")))
+    assert "vae_decoder/pixels.onnx" in lacking(BuiltFor(bundle), ADA)
+    assert lacking(BuiltFor(bundle, frozenset({"vae_decoder"})), ADA) == ""
+
+
+def test_with_a_lora_its_plan_is_the_one_that_is_needed(store, bundle):
+    store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
+    store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    with_lora = BuiltFor(bundle, weights=lambda part: LORA if part == "unet" else {})
+    assert lacking(with_lora, ADA) == ""
+    assert "the one there is built with another LoRA" in lacking(BuiltFor(bundle), ADA)
+
+
+def test_the_copies_of_a_killed_build_are_cleaned_up_but_not_those_of_one_under_way(store, bundle, capsys):
+    from vega_edge.cli import main
+
+    store.add(plan(bundle), b"plan", 0)
+    for name, age_s in ((".build-killed", 90_000), (".build-now", 3600)):
+        (store.folder / name / "unet").mkdir(parents=True)
+        (store.folder / name / "unet" / "model.onnx_data").write_bytes(b"x" * 1_500_000)
+        os.utime(store.folder / name, (time.time() - age_s,) * 2)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (".build-killed\n", f"1 files, 1.5 MB removed from {store.folder}\n")
+    assert {path.name for path in store.folder.glob(".build-*")} == {".build-now"}
+    assert len(store.plans()) == 1
+
+
+def test_a_part_that_the_manifest_does_not_list_is_read(bundle):
+    """A folder that was put beside the listed ones must not end in a traceback."""
+    listed = {part: Part(describe_files(bundle, part)) for part in ("unet", "vae_decoder")}
+    (bundle / "model_index.json").write_text("{}")
+    listed["config"] = Part(describe_files(bundle, "config"))
+    write_manifest(bundle, Manifest("x", "test", "fp32", "fp32", Source("x"), {}, {}, listed))
+    (bundle / "tiny_vae_decoder").mkdir()
+    graph = bundle / "tiny_vae_decoder" / "model.onnx"
+    graph.write_bytes(b"one")
+    first = graph_hash(graph)
+    graph.write_bytes(b"two")
+    assert len(first) == 64 and graph_hash(graph) != first

@@ -385,6 +385,12 @@ def test_key_files_that_are_wrong(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(VegaEdgeError, match="is not a file of keys"):
         keys.load(file)
+    for sha256 in (5, "ab", "É" * 64):
+        file.write_text(json.dumps({"keys": [{"name": "me", "sha256": sha256, "created": ""}]}))
+        with pytest.raises(VegaEdgeError) as damaged:
+            keys.load(file)
+        why = "the key 'me' has no sha256 of 64 lower-case hex digits"
+        assert str(damaged.value) == f"{file} is not a file of keys: {why}"
 
 
 @pytest.mark.parametrize(

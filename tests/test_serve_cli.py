@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,16 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed: 
 
 from vega_edge import Pipeline
 from vega_edge.cli import main
+from vega_edge.models import find_bundle
+from vega_edge.runtime.memory import weight_bytes
 from vega_edge.serve import keys
+from vega_edge.serve.job import Done
+from vega_edge.serve.service import Service, build
+from vega_edge.serve.settings import Settings
 
-from .serve_running import running
+from . import serve_fakes
+from .serve_fakes import FakeDrawer
+from .serve_running import free_port, running
 
 
 def test_keys_add_list_revoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +48,11 @@ def test_keys_add_list_revoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--alias", "x"], 2, "--alias must be SLUG=MODEL, such as segmind-vega=demo-vegart, got 'x'"),
         (["--api-keys", "nowhere.json"], 1, "nowhere.json does not exist; make it: vega-edge serve keys add NAME --api-keys nowhere.json"),
         (["--preload", "x"], 2, "--preload: unknown model 'x'; there are: demo-vega"),
+        (["--device", "gpu"], 2, "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu'"),
+        (["--engine", "onnxruntime-cpu", "--device", "cuda:0"], 2, "engine onnxruntime-cpu: it runs on the CPU, not on cuda:0; leave --device out, or choose another engine"),
+        (["--engine", "onnxruntime"], 2, "unknown engine 'onnxruntime'; did you mean "),
+        (["--memory", "little"], 2, "unknown memory 'little'; there are: low, normal"),
+        (["--vae", "small"], 2, "unknown vae 'small'; there are: full, tiny"),
         (["--memory-budget", "much"], 2, "argument --memory-budget: must be a size such as 6G or 800M, got 'much'"),
     ],
 )  # fmt: skip
@@ -52,6 +65,51 @@ def test_wrong_arguments_are_one_line(
         assert exit.code == status
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1
+
+
+def test_engine_device_memory_and_decoder_reach_the_pipeline_that_the_worker_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    class Pipelines:
+        @staticmethod
+        def open(*arguments: Any, **options: Any) -> FakeDrawer:
+            opened.append((arguments, options))
+            return FakeDrawer()
+
+    class OnceDrawn:
+        """Draws one picture in place of serving."""
+
+        def __init__(self, service: Service) -> None:
+            self.service = service
+
+        def run(self, sockets: Any) -> None:
+            self.service.worker.start()
+            job = serve_fakes.job()
+            self.service.worker.submit(job)
+            assert isinstance(job.listener, serve_fakes.Heard) and isinstance(job.listener.end(), Done)
+            self.service.worker.stop(0)
+            assert self.service.worker.join(serve_fakes.WAIT_S)
+
+    monkeypatch.setattr("vega_edge.serve.service.Pipeline", Pipelines)
+    monkeypatch.setattr("vega_edge.serve.listener.Server", OnceDrawn)
+    common = ["serve", "--port", str(free_port()), "--data", str(tmp_path)]
+    assert main(common) == 0
+    assert main([*common, "--device", "cuda:1", "--memory", "low", "--vae", "tiny"]) == 0
+    assert opened == [
+        (("demo-vegart", "auto"), {"device": None, "memory": "normal", "vae": "full"}),
+        (("demo-vegart", "auto"), {"device": "cuda:1", "memory": "low", "vae": "tiny"}),
+    ]
+
+
+def test_the_memory_budget_counts_one_network_where_one_is_open(tmp_path: Path) -> None:
+    sizes = weight_bytes(find_bundle("demo-vegart"))
+    biggest, all_of_them = max(sizes.values()), sum(sizes.values())
+    for memory, needed in (("normal", all_of_them), ("low", biggest)):
+        for budget, fits in ((needed, True), (needed - 1, False)):
+            settings = Settings(tmp_path, memory=memory, memory_budget=budget)
+            assert build(settings, lambda name: FakeDrawer()).residents.fits_beside("demo-vegart", []) is fits
 
 
 def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,14 +251,17 @@ def test_the_least_recently_used_model_makes_room() -> None:
     residents.get("a")
     assert residents.fits_beside("c", ["a"]) and not residents.fits_beside("c", ["a", "b"])
     residents.get("c")
+    residents.get("a")
     assert swaps == [("open", "a"), ("open", "b"), ("close", "b"), ("open", "c")]
     assert drawers["b"].closed and not drawers["a"].closed
-    assert residents.names == ["a", "c"] and residents.bytes == 80
+    assert residents.names == ["c", "a"] and residents.bytes == 80
+    residents.get("b", kept=["c"])  # which is drawn with now, though used longest ago
+    assert drawers["a"].closed and not drawers["c"].closed and residents.names == ["c", "b"]
     with pytest.raises(VegaEdgeError) as failure:
         residents.get("huge")
     assert str(failure.value) == "huge takes 0 MB, and the memory budget is 0 MB; raise --memory-budget"
     residents.close_all()
-    assert drawers["a"].closed and residents.names == []
+    assert drawers["c"].closed and residents.names == []
 
 
 def test_batching_learns_what_is_faster() -> None:
@@ -294,3 +297,95 @@ def test_shares_are_fair_and_remember_nobody_for_ever() -> None:
         line.add(one)
         assert line.first() is one and line.remove(one) and not line.remove(one)
     assert len(line) == 0 and line.first() is None and len(line._shares._used) <= 1
+
+
+def test_a_defect_in_what_waits_harms_nobody_else(make: Make) -> None:
+    """Waiting jobs are looked at when another begins, to draw them together."""
+    gate = Gate()
+
+    class Faulty(FakeDrawer):
+        def request(self, prompt: str, **options: Any) -> Any:
+            if prompt == "defect":
+                raise ZeroDivisionError("a defect")
+            return super().request(prompt, **options)
+
+    worker = make(Faulty(before_step=gate))
+    first, good, defect, last = job("first"), job("good"), job("defect"), job("last")
+    worker.submit(first)
+    gate.wait()
+    for each in (good, defect, last):
+        worker.submit(each)
+    gate.let(20)
+    assert all(isinstance(each.listener.end(), Done) for each in (first, good, last))
+    failed = defect.listener.end()
+    assert isinstance(failed, Failed) and isinstance(failed.error, ZeroDivisionError)
+    assert worker.alive
+
+
+def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> None:
+    gate = Gate()
+
+    class Clinging(FakeDrawer):
+        def draw(self, requests: Any) -> Any:
+            try:
+                return (yield from super().draw(requests))
+            except GeneratorExit:
+                raise EngineError("it can't be freed") from None
+
+    worker = make(Clinging(before_step=gate), batch=1)
+    one, other = job("one", steps=5), job("other")
+    worker.submit(one)
+    gate.wait()
+    worker.cancel(one)
+    worker.submit(other)
+    gate.let(20)
+    assert isinstance(other.listener.end(), Done)
+    assert worker.alive and not one.listener.ended
+
+
+def test_who_left_a_batch_hears_nothing_more(make: Make) -> None:
+    gate = Gate()
+    worker = make(FakeDrawer(before_step=gate), batch=2)
+    worker.submit(job("first", steps=1))
+    gate.wait()
+    stays, leaves = job("stays", "one"), job("leaves", "two")
+    worker.submit(stays)
+    worker.submit(leaves)
+    gate.let(1)
+    gate.wait()
+    worker.cancel(leaves)
+    gate.let(2)
+    done = stays.listener.end()
+    assert isinstance(done, Done) and done.together == 2
+    assert [type(event) for event in leaves.listener.events] == [Started]
+
+
+def test_no_more_are_drawn_together_than_is_fastest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, drawer = Gate(), FakeDrawer()
+    drawer.before_step = gate
+    worker = make(drawer, batch=4)
+    monkeypatch.setattr(Batching, "best", lambda self, kind, sizes: min(2, sizes[-1]))
+    jobs = [job(name, steps=1) for name in ("first", "a", "b", "c")]
+    worker.submit(jobs[0])
+    gate.wait()
+    for each in jobs[1:]:
+        worker.submit(each)
+    gate.let(4)
+    assert all(isinstance(each.listener.end(), Done) for each in jobs)
+    assert drawer.batches == [["first"], ["a", "b"], ["c"]]
+
+
+def test_stopping_begins_no_live_picture_beside_the_running_one(make: Make) -> None:
+    gate, drawer = Gate(), FakeDrawer()
+    drawer.before_step = gate
+    worker = make(drawer)
+    running, live = job("running", steps=3), job("live", live=True)
+    worker.submit(running)
+    gate.wait()
+    worker.submit(live)
+    worker.stop(20)
+    gate.let(20)
+    assert isinstance(running.listener.end(), Done)
+    failed = live.listener.end()
+    assert isinstance(failed, Failed) and isinstance(failed.error, Stopping)
+    assert drawer.batches == [["running"]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
+import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -17,12 +19,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from vega_edge import engines
+from vega_edge.bench.lora import random_lora
 from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import nvidia
-from vega_edge.engines.plan_store import PlanStore
-from vega_edge.errors import EngineError, UsageError
-from vega_edge.export import trt_build, trt_library
+from vega_edge.engines.plan_choice import Here, choose_plan
+from vega_edge.engines.plan_store import PlanLora, PlanStore
+from vega_edge.errors import EngineError, ExportError, UsageError
+from vega_edge.export import trt_build, trt_library, trt_network
 from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
 from vega_edge.export.trt_calibrate import largest_values
 from vega_edge.export.trt_graph import int8_scale, prepared
@@ -40,6 +44,7 @@ from vega_edge.export.trt_profiles import (
 from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
 from vega_edge.runtime.calibration import unet_feeds
+from vega_edge.runtime.patches import Patches
 
 from .fake_tensorrt import FakeTensorRT
 
@@ -287,12 +292,21 @@ def test_targets_that_are_refused(targets, precision, message):
 
 
 def test_tensorrt_builds_for_the_gpu_here(monkeypatch):
-    monkeypatch.setattr(nvidia, "compute_capability", lambda: "sm_87")
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: ["sm_87", "sm_89"][index])
     library = Library("tensorrt", FakeTensorRT())
     assert check_targets(library, (), "graph") == ("sm_87",)
+    assert check_targets(library, (), "graph", gpu=1) == ("sm_89",)
     assert refused(UsageError, check_targets, library, ("sm_89",), "graph") == (
         "tensorrt builds for the GPU it runs on, sm_87, not for sm_89"
     )
+
+
+def test_the_gpu_is_chosen_in_the_thread_that_builds(monkeypatch, graph):
+    chosen = []
+    monkeypatch.setattr(trt_network, "select", lambda index: chosen.append((index, threading.current_thread().name)))
+    for gpu in (0, 2):
+        build_plan(Job(Library("tensorrt", FakeTensorRT()), graph, gpu=gpu))
+    assert chosen == [(2, "engine build")]
 
 
 def test_refitting_needs_a_gpu_to_build_on(monkeypatch, tmp_path):
@@ -367,6 +381,47 @@ def test_an_fp8_graph_stays_near(graph, tmp_path):
         (got,) = onnxruntime.InferenceSession(path, options).run(None, {"x": x})
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert 5e-3 < error < 0.05
+
+
+@pytest.fixture
+def half_stored(tmp_path):
+    """y = x @ float32(w), w float16 [128, 128]: full arithmetic over half storage."""
+    path = matmul(tmp_path / "half" / "model.onnx", np.float32)
+    model = onnx.load(path)
+    w = numpy_helper.to_array(model.graph.initializer[0]).astype(np.float16)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w, "w"))
+    model.graph.node.insert(0, helper.make_node("Cast", ["w"], ["w.cast"], to=F32))
+    model.graph.node[1].input[1] = "w.cast"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_half_storage_and_full_arithmetic_are_quantized_too(half_stored, tmp_path, precision):
+    x = np.random.default_rng(2).standard_normal((2, 16, 128)).astype(np.float32)
+    want = engines.open_engine(half_stored, "onnxruntime-cpu").run({"x": x})["y"]
+    ranges = largest_values(half_stored, [{"x": x}])
+    assert ranges == {"x": float(np.abs(x).max())}
+    with prepared(half_stored, {}, precision, tmp_path, ranges) as path:
+        model = onnx.load(path)
+        kinds = [node.op_type for node in model.graph.node]
+        assert "Cast" not in kinds and kinds[-2:] == ["DequantizeLinear", "MatMul"]
+        scales = {t.data_type for t in model.graph.initializer if t.name.endswith("scale")}
+        assert scales == {F32}
+        options = onnxruntime.SessionOptions()  # onnxruntime's fusions take every 8-bit type for an integer
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        (got,) = onnxruntime.InferenceSession(path, options).run(None, {"x": x})
+    assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
+
+
+def test_a_cast_that_others_use_too_stays(half_stored, tmp_path):
+    model = onnx.load(half_stored)
+    model.graph.node.append(helper.make_node("MatMul", ["y", "w.cast"], ["z"]))
+    model.graph.output[0].name = "z"
+    onnx.save(model, half_stored)
+    with pytest.raises(ExportError) as caught, prepared(half_stored, {}, "int8", tmp_path):
+        pass
+    assert str(caught.value) == "half/model.onnx has no matrix product that int8 could be used for"
 
 
 def test_calibration_takes_the_largest_of_all_inputs(graph):
@@ -464,6 +519,42 @@ def test_a_lora_is_a_plan_of_its_own(built, embedded):
     assert with_lora.plan.loras[0].strength == 0.5
     assert {plain.file, with_lora.plan.file} <= {plan.file for plan in store.plans()}
     assert len(store.read(with_lora.plan)) == pytest.approx(len(store.read(plain)), rel=0.1)
+
+
+def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys):
+    file, folder = tmp_path / "style.safetensors", str(embedded.path)
+    random_lora(embedded, file, rank=2)
+    command = ["build", folder, "--engine", "tensorrt-rtx", "--part", "unet", "--lora", f"{file}:0.5"]
+    assert main([*command, "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    store = PlanStore(embedded.path)
+    plan = next(plan for plan in store.plans() if plan.file == told["file"])
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (plan.graph, plan.loras, told["built"]) == ("unet/model.onnx", (PlanLora(sha256, 0.5),), True)
+    assert store.read(plan)[:4] == b"vtrt"
+    here = Here("tensorrt-rtx", plan.version, "sm_89")
+    weights = Patches(embedded, [(file, 0.5)]).of("unet")
+    assert choose_plan(store, embedded.graph("unet"), here, weights).plan == plan
+    weaker = Patches(embedded, [(file, 0.4)]).of("unet")
+    assert " LoRA; run: vega-edge build " in refused(
+        EngineError, choose_plan, store, embedded.graph("unet"), here, weaker
+    )
+    assert main(command) == 0
+    assert capsys.readouterr().err.endswith("there already\n")
+    assert main(["engines", "ls", folder]) == 0
+    assert f"lora {sha256[:8]}:0.5\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("precision", "targets"), [("int8", ()), ("fp8", ("sm_89", "sm_120"))])
+def test_the_embedded_unet_in_eight_bits(rtx, embedded, precision, targets, capsys):
+    """Its weights are stored in half precision and computed with in full, which a quantized product takes together."""
+    command = ["build", str(embedded.path), "--engine", "tensorrt-rtx", "--part", "unet", "--precision", precision]
+    assert main([*command, *(word for target in targets for word in ("--target", target)), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    store = PlanStore(embedded.path)
+    plan = next(plan for plan in store.plans() if plan.file == told["file"])
+    assert (plan.precision, plan.targets) == (precision, targets or ("ampere+",))
+    assert store.read(plan)[:4] == b"vtrt"
 
 
 def build_one(library, path, ranges=None, **options):
@@ -566,6 +657,8 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "cpu"], "build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'"),
+        (["--device", "gpu1"], "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu1'"),
         (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),

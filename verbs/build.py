@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from .common import bar, lora
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def add(p: argparse.ArgumentParser) -> None:
         "--target", action="append", default=[], metavar="sm_XY",
         help="of tensorrt-rtx, may be repeated: sm_86, ...; sm_75 (Turing) is an engine of its own; default: every RTX GPU from Ampere on",
     )  # fmt: skip
+    p.add_argument(
+        "--device", metavar="NAME", help="cuda or cuda:N, the GPU to build on where one is needed; default: cuda:0"
+    )
     p.add_argument(
         "--precision", default="graph", help="graph (as exported), int8 (weights only) or fp8; default: graph"
     )
@@ -94,8 +98,17 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
         sizes = sizes.static()
     flags = tuple(flag.replace("_", "-") for flag in _FLAGS if getattr(arguments, flag))
     return BuildOptions(
-        arguments.engine, sizes, tuple(arguments.part), tuple(arguments.target), flags, arguments.precision
-    )
+        arguments.engine, sizes, tuple(arguments.part), tuple(arguments.target), flags, arguments.precision,
+        _gpu(arguments.device),
+    )  # fmt: skip
+
+
+def _gpu(device: str | None) -> int:
+    from ..engines import gpu_index
+
+    if device == "cpu":
+        raise UsageError("build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'")
+    return gpu_index(device)
 
 
 def _ranges(bundle: Bundle, graph: str) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
@@ -76,11 +78,18 @@ def _remove(store: PlanStore, files: list[str]) -> None:
 def _clean(store: PlanStore) -> None:
     unusable = tuple(plan for plan in store.plans() if store.fault(plan))
     strays = store.stray()
-    freed = sum(path.stat().st_size for path in strays) + sum(plan.bytes for plan in unusable)
+    freed = sum(map(_bytes, strays)) + sum(plan.bytes for plan in unusable)
     if unusable:
         store.remove(unusable)
     for path in strays:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     for name in (*(plan.file for plan in unusable), *(path.name for path in strays)):
         print(name)
     print(f"{len(unusable) + len(strays)} files, {freed / 1e6:.1f} MB removed from {store.folder}", file=sys.stderr)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -42,6 +42,15 @@ def _add_server(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s")
     p.add_argument("--data", type=Path, metavar="FOLDER", help="where v2 jobs and their pictures are kept")
     p.add_argument("--engine", default="auto", metavar="NAME", help="what runs the graphs; default: auto")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
+    p.add_argument(
+        "--memory", default="normal", metavar="HOW",
+        help="normal, or low for small boards: networks are opened one after another; default: %(default)s",
+    )  # fmt: skip
+    p.add_argument(
+        "--vae", default="full", metavar="WHICH",
+        help="full, or tiny for the bundles' fast decoder; previews always have that one; default: %(default)s",
+    )  # fmt: skip
     p.add_argument(
         "--alias", action="append", default=[], metavar="SLUG=MODEL",
         help="let a model answer under another name, such as segmind-vega=demo-vegart; may be repeated",
@@ -129,6 +138,7 @@ def _settings(a: argparse.Namespace) -> Settings:
 
     return Settings(
         data=(a.data or bundles_folder().parent / "serve").resolve(), host=a.host, port=a.port, engine=a.engine,
+        device=a.device, memory=a.memory, vae=a.vae,
         aliases=dict(_alias(text) for text in a.alias), limits=a.limits, api_keys=a.api_keys, no_auth=a.no_auth,
         hosts=tuple(a.allow_host), trusted_proxies=tuple(a.trusted_proxy), queue=a.queue, rate=a.rate,
         sockets=a.sockets, prompt_chars=a.prompt_chars, job_s=a.job_seconds, grace_s=a.grace_seconds,

@@ -1,12 +1,12 @@
-// The page: what is typed is asked for, what comes is shown. The connection is in live.js, the strip in history.js.
+// The page: what is typed is asked for, what comes is shown. The connection is in live.js, the strip in history.js,
+// reading and filling the controls in controls.js.
+import { $, asked, milliseconds, options, range, sizes, theme } from "./controls.js";
 import { History } from "./history.js";
+import { runKiosk } from "./kiosk.js";
 import { Live } from "./live.js";
 
-const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 const kiosk = new URLSearchParams(location.search).has("kiosk");
-const SIZES = [64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048];
-const IDLE_MS = 20000; // before a kiosk begins to draw by itself
 const SETTLED_MS = 700; // a picture that stays for so long goes into the history
 const IDEAS = {
   demo: ["a big red star on a blue background", "a yellow moon in the night sky", "a pink heart at sunset", "a green tree in a meadow", "a white house by the sea", "a purple diamond on stripes", "an orange circle above a blue square"],
@@ -18,7 +18,6 @@ let frames = { a: newFrame("a"), b: newFrame("b") };
 let pending = {}; // what is being drawn, by id
 let typedAt = performance.now();
 let shownAt = [];
-let lastActive = performance.now();
 let settle;
 
 const history = new History($("history"), restore);
@@ -58,10 +57,6 @@ function setUp(message) {
   useModel(!before);
 }
 
-function options(select, pairs) {
-  select.replaceChildren(...pairs.map(([value, text]) => new Option(text, value)));
-}
-
 function useModel(fresh) {
   const model = models.find((m) => m.name === $("model").value);
   if (!model) return;
@@ -75,20 +70,6 @@ function useModel(fresh) {
   $("size").value = fresh || ![...$("size").options].some((o) => o.value === size) ? `${p.img_width.default}x${p.img_height.default}` : size;
   ideas(model.name.startsWith("demo-") ? IDEAS.demo : IDEAS.other);
   readouts();
-}
-
-function range(id, schema, fresh) {
-  $(id).min = schema.minimum ?? 1;
-  $(id).max = schema.maximum ?? 100;
-  if (fresh) $(id).value = schema.default;
-}
-
-function sizes(p) {
-  const { minimum: low = 64, maximum: high = 2048 } = p.img_width;
-  const d = p.img_width.default;
-  const pairs = SIZES.filter((s) => s >= low && s <= high).map((s) => [s, s]);
-  if (d * 1.5 <= high) pairs.push([d * 1.5, d], [d, d * 1.5]);
-  return pairs.map(([w, h]) => [`${w}x${h}`, `${w} × ${h}`]);
 }
 
 function ideas(texts) {
@@ -117,25 +98,7 @@ function type(text) {
   typedAt = performance.now();
 }
 
-function seedOf(id) {
-  const digits = $(id).value.replace(/\D/g, "").slice(0, 15);
-  return digits === "" ? 0 : Number(digits);
-}
-
 // Drawing
-
-function asked(slot) {
-  const [width, height] = $("size").value.split("x").map(Number);
-  const request = {
-    model: $("model").value, prompt: $("prompt").value, seed: seedOf("seed"), num_inference_steps: Number($("steps").value),
-    img_width: width, img_height: height, guidance_scale: Number($("guidance").value),
-  };
-  if ($("scheduler").value) request.scheduler = $("scheduler").value;
-  if ($("negative").value && request.guidance_scale > 1) request.negative_prompt = $("negative").value;
-  if (slot === "b" && $("compare").value === "seed") request.seed = seedOf("compare-seed");
-  if (slot === "b" && $("compare").value === "scheduler") request.scheduler = $("compare-scheduler").value || undefined;
-  return request;
-}
 
 function draw() {
   readouts();
@@ -195,10 +158,6 @@ function finished(head, job, frame, blob) {
   $("download").disabled = false;
   root.dataset.shown = head.id; // for those who watch from outside
   if (head.slot === "a") settle = setTimeout(() => { frame.kept = true; history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); }, SETTLED_MS);
-}
-
-function milliseconds(ms) {
-  return ms < 1000 ? `${ms.toFixed()} ms` : `${(ms / 1000).toFixed(1)} s`;
 }
 
 function fault(message) {
@@ -263,12 +222,6 @@ $("kiosk").onclick = () => (document.fullscreenElement ? document.exitFullscreen
 $("key-form").addEventListener("submit", () => live.useKey($("key").value.trim()));
 $("theme").onclick = () => theme({ auto: "dark", dark: "light", light: "auto" }[localStorage.getItem("theme") || "auto"]);
 
-function theme(name) {
-  localStorage.setItem("theme", name);
-  if (name === "auto") delete root.dataset.theme;
-  else root.dataset.theme = name;
-  $("theme").setAttribute("aria-label", `Theme: ${name === "auto" ? "as the system" : name}`);
-}
 theme(localStorage.getItem("theme") || "auto");
 
 setInterval(() => {
@@ -279,25 +232,4 @@ setInterval(() => {
 
 if (matchMedia("(max-width: 60rem)").matches) $("panel").open = false;
 
-// Kiosk: full screen at the first touch; left alone, it types and draws by itself.
-if (kiosk) {
-  root.classList.add("kiosk");
-  for (const what of ["pointerdown", "keydown"]) addEventListener(what, () => { lastActive = performance.now(); if (!document.fullscreenElement) root.requestFullscreen?.().catch(() => {}); });
-  navigator.wakeLock?.request("screen").catch(() => {});
-  let next = 0;
-  const loop = async () => {
-    const texts = [...$("chips").children].map((chip) => chip.textContent);
-    if (performance.now() - lastActive > IDLE_MS && texts.length && live.open) {
-      const text = texts[next++ % texts.length];
-      for (let i = 1; i <= text.length && performance.now() - lastActive > IDLE_MS; i++) {
-        $("prompt").value = text.slice(0, i);
-        await new Promise((done) => setTimeout(done, 45));
-        if (text[i] === " " || i === text.length) { typedAt = performance.now(); draw(); }
-      }
-      if (performance.now() - lastActive > IDLE_MS) dice();
-    }
-    setTimeout(loop, 4000);
-  };
-  lastActive = -IDLE_MS + 3000; // begins by itself, three seconds after it was opened
-  setTimeout(loop, 500);
-}
+if (kiosk) runKiosk({ live, draw, dice, type });

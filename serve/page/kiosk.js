@@ -1,0 +1,28 @@
+// Kiosk: full screen at the first touch; left alone, it types and draws by itself.
+import { $ } from "./controls.js";
+
+const IDLE_MS = 20000; // before a kiosk begins to draw by itself
+
+// page: {live, draw(), dice(), type(text)}
+export function runKiosk({ live, draw, dice, type }) {
+  const root = document.documentElement;
+  let lastActive = -IDLE_MS + 3000; // begins by itself, three seconds after it was opened
+  root.classList.add("kiosk");
+  for (const what of ["pointerdown", "keydown"]) addEventListener(what, () => { lastActive = performance.now(); if (!document.fullscreenElement) root.requestFullscreen?.().catch(() => {}); });
+  navigator.wakeLock?.request("screen").catch(() => {});
+  let next = 0;
+  const loop = async () => {
+    const texts = [...$("chips").children].map((chip) => chip.textContent);
+    if (performance.now() - lastActive > IDLE_MS && texts.length && live.open) {
+      const text = texts[next++ % texts.length];
+      for (let i = 1; i <= text.length && performance.now() - lastActive > IDLE_MS; i++) {
+        $("prompt").value = text.slice(0, i);
+        await new Promise((done) => setTimeout(done, 45));
+        if (text[i] === " " || i === text.length) { type($("prompt").value); draw(); }
+      }
+      if (performance.now() - lastActive > IDLE_MS) dice();
+    }
+    setTimeout(loop, 4000);
+  };
+  setTimeout(loop, 500);
+}
