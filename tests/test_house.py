@@ -59,7 +59,20 @@ MAY_IMPORT = {
     },
     "cli": {"", "errors", "verbs"},
     "demo": {"errors", "bundle", "models", "engines", "runtime"},
-    "bench": {"", "doctor", "errors", "bundle", "models", "onnx_file", "engines", "runtime", "export", "demo", "serve"},
+    "bench": {
+        "",
+        "doctor",
+        "errors",
+        "bundle",
+        "models",
+        "onnx_file",
+        "safetensors_file",
+        "engines",
+        "runtime",
+        "export",
+        "demo",
+        "serve",
+    },
 }
 
 
