@@ -10,7 +10,7 @@ from PIL import Image
 from ..errors import VegaEdgeError
 
 PROMPTS = (
-    "a big red star on a blue background", "a yellow moon in the night sky", "a small white house in a meadow",
+    "a big red star on a blue background", "a yellow moon in the night sky", "a big red house in a meadow",
     "a purple heart at sunset", "a green tree in the desert", "a small pink circle above a big blue square on a white background",
     "a big orange triangle by the sea", "a yellow star left of a red heart on a black background", "a blue diamond on stripes",
 )  # fmt: skip

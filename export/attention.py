@@ -1,8 +1,8 @@
 """A second graph beside an exported one, whose attention is one ONNX `Attention` node (opset 23) instead of five.
 
 For onnxruntime's CUDA provider, whose kernels for that node never hold the matrix of all logits; on its CPU the node is no
-faster (bench/attention.py), and TensorRT-RTX refuses it in fp32, so everything else takes the decomposed graph. Both share one weights file, initializer for initializer, so a LoRA's
-map holds for both. Works on onnx_ir models; knows no torch.
+faster (bench/attention.py), and TensorRT-RTX refuses it in fp32, so everything else takes the decomposed graph. Both
+share one weights file, initializer for initializer, so a LoRA's map holds for both. Works on onnx_ir models; knows no torch.
 """
 
 from __future__ import annotations

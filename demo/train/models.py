@@ -110,7 +110,7 @@ def new_sd_unet(kind: str) -> UNet2DConditionModel:
     return _trainable(
         UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(32, 56, 72, 72)[:levels],
+            block_out_channels=(32, 48, 64, 64)[:levels],
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",) * (levels - 3),
             mid_block_type="UNetMidBlock2DCrossAttn" if kind == "small" else None,
