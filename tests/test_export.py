@@ -225,9 +225,9 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
         "tokenizer_2": tokenizer,
         "text_encoder": graph,
         "text_encoder_2": graph,
-        "unet": graph,
-        "vae_encoder": graph,
-        "vae_decoder": graph | {"pixels.onnx"},
+        "unet": graph | {"model.attention.onnx"},
+        "vae_encoder": graph | {"model.attention.onnx"},
+        "vae_decoder": graph | {"model.attention.onnx", "pixels.onnx", "pixels.attention.onnx"},
     }
     for file in (
         "model_index.json",

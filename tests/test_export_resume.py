@@ -81,7 +81,14 @@ def test_the_key_knows_what_changes_a_graph(checkpoint: Path, tmp_path: Path, mo
     def key(source: Path = checkpoint, **options: Any) -> str:
         tiny, seed = options.pop("tiny_vae", None), options.pop("random_weights", None)
         own = model_source(source, random_weights=seed)
-        given = {"loras": (), "precision": Precision("fp32", "fp32"), "vae": "full", "name": "x", **options}
+        given = {
+            "loras": (),
+            "precision": Precision("fp32", "fp32"),
+            "vae": "full",
+            "attention": False,
+            "name": "x",
+            **options,
+        }
         return writer._key(own.open(tiny), writer._Request(own, tmp_path / "out", **given))
 
     touched = Path(shutil.copytree(checkpoint, tmp_path / "touched"))
@@ -90,7 +97,7 @@ def test_the_key_knows_what_changes_a_graph(checkpoint: Path, tmp_path: Path, mo
     schedule = scheduled / "scheduler" / "scheduler_config.json"
     schedule.write_text(schedule.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
     keys = [
-        key(), key(random_weights=3), key(random_weights=4), key(precision=Precision("fp32", "fp16")),
+        key(), key(random_weights=3), key(random_weights=4), key(attention=True), key(precision=Precision("fp32", "fp16")),
         key(precision=Precision("fp16", "fp16")), key(loras=((files[0], 1.0),)), key(loras=((files[0], 0.5),)),
         key(loras=((files[1], 1.0),)), key(loras=((files[0], 1.0), (files[1], 1.0))),
         key(loras=((files[1], 1.0), (files[0], 1.0))), key(tiny_vae=checkpoint / "tiny"),

@@ -67,7 +67,7 @@ def test_low_memory_draws_the_same_with_one_network_open(
     stream.close()
     assert Counted.open == 0
     entries = list((tmp_path / "compiled").glob("*/*"))
-    assert len(entries) == 4 and {e.parent.name.rpartition("-")[0] for e in entries} == {engine}
+    assert len(entries) == 5 and {e.parent.name.rpartition("-")[0] for e in entries} == {engine}
 
 
 def test_a_part_is_shared_kept_and_closed() -> None:
@@ -107,7 +107,7 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: p
     path = find_bundle("demo-vegart")
     bundle = Bundle.open(path, verify=False)
     sizes = memory.weight_bytes(bundle.path)
-    assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder"}
+    assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "tiny_vae_decoder"}
     whole, largest = sum(sizes.values()), max(sizes.values())
     monkeypatch.setattr(memory, "free_bytes", lambda: largest - 1)
     for low, cure, size, where in (
@@ -141,8 +141,10 @@ def test_free_memory_as_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert memory.free_bytes() is None
 
 
-def test_options_of_opening() -> None:
-    path = find_bundle("demo-vegart")
+def test_options_of_opening(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
+    (path / "vega-edge.json").unlink()
+    shutil.rmtree(path / "tiny_vae_decoder")
     for options, message in (
         ({"memory": "little"}, "unknown memory 'little'; there are: low, normal"),
         ({"vae": "huge"}, "unknown vae 'huge'; there are: full, tiny"),
@@ -156,19 +158,14 @@ def test_options_of_opening() -> None:
     assert str(refused.value) == f"bundle {path} has no tiny decoder; {cure}"
 
 
-def test_previews_come_from_the_tiny_decoder(tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
-    (bundle / "vega-edge.json").unlink()
-    shutil.copytree(bundle / "vae_decoder", bundle / "tiny_vae_decoder")  # the same network, at another scale
-    config = bundle / "tiny_vae_decoder" / "config.json"
-    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
-    (bundle / "tiny_vae_decoder" / "pixels.onnx").unlink()
+def test_previews_come_from_the_tiny_decoder() -> None:
     options: dict[str, Any] = {"steps": 1, "seed": 1, "guidance": 0.0, "scheduler": "LCM"}
-    full, tiny = (Pipeline.open(bundle, "onnxruntime-cpu", vae=vae) for vae in ("full", "tiny"))
+    full, tiny = (Pipeline.open("demo-vegart", "onnxruntime-cpu", vae=vae) for vae in ("full", "tiny"))
     picture, small = full(STAR, **options).images[0], tiny(STAR, **options).images[0]
     (step,) = full.stream(STAR, **options)
     assert np.array_equal(np.asarray(step.preview()[0]), np.asarray(small))
-    assert not np.array_equal(np.asarray(picture), np.asarray(small))
+    difference = np.abs(np.asarray(picture).astype(int) - np.asarray(small))
+    assert 0 < difference.mean() < 10  # of 255: the same picture, by another network
 
 
 def test_auto_is_told_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -659,7 +659,7 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
     [
         (["--device", "cpu"], "build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'"),
         (["--device", "gpu1"], "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu1'"),
-        (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, unet, vae_decoder, vae_encoder"),
+        (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, tiny_vae_decoder, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
         (["--refit", "--stripped"], "stripped engines are refittable ones without their weights: ask for --refit or --stripped"),
