@@ -20,6 +20,7 @@ from vega_edge.runtime.schedulers import (
     scheduler_named_in,
 )
 from vega_edge.runtime.schedules import Schedule
+from vega_edge.runtime.strength import ending
 
 from .fakes import VEGA
 
@@ -47,6 +48,16 @@ def test_steps_taken_where_others_are_than_asked_for(family: str, name: str) -> 
 def test_spacing_follows_the_models_own_number_of_timesteps() -> None:
     row = get_scheduler("DDIM", "a1111")
     assert row.schedule(row.noise_model({**VEGA, "num_train_timesteps": 500}), 30).total == 31  # 500 // 30 = 16
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "taken"), [("diffusers", "Euler", 10), ("a1111", "Euler", 11), ("a1111", "DDIM", 9)]
+)
+def test_a_picture_to_start_from_leaves_as_many_steps_as_in_the_references(family: str, name: str, taken: int) -> None:
+    """20 steps, strength 0.5: diffusers' get_timesteps; the web UI's sample_img2img for k-diffusion and for timesteps."""
+    row = get_scheduler(name, family)
+    model = row.noise_model(VEGA)
+    assert len(ending(row.schedule(model, 20), row, model, 20, 0.5)) == taken
 
 
 def most(row: Scheduler) -> int:
