@@ -20,6 +20,7 @@ from .spacings import spacing_name
 
 MAX_SAMPLES = 4
 STRENGTH = 0.6
+_WORDS = ("family", "rng", "noise_dtype", "prompt_syntax")  # options that are one of a few words, in any case
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,13 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         defaults = {k: v for k, v in defaults.items() if k != "schedule"}
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     prompt, negative = _text("prompt", value.get("prompt")), value.get("negative")
-    for name in ("scheduler", "family", "schedule", "rng", "noise_dtype", "prompt_syntax"):
+    for name in ("scheduler", "schedule", *_WORDS):
         if value.get(name) is not None:
-            _text(name, value[name])
+            text = _text(name, value[name])
+            value[name] = text.lower() if name in _WORDS else text
     samples = _whole("samples", value.get("samples", 1), 1, MAX_SAMPLES)
     seed = _whole("seed", value.get("seed", -1), -1, MAX_SEED - samples + 1)
-    scheduler = _scheduler(value, options.get("family"))
+    scheduler = _scheduler(value, options.get("family") is not None)
     eta = value.get("eta")
     if eta is not None:
         scheduler.with_eta(eta)  # knows its range, and whether there is one
@@ -191,11 +193,12 @@ def _text(name: str, got: Any) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", got)  # half a surrogate pair, which no encoder and no file takes
 
 
-def _scheduler(value: Mapping[str, Any], asked: str | None) -> Scheduler:
+def _scheduler(value: Mapping[str, Any], asked: bool) -> Scheduler:
     """By name in the model's family, or the only one that has it; a family that was asked for is kept to."""
-    scheduler = get_scheduler(value["scheduler"], value.get("family", FAMILIES[0]))
-    if asked and scheduler.family != asked:
-        raise UsageError(f"{scheduler.name} is not in the family {asked}; it is in {scheduler.family}")
+    family = value.get("family", FAMILIES[0])
+    scheduler = get_scheduler(value["scheduler"], family)
+    if asked and scheduler.family != family:
+        raise UsageError(f"{scheduler.name} is not in the family {family}; it is in {scheduler.family}")
     return scheduler
 
 

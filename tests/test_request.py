@@ -34,6 +34,8 @@ def test_nothing_new_is_written_about_what_is_as_always() -> None:
     ({"schedule": "sgm uniform"}, "Sampler: Euler, Schedule type: SGM Uniform, CFG scale"),
     ({"schedule": "Align Your Steps"}, "Sampler: Euler, Schedule type: Align Your Steps, CFG scale"),
     ({"rng": "nv"}, "Model: demo, RNG: NV, Version"),
+    ({"rng": "NV"}, "Model: demo, RNG: NV, Version"),
+    ({"family": "A1111"}, "Model: demo, Family: a1111, Version"),
     ({"scheduler": "euler_a", "eta": 0.5}, "Sampler: Euler a, CFG scale: 7.5, Seed: 7, Size: 128x64, Model: demo, Eta: 0.5, Version"),
     ({"scheduler": "DDIM", "eta": 1}, "Model: demo, Eta DDIM: 1, Version"),
     ({"guidance_rescale": 0.7}, "Model: demo, CFG Rescale: 0.7, Version"),
