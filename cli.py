@@ -1,5 +1,5 @@
-"""The command line: `vega-edge generate|serve|export|build|engines|verify|models|doctor`. Results go to stdout, all else
-to stderr.
+"""The command line: `vega-edge generate|serve|bench|export|build|engines|verify|models|doctor`. Results go to stdout, all
+else to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import build, doctor, engines, export, generate, models, serve, verify
+from .verbs import bench, build, doctor, engines, export, generate, models, serve, verify
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -32,6 +32,12 @@ _VERBS = (
         serve,
         "serve Segmind's API and a live page on this machine",
         "Serve Segmind's HTTP API on this machine, and a page that draws while you type. Needs the serve extra.",
+    ),
+    (
+        "bench",
+        bench,
+        "say how fast a model draws here",
+        "Draw some pictures on each engine that works here, and say how long each stage took.",
     ),
     (
         "verify",

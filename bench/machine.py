@@ -17,7 +17,8 @@ from ..doctor import cpu_name
 PACKAGES = ("numpy", "onnxruntime", "openvino", "tokenizers", "torch", "diffusers", "transformers")
 
 
-def facts() -> dict[str, Any]:
+def facts(commit: bool = True) -> dict[str, Any]:
+    """commit: of the checkout that this file is in; an installed package has none."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -26,7 +27,7 @@ def facts() -> dict[str, Any]:
             continue
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        **({"commit": _commit()} if commit else {}),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
@@ -53,5 +54,10 @@ def _commit() -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A table that reads well as text too."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * max(3, width) for width in widths])
+    return "\n".join(
+        "| " + " | ".join(c.ljust(max(3, w)) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )

@@ -31,31 +31,10 @@ NO_KEY = "Missing Authorization or x-api-key in header"
 BAD_KEY = "Unauthorized. API key is invalid or may have expired."
 
 
-class Rate:
-    """Token buckets (a minute's worth of requests may come at once). per_minute 0: no limit."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._most = float(per_minute)
-        self._left: dict[str, tuple[float, float]] = {}
-
-    def take(self, name: str) -> float:
-        """0 where the request may go on, or the seconds until it may."""
-        if not self._most:
-            return 0.0
-        now = time.monotonic()
-        left, at = self._left.get(name, (self._most, now))
-        left = min(self._most, left + (now - at) * self._most / 60)
-        if left < 1:
-            return (1 - left) * 60 / self._most
-        self._left[name] = left - 1, now
-        return 0.0
-
-
 class Guard:
     def __init__(self, app: Any, service: Service) -> None:
         settings = service.settings
-        self._app, self._service, self._settings, self._keys = app, service, settings, service.keys
-        self._rate = Rate(settings.rate if service.keys else 0)
+        self._app, self._service, self._keys = app, service, service.keys
         self._proxies = [ipaddress.ip_network(proxy) for proxy in settings.trusted_proxies]
         machine = socket.gethostname().lower()
         self._hosts = {"localhost", machine, f"{machine}.local", *(h.lower() for h in settings.hosts)}
@@ -131,10 +110,9 @@ class Guard:
             return 401, BAD_KEY, ask
         scope["client_name"] = scope["log"]["client"] = f"key:{owner}"
         if scope["method"] == "POST":
-            wait_s = self._rate.take(owner)
+            wait_s = self._service.rate.take(owner)
             if wait_s:
-                text = f"more than {self._settings.rate} requests a minute; try again in {wait_s:.1f} s"
-                return 429, text, {"retry-after": str(int(wait_s) + 1)}
+                return 429, self._service.rate.refusal(wait_s), {"retry-after": str(int(wait_s) + 1)}
         return None
 
     def _is_ours(self, host: str) -> bool:

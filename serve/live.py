@@ -74,6 +74,7 @@ class Socket:
     def __init__(self, service: Service, socket: WebSocket) -> None:
         self._service, self._socket = service, socket
         self._client = f"{socket.scope['client_name']}#{next(_numbers)}"
+        self._owner: str | None = None  # of its key
         self._entries = {r.name: Entry(r.name, r, own_parameters(r), {}) for r in live_models(service.entries.values())}
         self._jobs: dict[str, Job] = {}
         self._outbox: deque[tuple[Job | None, Any]] = deque(maxlen=_OUTBOX)
@@ -109,7 +110,7 @@ class Socket:
             await self._socket.send_json({"type": "error", "id": None, "error": BAD_KEY})
             await self._socket.close(4401)
             return False
-        self._client = f"key:{owner}#{next(_numbers)}"
+        self._owner, self._client = owner, f"key:{owner}#{next(_numbers)}"
         return True
 
     def _ready(self) -> dict[str, Any]:
@@ -134,6 +135,9 @@ class Socket:
             self._say({"type": "error", "id": _number(message), "error": str(error)})
 
     def _draw(self, message: dict[str, Any]) -> None:
+        wait_s = self._service.rate.take(self._owner) if self._owner else 0.0
+        if wait_s:
+            raise UsageError(self._service.rate.refusal(wait_s))
         slot, previews = _one_of(message, "slot", SLOTS), _one_of(message, "previews", _PREVIEWS, "auto")
         kind = _FORMATS[_one_of(message, "format", tuple(_FORMATS))]
         self._stop(slot)

@@ -21,6 +21,7 @@ from .keys import KeyFile
 from .metrics import Metrics
 from .params import BadBody
 from .queue import JobQueue
+from .rate import Rate
 from .residents import Drawer, Residents
 from .settings import BODY_BYTES, BODY_S, Settings
 from .store import Store, StoreError
@@ -49,6 +50,7 @@ class Service:
     worker: Worker
     queue: JobQueue
     keys: KeyFile | None
+    rate: Rate
     stopping: bool = False
 
     def entry(self, slug: str) -> Entry:
@@ -113,7 +115,7 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
     metrics.watch("queue_length", "Jobs that wait.", lambda: worker.waiting)
     metrics.watch("models_open", "Models that are open.", lambda: len(residents.names))
     metrics.watch("models_bytes", "Size of the open models' graphs.", lambda: residents.bytes)
-    return Service(settings, entries, metrics, residents, worker, queue, keys)
+    return Service(settings, entries, metrics, residents, worker, queue, keys, Rate(settings.rate))
 
 
 def open_pipeline(model: str, settings: Settings) -> Drawer:

@@ -19,9 +19,9 @@ CREDITS = 1_000_000.0  # nothing is charged here; clients want a number
 @dataclass(frozen=True)
 class Settings:
     """data: where jobs and pictures live. engine, device, memory, vae: of `Pipeline.open`, for every model. aliases:
-    slug -> a model's name. rate: requests a minute for each key, 0 for no limit. job_s: device time for one job.
-    grace_s: for the running picture when stopping. keep_s: how long a finished job and its pictures are kept. hosts:
-    names, beside addresses and localhost, by which the server is called.
+    slug -> a model's name. rate: requests and live drawings a minute for each key, 0 for no limit. job_s: device time
+    for one job. grace_s: for the running picture when stopping. keep_s: how long a finished job and its pictures are
+    kept. hosts: names, beside addresses and localhost, by which the server is called.
     """
 
     data: Path

@@ -1,6 +1,9 @@
-"""The markers of the tests that need more than a plain machine."""
+"""The markers of the tests that need more than a plain machine, and what many files need once: checkpoints, exports."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -8,3 +11,36 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped, with the reason, where there is none")
     config.addinivalue_line("markers", "full: needs full-size bundles and gigabytes of memory; part of make test-full")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random checkpoints of both kinds. Not to be changed: all tests share them."""
+    from .checkpoints import make_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {kind: make_checkpoint(root / f"tiny-{kind}", sdxl=kind == "xl") for kind in ("xl", "sd")}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["sd"]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """exported(SOURCE, OPTION, ...): the bundle that `vega-edge export` makes of it, once. Not to be changed either."""
+    from vega_edge.cli import main
+
+    root, done = tmp_path_factory.mktemp("exported"), dict[tuple[str, ...], Path]()
+
+    def export(*arguments: str | Path) -> Path:
+        key = tuple(map(str, arguments))
+        if key not in done:
+            bundle = root / str(len(done)) / Path(key[0]).name
+            bundle.parent.mkdir()
+            assert main(["export", *key, "-o", str(bundle)]) == 0
+            done[key] = bundle
+        return done[key]
+
+    return export

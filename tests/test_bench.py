@@ -33,9 +33,8 @@ def test_schedulers_are_held_against_the_euler_of_their_family() -> None:
         schedulers.Row("a1111", "Restart", "demo-vega", 60, 79.9, 0.2),
     ]
     assert schedulers.shortfalls(rows) == ["Restart (a1111): 79.9 %, Euler has 90.0"]
-    assert schedulers.table(rows).splitlines()[2:] == [
-        "| Euler | 96.0 % | 90.0 % |", "| DDIM | 86.0 % |  |", "| Restart |  | 79.9 % |",
-    ]  # fmt: skip
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in schedulers.table(rows).splitlines()[2:]]
+    assert cells == [["Euler", "96.0 %", "90.0 %"], ["DDIM", "86.0 %", ""], ["Restart", "", "79.9 %"]]
 
 
 def test_samplers_are_held_against_diffusers_and_a_millisecond() -> None:

@@ -331,10 +331,29 @@ def test_help_names_every_option() -> None:
         "--json",
     ]:
         assert option in text
-    assert all(verb in run("--help").stdout for verb in ("generate", "export", "models", "doctor"))
+    assert all(verb in run("--help").stdout for verb in ("generate", "bench", "export", "models", "doctor"))
     assert run("--version").stdout.startswith("vega-edge ")
 
 
 def test_no_verb_is_a_usage_error() -> None:
     done = run()
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_bench_times_every_engine_that_is_asked_for() -> None:
+    done = run("bench", "--engine", "onnxruntime-cpu", "--rounds", "2", "--steps", "1", "--size", "64x64", "--json")
+    told = json.loads(done.stdout)
+    assert told["model"] == "demo-vegart" and told["options"] == {"steps": 1, "samples": 1, "width": 64, "height": 64}
+    (speed,) = told["engines"]
+    assert speed["engine"] == "onnxruntime-cpu" and told["failed"] == [] and told["cores"] >= 1
+    assert 0 < speed["text_s"] + speed["step_s"] + speed["decode_s"] <= speed["worst_s"] + 1e-3
+    assert speed["picture_s"] <= speed["worst_s"] and speed["peak_mb"] > 30
+    for wrong, said in (
+        (["--steps", "0"], "steps must be a whole number from 1 to 50, got 0"),
+        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+        (["--engine", "abacus"], "unknown engine 'abacus'; "),
+        (["no-such-model"], "unknown model 'no-such-model'; "),
+    ):
+        failed = run("bench", "--engine", "onnxruntime-cpu", *wrong)
+        assert (failed.returncode, failed.stdout) == (2, "") and failed.stderr.startswith(f"vega-edge: {said}")
+        assert failed.stderr.count("\n") == 1

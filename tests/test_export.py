@@ -35,8 +35,6 @@ from vega_edge.export.checkpoint import load_module, open_checkpoint, published_
 from vega_edge.lora import match_lora, read_lora  # noqa: E402
 from vega_edge.manifest import attention_form, plain_form  # noqa: E402
 
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
-
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 RANK, ALPHA, STRENGTH = 4, 10, 0.8
 STYLES = ("kohya", "peft", "diffusers")
@@ -57,12 +55,6 @@ def pipeline(source: Path) -> Any:
     pipe = cls.from_pretrained(source, dtype=torch.float32, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {"xl": make_checkpoint(root / "tiny-xl", sdxl=True), "sd": make_checkpoint(root / "tiny-sd", sdxl=False)}
 
 
 @pytest.fixture(scope="session")

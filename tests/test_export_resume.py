@@ -19,8 +19,6 @@ from vega_edge.export import Progress, export_bundle, model_source, needs, write
 from vega_edge.export.checkpoint import open_checkpoint
 from vega_edge.export.precision import Precision
 
-from .test_export_checkpoint import make_checkpoint
-
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -30,11 +28,6 @@ def progress(at):
         os._exit(9)  # no handler, no finally: as kill -9
 export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), weights="fp16", progress=progress)
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd", sdxl=False)
 
 
 @pytest.fixture

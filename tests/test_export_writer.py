@@ -15,13 +15,6 @@ from vega_edge.errors import BundleError, ExportError
 from vega_edge.export import export_bundle
 from vega_edge.manifest import MANIFEST
 
-from .test_export_checkpoint import make_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd", sdxl=False)
-
 
 def unwritten_manifest() -> BundleError:
     failure = BundleError("vega-edge.json can't be written: No space left on device")

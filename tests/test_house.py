@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "serve": {"", "errors", "models", "runtime", "whole_file"},
     "verbs": {
         "",
+        "bench",
         "errors",
         "bundle",
         "manifest",

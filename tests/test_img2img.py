@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +13,23 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 from diffusers import (  # noqa: E402
-    AutoencoderKL,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
 
-from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
 from vega_edge.runtime.schedulers import get_scheduler  # noqa: E402
-
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
 PROMPT, NEGATIVE = "a red star", "a moon"
 
 
-class Encode(torch.nn.Module):
-    """What a bundle's vae_encoder is: a picture to the moments of its latents."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        return self.vae._encode(sample)
-
-
 @pytest.fixture(scope="module", params=["sd", "xl"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def made(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], exported: Callable[..., Path]
+) -> tuple[Path, Path]:
     """(checkpoint, bundle with an encoder)."""
-    folder = tmp_path_factory.mktemp("img2img")
-    checkpoint = make_checkpoint(folder / "checkpoint", sdxl=request.param == "xl")
-    bundle = folder / "bundle"
-    export_bundle(checkpoint, bundle)
-    if not (bundle / "vae_encoder").is_dir():
-        (bundle / "vega-edge.json").unlink()
-        vae = AutoencoderKL.from_pretrained(checkpoint / "vae", dtype=torch.float32)
-        (bundle / "vae_encoder").mkdir()
-        axes = {0: "batch", 2: "height", 3: "width"}
-        torch.onnx.export(
-            Encode(vae).eval(), (torch.zeros(1, 3, 32, 32),), bundle / "vae_encoder" / "model.onnx", dynamo=False,
-            input_names=["sample"], output_names=["latent_parameters"], dynamic_axes={"sample": axes},
-        )  # fmt: skip
-        shutil.copyfile(checkpoint / "vae" / "config.json", bundle / "vae_encoder" / "config.json")
-    return checkpoint, bundle
+    checkpoint = checkpoints[request.param]
+    return checkpoint, exported(checkpoint, "--tiny-vae", checkpoint / "tiny")
 
 
 def picture(size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -26,7 +26,7 @@ from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.export.checkpoint import published_name  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
 
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
+from .checkpoints import make_checkpoint  # noqa: E402
 
 HERE = Path(__file__).parent
 REQUEST = json.loads((HERE / "interop.json").read_text())

@@ -1,11 +1,13 @@
 """A LoRA over all 233 modules that VegaRT's touches, added at opening, against the same one fused by the exporter.
 
-The embedded network has Vega's layers one for one, only narrower, so its modules have Vega's names.
+The embedded network has Vega's layers one for one, only narrower, so its modules have Vega's names; the bundle in the
+package is the one with the LoRA fused.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,32 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from vega_edge.bench.lora import TARGETS, random_lora  # noqa: E402
+import vega_edge  # noqa: E402
+from vega_edge.bench.lora import TARGETS  # noqa: E402
 from vega_edge.bundle import Bundle  # noqa: E402
-from vega_edge.demo.train.autoencoder import new_autoencoder  # noqa: E402
-from vega_edge.demo.train.checkpoints import write_checkpoint  # noqa: E402
-from vega_edge.demo.train.models import new_vega  # noqa: E402
-from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.lora import read_lora  # noqa: E402
+from vega_edge.models import recipes  # noqa: E402
 from vega_edge.runtime.patches import Patches  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"steps": 2, "seed": 7, "scheduler": "LCM", "guidance": 0.0}
 PROMPT = "a big red star"
-STRENGTH = 5.0  # of small random numbers: it must move the latents well beyond the tolerance
+STRENGTH = 1.0  # as the packaged bundle was exported
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(exported: Callable[..., Path]) -> dict[str, Path]:
     """plain: a bundle, half weights and full arithmetic; lora: a file; fused: a bundle that the LoRA was fused into."""
-    folder = tmp_path_factory.mktemp("opening")
-    torch.manual_seed(0)
-    new_autoencoder().save_pretrained(folder / "vae")
-    write_checkpoint(folder / "checkpoint", "vega", new_vega(), folder / "vae")
-    plain = folder / "plain"
-    export_bundle(folder / "checkpoint", plain, weights="fp16")
-    lora = folder / "random.safetensors"
-    random_lora(Bundle.open(plain), lora, rank=4)
-    export_bundle(folder / "checkpoint", folder / "fused", weights="fp16", loras=[(lora, STRENGTH)])
-    return {"plain": plain, "lora": lora, "fused": folder / "fused"}
+    vegart = recipes()["demo-vegart"]
+    ((lora, _),) = vegart.lora_paths
+    packaged = Path(vega_edge.__file__).parent / str(vegart.bundle)
+    return {"plain": exported("demo-vega", "--weights", "fp16"), "lora": lora, "fused": packaged}
 
 
 def test_all_of_vegarts_modules_are_touched(made: dict[str, Path]) -> None:
     layers = read_lora(made["lora"]).layers
     assert len(layers) == 233
-    kinds = {t for t in TARGETS if any(layer.label.endswith(t) for layer in layers.values())}
+    kinds = {t for t in TARGETS if any(layer.label.endswith(t.replace(".", "_")) for layer in layers.values())}
     assert kinds == set(TARGETS) and len(kinds) == 14
     assert len(Patches(Bundle.open(made["plain"]), [(made["lora"], STRENGTH)]).of("unet")) == 233
 
@@ -93,6 +87,6 @@ def test_generate_with_a_lora(made: dict[str, Path], tmp_path: Path, capsys: pyt
     command += ["--size", "64x64", "--seed", "1", "-o", str(tmp_path / "a.png")]
     assert cli.main([*command, "--lora", f"{tmp_path / 'style.safetensors'}:0.5", "--memory", "low", "--json"]) == 0
     assert f'"file": "{tmp_path / "style.safetensors"}"'.replace("\\", "\\\\") in capsys.readouterr().out
-    assert "Model: plain + style:0.5," in Image.open(tmp_path / "a.png").info["parameters"]
+    assert "Model: demo-vega + style:0.5," in Image.open(tmp_path / "a.png").info["parameters"]
     assert cli.main([*command, "--overwrite", "--lora", str(tmp_path / "none.safetensors")]) == 1
     assert capsys.readouterr().err.startswith(f"vega-edge: LoRA {tmp_path / 'none.safetensors'} is not a file")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vega_edge.cli import main
 from vega_edge.models import recipes
 from vega_edge.runtime import request, schedules
 from vega_edge.runtime.pipeline import Pipeline
@@ -35,23 +34,14 @@ def good(parity: Parity) -> bool:
     return parity.error <= MAX_ERROR and parity.psnr_db >= MIN_PSNR_DB
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Exports a recipe in fp32 once, when first asked for, as a user would."""
-    folder = tmp_path_factory.mktemp("bundles")
-
-    def export(name: str) -> Path:
-        bundle = folder / name
-        if not bundle.exists():
-            assert main(["export", name, "-o", str(bundle)]) == 0
-        return bundle
-
-    return export
-
-
 @pytest.fixture(scope="module", params=[n for n, r in sorted(recipes().items()) if r.has_checkpoint])
-def both(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> tuple[Pipeline, Any]:
-    return Pipeline.open(exported(request.param), "onnxruntime-cpu"), reference_pipeline(request.param)
+def both(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> tuple[Pipeline, Any]:
+    return Pipeline.open(lossless(exported, request.param), "onnxruntime-cpu"), reference_pipeline(request.param)
+
+
+def lossless(exported: Callable[..., Path], name: str) -> Path:
+    """Weights as exact as the checkpoint's: halves are, until a LoRA is added to them."""
+    return exported(name) if recipes()[name].lora_paths else exported(name, "--weights", "fp16")
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
@@ -68,8 +58,8 @@ def test_without_a_negative_prompt(both: tuple[Pipeline, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def vega(exported: Callable[[str], Path]) -> tuple[Path, Any]:
-    return exported("demo-vega"), reference_pipeline("demo-vega")
+def vega(exported: Callable[..., Path]) -> tuple[Path, Any]:
+    return lossless(exported, "demo-vega"), reference_pipeline("demo-vega")
 
 
 def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:

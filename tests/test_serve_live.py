@@ -211,6 +211,21 @@ def test_the_key_is_the_first_message(tmp_path: Path) -> None:
             assert receive(socket)["type"] == "ready"
 
 
+def test_a_key_draws_as_often_as_it_may_whichever_way(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with running(tmp_path / "data", api_keys=file, rate=3) as server:
+        assert server.post("/v1/demo-vegart", headers={"x-api-key": key}).status_code == 200
+        with live(server, ready=False) as socket:
+            send(socket, type="hello", key=key)
+            for i in (1, 2):
+                send(socket, type="draw", id=i, prompt="a", previews="off")
+                assert until(socket, "picture")["id"] == i
+            send(socket, type="draw", id=3, prompt="a")
+            refused = until(socket, "error")
+            assert refused["id"] == 3 and refused["error"].startswith("more than 3 requests a minute; try again in ")
+
+
 def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
     with running(tmp_path, sockets=1) as server, live(server):
         with live(server, ready=False) as second:

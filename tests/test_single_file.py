@@ -24,7 +24,6 @@ from vega_edge.ldm_names import ldm_names  # noqa: E402
 from vega_edge.models.architectures import Architecture, architectures  # noqa: E402
 
 from .original_layout import original  # noqa: E402
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
 KINDS = ("xl", "sd")
 STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
@@ -45,24 +44,18 @@ def tiny(folder: Path, sdxl: bool) -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("diffusers")
-    return {kind: make_checkpoint(root / f"tiny-{kind}", sdxl=kind == "xl") for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def files(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("files")
-    for kind, folder in folders.items():
+    for kind, folder in checkpoints.items():
         save_file(original(folder, kind == "xl"), root / f"{kind}.safetensors")
     return {kind: root / f"{kind}.safetensors" for kind in KINDS}
 
 
 @pytest.fixture(autouse=True)
-def known(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tiny]:
+def known(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tiny]:
     """The tiny networks are what this version knows."""
     monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path / "home"))
-    found = {folder.name: tiny(folder, kind == "xl") for kind, folder in folders.items()}
+    found = {folder.name: tiny(folder, kind == "xl") for kind, folder in checkpoints.items()}
     monkeypatch.setattr(sources, "architectures", lambda: found)
     return found
 
@@ -70,7 +63,7 @@ def known(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(
-    kind: str, suffix: str, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path
+    kind: str, suffix: str, checkpoints: dict[str, Path], files: dict[str, Path], tmp_path: Path
 ) -> None:
     path = files[kind]
     if suffix == ".ckpt":
@@ -81,7 +74,7 @@ def test_there_and_back(
     for part in checkpoint.parts:
         stem = STEMS.get(part, "diffusion_pytorch_model")
         wanted = {
-            published_name(part, n): t for n, t in load_file(folders[kind] / part / f"{stem}.safetensors").items()
+            published_name(part, n): t for n, t in load_file(checkpoints[kind] / part / f"{stem}.safetensors").items()
         }
         assert checkpoint.weight_shapes(part) == {name: tuple(t.shape) for name, t in wanted.items()}
         loaded = {published_name(part, n): t for n, t in load_module(checkpoint, part, {}).state_dict().items()}

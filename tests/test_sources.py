@@ -28,14 +28,8 @@ from vega_edge.models import Origin, recipes  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
 
 from .hub_server import COMMIT, Hub, serve  # noqa: E402
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
 STEMS = {"text_encoder": ("model", "pytorch_model")}
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd", sdxl=False)
 
 
 def test_names(tmp_path: Path) -> None:
@@ -134,11 +128,11 @@ def pickled(folder: Path, target: Path, part: str) -> Path:
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_pickled_parts(sd: Path, tmp_path: Path, part: str) -> None:
-    path = pickled(sd, tmp_path / "x", part)
+def test_pickled_parts(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    path = pickled(checkpoint, tmp_path / "x", part)
     with pytest.raises(ExportError, match=r"holds only pickled weights \(\w+\.bin\)"):
         model_source(tmp_path / "x").open()
-    wanted, got = model_source(sd).open(), model_source(tmp_path / "x", allow_pickle=True).open()
+    wanted, got = model_source(checkpoint).open(), model_source(tmp_path / "x", allow_pickle=True).open()
     assert got.pickles == {part: (path,)} and got.weight_shapes(part) == wanted.weight_shapes(part)
     modules = [load_module(c, part, {}) for c in (wanted, got)]
     for (name, a), (_, b) in zip(*(m.state_dict().items() for m in modules), strict=True):
@@ -154,10 +148,10 @@ class _Attack:
 
 
 @pytest.mark.parametrize("kind", ["folder", "single"])
-def test_a_pickle_that_would_run_code_does_not(sd: Path, tmp_path: Path, kind: str) -> None:
+def test_a_pickle_that_would_run_code_does_not(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     mark = tmp_path / "ran"
     if kind == "folder":
-        path, source = pickled(sd, tmp_path / "x", "unet"), tmp_path / "x"
+        path, source = pickled(checkpoint, tmp_path / "x", "unet"), tmp_path / "x"
     else:
         path = source = tmp_path / "model.ckpt"
     for save in (lambda v: torch.save(v, path), lambda v: path.write_bytes(pickle.dumps(v))):
@@ -187,14 +181,14 @@ def test_damaged_pickles(tmp_path: Path) -> None:
         assert str(caught.value) == f"{path} {text}"
 
 
-def test_random_weights_depend_on_seed_and_name_only(sd: Path) -> None:
-    checkpoint = model_source(sd, random_weights=7).open()
+def test_random_weights_depend_on_seed_and_name_only(checkpoint: Path) -> None:
+    checkpoint = model_source(checkpoint, random_weights=7).open()
     assert checkpoint.random_weights == 7 and set(checkpoint.loaders) == {"unet", "vae", "text_encoder"}
     a = load_module(checkpoint, "unet", {}).state_dict()
     torch.manual_seed(99)
     load_module(checkpoint, "vae", {})
-    b = load_module(model_source(sd, random_weights=7).open(), "unet", {}).state_dict()
-    c = load_module(model_source(sd, random_weights=8).open(), "unet", {}).state_dict()
+    b = load_module(model_source(checkpoint, random_weights=7).open(), "unet", {}).state_dict()
+    c = load_module(model_source(checkpoint, random_weights=8).open(), "unet", {}).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a) and not any(torch.equal(a[n], c[n]) for n in a)
     assert all(torch.equal(t, t.half().float()) for t in a.values())
     for name, shape in checkpoint.weight_shapes("unet").items():
@@ -206,8 +200,8 @@ def test_random_weights_depend_on_seed_and_name_only(sd: Path) -> None:
     assert a["conv_in.bias"][:3].tolist() == [0.024658203125, 0.037017822265625, 0.015625]
 
 
-def test_random_weights_of_a_folder_need_no_weights(sd: Path, tmp_path: Path) -> None:
-    shutil.copytree(sd, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
+def test_random_weights_of_a_folder_need_no_weights(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     assert model_source(tmp_path / "x", random_weights=0).open().weight_shapes("vae")
     file = tmp_path / "single.safetensors"
     file.touch()
@@ -273,12 +267,12 @@ def test_a_recipes_lora_is_left_out_of_random_weights_and_that_is_said(
 
 
 def test_an_export_with_random_weights_says_so(
-    sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tmp_path / "bundle"
     assert main(["export", "tiny-sd", "--random-weights", "3"]) == 2
     assert capsys.readouterr().err == ("vega-edge: say where the bundle goes: vega-edge export tiny-sd -o BUNDLE\n")
-    assert main(["export", str(sd), "--random-weights", "3", "-o", str(bundle)]) == 0
+    assert main(["export", str(checkpoint), "--random-weights", "3", "-o", str(bundle)]) == 0
     manifest = json.loads((bundle / "vega-edge.json").read_text())
     assert manifest["source"] == {"model": "tiny-sd", "loras": [], "vae": "full", "random_weights": 3}
     capsys.readouterr()
@@ -306,10 +300,10 @@ def test_an_export_with_random_weights_says_so(
     assert "must be a whole number from 0 to 999999999999999, got '-1'" in capsys.readouterr().err
 
 
-def test_from_the_hub_to_a_picture(sd: Path, tmp_path: Path) -> None:
+def test_from_the_hub_to_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     """The command line, in a process of its own: download, export, draw."""
     bundle, cache = tmp_path / "bundle", tmp_path / "cache"
-    with serve(Hub(sd)) as hub:
+    with serve(Hub(checkpoint)) as hub:
         done = subprocess.run(
             [sys.executable, "-m", "vega_edge", "export", "hf:tiny/model", "-o", str(bundle)],
             env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "NO_PROXY": "*"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,15 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline  # noqa: E402
 
 from vega_edge.bundle import Bundle  # noqa: E402
 from vega_edge.cli import main  # noqa: E402
-from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.runtime.pipeline import Pipeline  # noqa: E402
 from vega_edge.verify import verify  # noqa: E402
-
-from .test_export_checkpoint import make_checkpoint  # noqa: E402
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red cat", 7, 3, 3.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd", sdxl=False)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "both"
-    export_bundle(checkpoint, out, tiny_vae=checkpoint / "tiny")
-    return out
+def bundle(checkpoint: Path, exported: Callable[..., Path]) -> Path:
+    return exported(checkpoint, "--tiny-vae", checkpoint / "tiny")
 
 
 @pytest.fixture(scope="module")

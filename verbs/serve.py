@@ -94,7 +94,7 @@ def _add_safety(p: argparse.ArgumentParser) -> None:
 def _add_limits(p: argparse.ArgumentParser) -> None:
     numbers = (
         ("--queue", int, 64, "jobs that may wait; more are answered 429"),
-        ("--rate", int, 600, "requests a minute for each key, 0 for no limit"),
+        ("--rate", int, 600, "requests and live drawings a minute for each key, 0 for no limit"),
         ("--sockets", int, 64, "live pages at a time"),
         ("--prompt-chars", int, 4000, "the longest prompt"),
         ("--job-seconds", float, 300.0, "device time for one job"),
