@@ -1,10 +1,11 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
 # make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
 # exports by optimum-onnx open here and ours there, in an environment of its own.
-PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
+PYTHON ?= python
 BIN := Scripts
 else
+PYTHON ?= python3
 BIN := bin
 endif
 
@@ -43,6 +44,8 @@ check: .venv-test/installed
 .venv-test/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-test
 	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,openvino,tensorrt-rtx,serve,export,test]"
+	@# the reference of the web UI's samplers: its one file of them is read alone, not what the package needs for training
+	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	@$(PYTHON) -c "open('$@', 'w').close()"
 
 clean:

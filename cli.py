@@ -25,7 +25,7 @@ _VERBS = (
         "export",
         export,
         "turn a checkpoint into a bundle of ONNX graphs",
-        "Turn a local diffusers checkpoint into a bundle of ONNX graphs. Needs the export extra.",
+        "Turn a model, a diffusers folder or a single file into a bundle of ONNX graphs. Needs the export extra.",
     ),
     (
         "serve",

@@ -40,12 +40,15 @@ def read_header(path: Path) -> Header:
     """The names, dtypes and shapes a file holds, without its weights. CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch it again")
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if not 0 < length <= min(_LONGEST_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
-            raise CheckpointError(f"{path} is no safetensors file, or only its beginning; fetch it again")
-        raw = file.read(length)
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if not 0 < length <= min(_LONGEST_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
+                raise CheckpointError(f"{path} is no safetensors file, or only its beginning; fetch it again")
+            raw = file.read(length)
+    except OSError as failure:
+        raise CheckpointError(f"{path} can't be read: {failure.strerror or failure}") from failure
     try:
         parsed: dict[str, Any] = json.loads(raw)
         metadata = parsed.pop("__metadata__", {})

@@ -13,10 +13,10 @@ PART = ".part"  # ends the names of files in the making: what is left under such
 
 
 @contextlib.contextmanager
-def writing(path: Path, permissions: int = 0o666) -> Iterator[BinaryIO]:
+def writing(path: Path, permissions: int = 0o666, *, replace: bool = True) -> Iterator[BinaryIO]:
     """What the block writes becomes `path` at its end, in place of what was there; `permissions` less the umask's.
 
-    OSError as it comes. Then, as after any other exception, `path` is what it was and nothing else is left.
+    replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any other exception, `path` is what it was and nothing else is left.
     """
     part = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:
@@ -24,6 +24,20 @@ def writing(path: Path, permissions: int = 0o666) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(part, path)
+        if replace:
+            os.replace(part, path)
+        else:
+            _take_name(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _take_name(part: Path, path: Path) -> None:
+    """Of two who want it, one gets it and the other is told."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        path.open("xb").close()
+        os.replace(part, path)

@@ -3,7 +3,8 @@
     python -m vega_edge.bench.process -o bench/results/process.json
 
 Both read the same checkpoint's model, draw the same prompt with the same seed, scheduler and steps. Also: what
-`import vega_edge` costs beside `import numpy`. Ratios are of medians in this one run.
+`import vega_edge` costs beside `import numpy`. Ratios are of medians in this one run. Exit status 1 where a goal of the
+project is missed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..models import recipes
 from .machine import facts, markdown
 
 PROMPT = "a big red star on a blue background"
+FASTER, MEMORY, IMPORT = 5.0, 1 / 3, 1.2  # the project's goals: times, share of the memory, times numpy's import
 DIFFUSERS = """
 import sys, torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
@@ -69,7 +71,7 @@ def turns(commands: dict[str, Sequence[str]], runs: int) -> dict[str, dict[str, 
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path)
@@ -135,9 +137,32 @@ def main() -> None:
             [(n, f"{i['seconds']:.3f} s", f"{i['seconds'] / base['seconds']:.2f}") for n, i in imports.items()],
         )
     )
+    ratios = {
+        n: {"faster": peer["seconds"] / g["seconds"], "memory": g["peak_mb"] / peer["peak_mb"]}
+        for n, g in generate.items()
+        if g is not peer
+    }
+    import_ratio = imports["import vega_edge"]["seconds"] / base["seconds"]
     if arguments.output:
-        arguments.output.write_text(json.dumps({**facts(), "generate": generate, "import": imports}, indent=1) + "\n")
+        result = {**facts(), "generate": generate, "import": imports, "ratios": {**ratios, "import": import_ratio}}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    missed = shortfalls(ratios, import_ratio)
+    print("", *missed, sep="\n")
+    return int(bool(missed))
+
+
+def shortfalls(ratios: Mapping[str, Mapping[str, float]], import_ratio: float) -> list[str]:
+    """Which of the project's goals are missed."""
+    missed = []
+    for name, ratio in ratios.items():
+        if ratio["faster"] < FASTER:
+            missed.append(f"{name}: {ratio['faster']:.1f} times faster than diffusers, goal {FASTER}")
+        if ratio["memory"] > MEMORY:
+            missed.append(f"{name}: {ratio['memory']:.2f} of diffusers' memory, goal {MEMORY:.2f}")
+    if import_ratio > IMPORT:
+        missed.append(f"import vega_edge: {import_ratio:.2f} of numpy's, goal {IMPORT}")
+    return missed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

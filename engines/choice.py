@@ -63,7 +63,7 @@ def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None,
     """
     name, passed = best_engine(model_bytes, built, device)
     if not name:
-        raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
+        raise EngineError(f"no engine can be used: {'; '.join(passed)}; {install_line('cpu')}")
     log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
     return name
 
@@ -140,14 +140,14 @@ def missing_here(name: str) -> Missing | None:
     backend = ENGINES[name]
     spec = importlib.util.find_spec(backend.package)
     if spec is None:
-        return Missing(f"{backend.package} is not installed", _install(backend.extra))
+        return Missing(f"{backend.package} is not installed", install_line(backend.extra))
     if spec.origin is None:  # a folder without its __init__.py
-        again = f"pip uninstall every {backend.package} package, then {_install(backend.extra)}"
+        again = f"pip uninstall every {backend.package} package, then {install_line(backend.extra)}"
         return Missing(f"{backend.package} is installed in part: another package took files with it", again)
     if name in _PROVIDERS:
         built = any(Path(spec.origin).parent.glob(f"capi/*onnxruntime_providers_{_PROVIDERS[name][0]}*"))
         why = f"this onnxruntime was built without {_PROVIDERS[name][1]}"
-        return _missing_gpu() if built else Missing(why, f"pip uninstall onnxruntime, then {_install('cuda')}")
+        return _missing_gpu() if built else Missing(why, f"pip uninstall onnxruntime, then {install_line('cuda')}")
     return _missing_gpu() if name.startswith("tensorrt") else None
 
 
@@ -171,5 +171,5 @@ def _missing_gpu() -> Missing | None:
     return None
 
 
-def _install(extra: str) -> str:
+def install_line(extra: str) -> str:
     return f'pip install "vega-edge[{extra}]"'  # double quotes: cmd.exe knows no others

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
+from ..errors import VegaEdgeError
 from . import nvidia
 from .checked import reason
-from .choice import ENGINES, missing_here
+from .choice import ENGINES, install_line, missing_here
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,6 @@ def _status(name: str) -> EngineStatus:
             device = ", ".join(nvidia.devices())
         return EngineStatus(name, True, module.version(backend.setting), device)
     except Exception as failure:  # a broken installation raises anything; the doctor reports it
-        return EngineStatus(name, False, why_not=reason(failure))
+        # An error of ours says what to do itself; a package that does not even import is best installed again.
+        cure = "" if isinstance(failure, VegaEdgeError) else install_line(backend.extra)
+        return EngineStatus(name, False, why_not=reason(failure), install=cure)

@@ -1,4 +1,4 @@
-"""`export_bundle`: a local diffusers folder to a bundle, whole or not at all."""
+"""`export_bundle`: a model's checkpoint, wherever it is, to a bundle, whole or not at all."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import spacings
 from .noise_model import Array, NoiseModel
-from .schedules import Schedule, spaced_by, vp_scale
+from .schedules import Schedule, to_zero, vp_scale
 
 
 def k_diffusion(
@@ -20,7 +20,7 @@ def k_diffusion(
     """n levels by the row's own spacing, or the one named, then zero. discard: one more level, whose last is dropped,
     so that second-order steps end higher up.
     """
-    return _to_zero(model, spacings.levels(named or own, model, n + discard)[:n])
+    return _to_zero(model, spacings.webui_levels(named or own, model, n + discard)[:n])
 
 
 def _to_zero(model: NoiseModel, sigmas: Array, detours: tuple[Array, ...] = ()) -> Schedule:
@@ -36,7 +36,7 @@ def _every(model: NoiseModel, n: int) -> NDArray[np.int64]:
 def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """DDIM and PLMS there: whole timesteps moved up by one; the walk ends at the lowest, so it has a step less."""
     if named:
-        return spaced_by(named, model, n)
+        return to_zero(spacings.webui_levels(named, model, n), model)
     # moved past the last timestep, the highest of strides of one would stand there twice: it does so once here
     index = np.unique(np.minimum(_every(model, n) + 1, model.train_steps - 1))[::-1]
     sigmas = model.sigmas[index]
@@ -52,7 +52,7 @@ def plms(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
 def unipc(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """Even in timesteps from the last to the first, where it ends; log alpha interpolated; order 3."""
     if named:
-        return spaced_by(named, model, n, orders=_unipc_orders(n))
+        return to_zero(spacings.webui_levels(named, model, n), model, orders=_unipc_orders(n))
     total = len(_every(model, n))
     timesteps = np.linspace(model.train_steps - 1, 0, total + 1)
     log_alphas = np.interp(timesteps, np.arange(model.train_steps), np.log(model.alphas_cumprod))

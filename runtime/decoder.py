@@ -5,6 +5,7 @@ Large ones are decoded in tiles. And the numbers between the autoencoder's laten
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..engines import Engine
-from ..errors import EngineError
-from .parts import Parts
+from ..errors import EngineError, NotFiniteError
+from .parts import Part, Parts
 from .tiles import decode_in_tiles
 
+_log = logging.getLogger(__name__)
 TILED_ABOVE_PX = {False: 1280, True: 768}  # a side, by low_memory: a decoder's memory grows with the picture's area
 
 
@@ -58,8 +60,11 @@ class Decoder:
         self.scaling = Scaling.of(config)
         pixels = f"{name}/pixels.onnx"
         self._bakes_pixels = parts.bundle.has(pixels)
-        self._part = parts.part(pixels if self._bakes_pixels else f"{name}/model.onnx")
-        self._low_memory = parts.low_memory
+        floats = f"{name}/model.onnx"
+        self._part = parts.part(pixels if self._bakes_pixels else floats)
+        # Whole numbers can't tell what was no number: there the float graph is asked. Not opened until then.
+        self._floats = parts.part(floats) if self._bakes_pixels and parts.bundle.has(floats) else None
+        self._engine_name, self._low_memory = parts.engine, parts.low_memory
 
     def load(self) -> None:
         self._part.load()
@@ -69,6 +74,8 @@ class Decoder:
 
         tiled: None decides by size; see `TILED_ABOVE_PX`.
         """
+        if not np.isfinite(latents).all():
+            raise NotFiniteError(f"{self._engine_name}: the last step's latents are not finite; fewer steps may help")
         if tiled is None:
             tiled = max(latents.shape[-2:]) * self.scale > TILED_ABOVE_PX[self._low_memory]
         with self._part.running() as engine:
@@ -79,16 +86,42 @@ class Decoder:
             return self._decode(engine, latents)
 
     def _decode(self, engine: Engine, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        dtype = engine.inputs["latent_sample"].dtype
         if self._bakes_pixels:
+            dtype = engine.inputs["latent_sample"].dtype
             pixels: NDArray[np.uint8] = engine.run({"latent_sample": latents.astype(dtype, copy=False)})["pixels"]
+            if self._floats and any(_is_blank(picture) for picture in pixels):
+                self._check_floats(self._floats, latents)
             return pixels
-        unscaled = self.scaling.from_network(latents)
-        sample = engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"].astype(np.float32)
-        if not np.isfinite(sample).all():
-            raise EngineError("the decoder gave values that are not finite; it may overflow in fp16: export it in fp32")
+        sample = self._sample(engine, latents)
         pixels = np.rint(np.clip(sample / 2 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(pixels)
 
+    def _check_floats(self, floats: Part, latents: NDArray[np.float32]) -> None:
+        try:
+            with floats.running() as engine:
+                self._sample(engine, latents)
+        except NotFiniteError:
+            raise
+        except EngineError:  # engines built of a bundle have no such graph
+            _log.warning("a picture is of one colour, and %s can't tell whether its decoder failed", self._engine_name)
+
+    def _sample(self, engine: Engine, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        dtype = engine.inputs["latent_sample"].dtype
+        unscaled = self.scaling.from_network(latents)
+        sample: NDArray[np.float32] = engine.run({"latent_sample": unscaled.astype(dtype, copy=False)})["sample"]
+        sample = sample.astype(np.float32, copy=False)
+        if not np.isfinite(sample).all():
+            raise NotFiniteError(
+                f"{self._engine_name}: the decoder gave values that are not finite; it may overflow in fp16: export "
+                "it in fp32"
+            )
+        return sample
+
     def images(self, latents: NDArray[np.float32]) -> list[Image.Image]:
         return [Image.fromarray(p) for p in self.pixels(latents)]
+
+
+def _is_blank(picture: NDArray[np.uint8]) -> bool:
+    """Of one colour; looks at the first row before the rest."""
+    first = picture[0, 0]
+    return bool((picture[0] == first).all() and (picture == first).all())

@@ -67,6 +67,8 @@ class Denoiser:
     def _run(self, network_x: Array, t: float) -> Array:
         spec = self._engine.inputs["sample"]
         batch = np.concatenate((network_x, network_x)) if self._guided else network_x
+        if np.issubdtype(self._time.dtype, np.integer):  # some exports take whole timesteps; a cast would cut 665.9999
+            t = round(t)
         time = np.full((1,) * len(self._time.shape), t, self._time.dtype)
         out = self._engine.run({"sample": batch.astype(spec.dtype, copy=False), "timestep": time, **self._feeds})
         return next(iter(out.values())).astype(np.float32, copy=False)

@@ -52,21 +52,13 @@ def save(image: Image.Image, path: Path, parameters: str, overwrite: bool = Fals
 
     Raises VegaEdgeError if it can't be written, or if the file exists and `overwrite` is not set; nothing is left then.
     """
-    taken = False
     try:
-        if not overwrite:  # the name is taken at once, so that of two processes one gets it and the other is told
-            path.open("xb").close()
-            taken = True
-        with writing(path) as file:
+        with writing(path, replace=overwrite) as file:
             image.save(file, **_options(path, parameters))  # type: ignore[arg-type]
-        taken = False
     except FileExistsError as failure:
         raise UsageError(f"{path} exists already; choose another name, or pass --overwrite") from failure
     except OSError as failure:
         raise VegaEdgeError(f"{path} could not be written: {failure.strerror or failure}") from failure
-    finally:
-        if taken:
-            path.unlink(missing_ok=True)
 
 
 def _options(path: Path, parameters: str) -> dict[str, object]:

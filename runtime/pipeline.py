@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Pipeline:
 
     def __init__(self, parts: Parts, vae: str = "full") -> None:
         bundle = parts.bundle
-        self.bundle, self.engine, self._parts = bundle, parts.engine, parts
+        self.bundle, self.engine, self._parts, self._vae = bundle, parts.engine, parts, vae
         self.name = bundle.manifest.name if bundle.manifest else bundle.path.name
         self.loras = parts.patches.loras if parts.patches else ()
         unet = bundle.config("unet")
@@ -120,8 +120,9 @@ class Pipeline:
 
     @property
     def title(self) -> str:
-        """The model's name with its LoRAs, for a picture's parameters: 'vega + style:0.8'."""
-        return " + ".join([self.name, *(f"{path.stem}:{strength:g}" for path, strength in self.loras)])
+        """The model's name with its LoRAs and its decoder, for a picture's parameters: 'vega + style:0.8 + tiny VAE'."""
+        tiny = ["tiny VAE"] if self._vae == "tiny" else []
+        return " + ".join([self.name, *(f"{path.stem}:{strength:g}" for path, strength in self.loras), *tiny])
 
     def request(self, prompt: str, **options: Any) -> Request:
         """Checks the options, which are the fields of `Request`; UsageError says what is allowed."""
@@ -129,6 +130,8 @@ class Pipeline:
         if not (options.get("scheduler") or "scheduler" in defaults):
             defaults = {**defaults, "scheduler": scheduler_named_in(self._scheduler_config)}
         request = make_request({"prompt": prompt, **options}, defaults, self.limits)
+        if request.schedule == "ays":  # one name in the web UI, too, for the table that fits the model
+            request = replace(request, schedule="ays_sdxl" if self._text.sdxl else "ays_sd15")
         make_plan(request, self._scheduler_config)  # whether the scheduler can do it on this model
         if request.image is not None:
             self._encoder.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 import re
 import secrets
@@ -105,6 +106,8 @@ class Request:
             facts.append(f"Family: {self.family}")
         if self.prompt_syntax != "plain":
             facts.append(f"Prompt syntax: {self.prompt_syntax}")
+        if self.long_prompt:
+            facts.append("Long prompt: True")
         negative = [f"Negative prompt: {self.negative}"] if self.negative is not None else []
         return "\n".join([self.prompt, *negative, ", ".join([*facts, f"Version: vega-edge {version}"])])
 
@@ -112,6 +115,7 @@ class Request:
 _TITLES = {
     "sgm_uniform": "SGM Uniform",
     "ays": "Align Your Steps",
+    "ays_sd15": "Align Your Steps",
     "ays_sdxl": "Align Your Steps",
 }  # as the web UI says
 
@@ -129,7 +133,7 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
     for name in options:
         if name not in known:
             raise UsageError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
-    if options.get("scheduler") is not None:  # a model's schedule is meant for its own scheduler
+    if not _same_scheduler(options, defaults):  # a model's schedule is meant for its own scheduler
         defaults = {k: v for k, v in defaults.items() if k != "schedule"}
     value = {**defaults, **{k: v for k, v in options.items() if v is not None}}
     prompt, negative = _text("prompt", value.get("prompt")), value.get("negative")
@@ -168,6 +172,15 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
         long_prompt=_flag("long_prompt", value.get("long_prompt", False)),
         prompt_syntax=_one_of("prompt syntax", value.get("prompt_syntax", "plain"), SYNTAXES),
     )
+
+
+def _same_scheduler(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether what was asked for comes to the model's own scheduler, however it is spelled."""
+    if options.get("scheduler") is None or "scheduler" not in defaults:
+        return options.get("scheduler") is None
+    family = defaults.get("family", FAMILIES[0])
+    asked = get_scheduler(_text("scheduler", options["scheduler"]), options.get("family") or family)
+    return asked == get_scheduler(defaults["scheduler"], family)
 
 
 def _picture(options: Mapping[str, Any]) -> Image.Image | None:
@@ -209,7 +222,7 @@ def _one_of(name: str, got: str, allowed: Iterable[str]) -> str:
 
 
 def _number(name: str, got: Any, low: float, high: float) -> float:
-    if isinstance(got, bool) or not isinstance(got, (int, float)) or not low <= got <= high:
+    if isinstance(got, bool) or not isinstance(got, numbers.Real) or not low <= got <= high:
         raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {got!r}")
     return float(got)
 

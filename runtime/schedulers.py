@@ -1,11 +1,12 @@
 """The schedulers by name, in two families: what diffusers' classes do, and what AUTOMATIC1111's web UI does.
 
 Eight names are in both lists and mean different things there. A row is a sampler, a grid, and their options; a new
-scheduler is one function and one row. Rows are in `_diffusers_rows` and `_a1111_rows`.
+scheduler is one function and one row. Rows are in `scheduler_rows.py`.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,7 +72,7 @@ class Scheduler:
     def with_eta(self, eta: float) -> Scheduler:
         if self.eta is None:
             raise UsageError(f"{self.name} has no eta")
-        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        if isinstance(eta, bool) or not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
             raise UsageError(f"eta must be a number from 0 to 1, got {eta!r}")
         sampler: Any = self.sampler  # whose type does not tell of its options
         return replace(self, sampler=partial(sampler, eta=float(eta)))

@@ -29,7 +29,8 @@ class Schedule:
     The rest is what some samplers' grids decide. landings: n, the level each step lands on where that is not the next
     sigma. orders: n, the order of each step. retake: from where to where PLMS takes its first step a second time.
     velocity: PLMS's history is of v. detours: falling levels that are walked again on reaching the last of them.
-    sigma_units: a walk that ends above zero hands x over as it is, not in its variance-preserving form.
+    sigma_units: a walk that ends above zero hands x over as it is, not in its variance-preserving form. span: the lowest
+    and highest level above zero of the schedule that this one is the end of; its own, if not said.
     """
 
     sigmas: Array
@@ -42,6 +43,7 @@ class Schedule:
     velocity: bool = False
     detours: tuple[Array, ...] = ()
     sigma_units: bool = False
+    span: tuple[float, float] | None = None
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
     _logs: list[float] = field(init=False, repr=False, compare=False)
 
@@ -56,6 +58,13 @@ class Schedule:
     def total(self) -> int:
         """How many `Step`s a walk of all of it yields."""
         return len(self) + sum(len(detour) - 1 for detour in self.detours)
+
+    @property
+    def levels_span(self) -> tuple[float, float]:
+        """Between which levels its noise lies, where that is a Brownian path's: the web UI spans the path over all of
+        a schedule, also for a walk that begins in the middle of it."""
+        above_zero = self.sigmas[self.sigmas > 0]
+        return self.span or (float(above_zero.min()), float(above_zero.max()))
 
     def intervals(self) -> Iterator[tuple[float, float]]:
         return zip(self.sigmas[:-1].tolist(), self.sigmas[1:].tolist(), strict=True)
@@ -79,7 +88,11 @@ def vp_scale(sigma: float) -> float:
 
 def spaced_by(name: str, model: NoiseModel, n: int, **rest: Any) -> Schedule:
     """A spacing's levels over the model's range, then zero, for samplers whose own grid is another."""
-    sigmas = spacings.levels(name, model, n)
+    return to_zero(spacings.levels(name, model, n), model, **rest)
+
+
+def to_zero(sigmas: Array, model: NoiseModel, **rest: Any) -> Schedule:
+    """These levels, then zero, for a sampler whose own form is variance-preserving."""
     return Schedule(
         np.append(sigmas, 0.0), model.log_timestep(sigmas), vp_scale(float(sigmas[0])), model.sigmas, **rest
     )

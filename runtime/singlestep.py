@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import UsageError
 from .samplers import Array, Denoise, Noise, Step, add, split, toward
 from .schedules import Schedule
+
+_MOST_REFUSED = 100  # of DPM adaptive's tries of one step, each narrower: nothing is yielded meanwhile
 
 
 def dpmpp_2s(
@@ -143,7 +146,7 @@ def dpm_adaptive(
     """
     sigma, least = (float(s) for s in schedule.sigmas[[0, -1]])
     h, power = h_first, 1 / (1.5 if eta else 3)
-    before = x
+    before, refused = x, 0
     while math.log(sigma / least) > 1e-5:
         sigma_next = max(sigma * math.exp(-h), least)
         down, up = _split_above(sigma, sigma_next, eta, least)
@@ -154,7 +157,11 @@ def dpm_adaptive(
         error = float(np.sqrt(np.mean(np.square((low - high) / allowed))))
         factor = 1 + math.atan((1 / (error + 1e-8)) ** power - 1)
         h *= factor
+        refused += 1
+        if refused > _MOST_REFUSED:
+            raise UsageError(f"DPM adaptive finds no step that is right at sigma {sigma:.4g}; take another scheduler")
         if factor >= 0.81:
+            refused = 0
             before, x, start, sigma = low, high, sigma, sigma_next
             if up > 0:
                 x = x + noise(start, sigma_next) * (up * s_noise)

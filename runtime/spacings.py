@@ -79,11 +79,16 @@ AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.11
 
 def _align_your_steps(table: tuple[float, ...]) -> Spacing:
     def spacing(model: NoiseModel, n: int, low: float, high: float) -> Array:
-        """The table, interpolated in log sigma where n is not its length, as its authors say to."""
-        at = np.linspace(0, len(table) - 1, n)
-        return np.asarray(np.exp(np.interp(at, np.arange(len(table)), np.log(table))), np.float64)
+        """As its authors (research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html) and diffusers do: the last
+        level becomes zero, which leaves as many as steps; other numbers of steps interpolate all of them."""
+        return _log_interpolated(table, n + 1)[:-1]
 
     return spacing
+
+
+def _log_interpolated(table: tuple[float, ...], n: int) -> Array:
+    at = np.linspace(0, len(table) - 1, n)
+    return np.asarray(np.exp(np.interp(at, np.arange(len(table)), np.log(table))), np.float64)
 
 
 SPACINGS: Mapping[str, Spacing] = {
@@ -93,12 +98,13 @@ SPACINGS: Mapping[str, Spacing] = {
     "simple": simple,
     "normal": normal,
     "beta": beta,
-    "ays": _align_your_steps(AYS_SD15),
+    "ays": _align_your_steps(AYS_SD15),  # of a model of the SDXL kind a pipeline makes it the next but one
+    "ays_sd15": _align_your_steps(AYS_SD15),
     "ays_sdxl": _align_your_steps(AYS_SDXL),
 }
 _SPELLINGS = {
-    "sgm": "sgm_uniform", "uniform": "normal", "align_your_steps": "ays", "ays_sd15": "ays", "ays_sd1": "ays",
-    "align_your_steps_sdxl": "ays_sdxl", "align_your_steps_sd15": "ays",
+    "sgm": "sgm_uniform", "uniform": "normal", "align_your_steps": "ays", "ays_sd1": "ays_sd15",
+    "align_your_steps_sdxl": "ays_sdxl", "align_your_steps_sd15": "ays_sd15",
 }  # fmt: skip
 
 
@@ -116,3 +122,9 @@ def levels(name: str, model: NoiseModel, n: int, low: float | None = None, high:
     low = float(model.sigmas[0]) if low is None else low
     high = float(model.sigmas[-1]) if high is None else high
     return SPACINGS[name](model, n, low, high)
+
+
+def webui_levels(name: str, model: NoiseModel, n: int) -> Array:
+    """As AUTOMATIC1111 has them: it keeps the last of Align Your Steps' levels above zero, also for ten steps."""
+    table = {"ays": AYS_SD15, "ays_sd15": AYS_SD15, "ays_sdxl": AYS_SDXL}.get(name)
+    return _log_interpolated(table, n) if table else levels(name, model, n)

@@ -51,6 +51,7 @@ def _from(schedule: Schedule, first: int) -> Schedule:
         landings=None if landings is None else landings[first:],
         orders=None if orders is None else tuple(min(order, i + 1) for i, order in enumerate(orders[first:])),
         retake=(float(sigmas[0]), float(sigmas[1])) if schedule.retake and sigmas[1] > 0 else None,
+        span=schedule.levels_span,
     )
 
 

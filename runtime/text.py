@@ -49,9 +49,9 @@ class TextEncoder:
 
     def __init__(self, parts: Parts) -> None:
         bundle = parts.bundle
-        self._sdxl = "text_encoder_2" in bundle.model_index
-        suffixes = ("", "_2") if self._sdxl else ("",)
-        self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self._sdxl))
+        self.sdxl = "text_encoder_2" in bundle.model_index
+        suffixes = ("", "_2") if self.sdxl else ("",)
+        self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self.sdxl))
         self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
         self._layers = [int(bundle.config(f"text_encoder{s}")["num_hidden_layers"]) for s in suffixes]
         self._parts = [parts.part(f"text_encoder{s}/model.onnx") for s in suffixes]
@@ -67,7 +67,7 @@ class TextEncoder:
         negative None is diffusers' default: zeros where the model asks for them, else the empty text. The shorter one
         is filled up with chunks of the empty text, as in AUTOMATIC1111's web UI.
         """
-        zeros = negative is None and self._sdxl and self._force_zeros
+        zeros = negative is None and self.sdxl and self._force_zeros
         texts = [text]
         if guided and not zeros:
             texts.insert(0, negative or text._replace(prompt=""))
@@ -99,7 +99,7 @@ class TextEncoder:
 
     def _encoded(self, index: int, texts: Sequence[Text]) -> Iterator[tuple[Array, Array | None]]:
         """Of the encoder of this index: hidden states [1, 77 k, d] and the first chunk's pooled vector, of each text."""
-        state = f"hidden_states.{self._layers[index] - 1}" if self._sdxl else "last_hidden_state"
+        state = f"hidden_states.{self._layers[index] - 1}" if self.sdxl else "last_hidden_state"
         with self._parts[index].running() as engine:
             for text in texts:
                 chunks = self._tokenizers[index].chunks(SYNTAXES[text.syntax](text.prompt))
@@ -109,13 +109,13 @@ class TextEncoder:
                 hidden = [
                     emphasized(out[state].astype(np.float32), w) for out, w in zip(outs, chunks.weights, strict=False)
                 ]
-                pooled = outs[0]["text_embeds"].astype(np.float32) if self._sdxl and index else None
+                pooled = outs[0]["text_embeds"].astype(np.float32) if self.sdxl and index else None
                 yield np.concatenate(hidden, 1), pooled
 
     def feeds(self, texts: list[TextInputs], samples: int, width: int, height: int) -> dict[str, Array]:
         """The network's feeds, each text repeated for every sample: [len(texts) * samples, ...]."""
         feeds = {"encoder_hidden_states": np.concatenate([np.repeat(t.hidden, samples, 0) for t in texts])}
-        if self._sdxl:
+        if self.sdxl:
             pooled = [np.repeat(t.pooled, samples, 0) for t in texts if t.pooled is not None]
             feeds["text_embeds"] = np.concatenate(pooled)
             # original size, crop corner, target size, rows first: the size conditioning of SDXL (section 2.2)

@@ -43,10 +43,16 @@ class ClipTokenizer:
             special = json.loads((folder / "special_tokens_map.json").read_text(encoding="utf-8"))
             pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
             merges = [(left, right) for left, right in pairs]
+            token = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
+            named = {name: token[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            ids = {name: int(vocab[text]) for name, text in named.items()}
+            bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=named["unk_token"], fuse_unk=False)
         except (OSError, ValueError) as error:
             raise BundleError(f"{folder}: the tokenizer can't be read: {error}") from error
-        token = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
-        bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=token["unk_token"], fuse_unk=False)
+        except KeyError as error:
+            raise BundleError(f"{folder}: the tokenizer can't be read: it has no {error}") from error
+        except (TypeError, AttributeError) as error:
+            raise BundleError(f"{folder}: the tokenizer can't be read: its files are not as CLIP's: {error}") from error
         self._tokenizer = Tokenizer(bpe)
         self._tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -59,10 +65,8 @@ class ClipTokenizer:
         )
         # Special tokens are found in the text before any splitting. For OpenCLIP the padding '!' is one: in a prompt it
         # becomes the bare '!' (id 0), not the '!' that ends a word, as it does in transformers.
-        special_tokens = {token["bos_token"], token["eos_token"], token["unk_token"], token["pad_token"]}
-        self._tokenizer.add_special_tokens(sorted(special_tokens, key=vocab.__getitem__))
-        self._start, self._end = vocab[token["bos_token"]], vocab[token["eos_token"]]
-        self._pad = vocab[token["pad_token"]]
+        self._tokenizer.add_special_tokens(sorted(set(named.values()), key=vocab.__getitem__))
+        self._start, self._end, self._pad = ids["bos_token"], ids["eos_token"], ids["pad_token"]
 
     def chunks(self, segments: Sequence[Segment]) -> Chunks:
         """As many as the segments fill, at least one; BREAK begins another. Start, end and padding weigh 1."""

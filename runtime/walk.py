@@ -96,8 +96,7 @@ def _drawing(plan: Plan, source: NoiseSource, shape: tuple[int, ...]) -> Iterato
     if not plan.scheduler.stochastic:
         yield lambda sigma, sigma_next: source(shape)
     elif plan.scheduler.brownian is not None:
-        levels = plan.schedule.sigmas[plan.schedule.sigmas > 0]
-        tree = source.brownian(shape, float(levels.min()), float(levels.max()))
+        tree = source.brownian(shape, *plan.schedule.levels_span)
         with Prefetch(tree, plan.scheduler.brownian(plan.schedule)) as noise:
             yield noise
     else:

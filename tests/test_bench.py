@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vega_edge.bench import export, full_size, meaning, memory, samplers, schedulers
+from vega_edge.bench import export, full_size, meaning, memory, parity, process, samplers, schedulers
 
 GOOD = meaning.Row("demo-vegart, LCM, 4 steps", "seen", 400, 97, 96, 98, 93.0, 90, 0.85, 20.0, 0.1)
 CONTROL = meaning.Row(
@@ -23,6 +23,21 @@ def test_meaning_wants_the_control_clearly_worse_on_every_measure() -> None:
     told = ["4 steps without the LoRA are not clearly worse than with it"]
     for same in ({"all": 91.0}, {"fit": 0.86}, {"teacher_rms": 19.0}):
         assert meaning.shortfalls([GOOD, replace(CONTROL, **same)]) == told
+
+
+def test_parity_and_whole_processes_are_held_against_their_goals() -> None:
+    close = parity.Parity("demo-vega", "Euler", 25, 3.0, 5e-4, 60.0)
+    assert parity.shortfalls([close]) == []
+    assert parity.shortfalls([replace(close, error=6e-4), replace(close, psnr_db=59.0)]) == [
+        "demo-vega, Euler, guidance 3: 6.0e-04 and 60 dB, goal 0.0005 and 60 dB",
+        "demo-vega, Euler, guidance 3: 5.0e-04 and 59 dB, goal 0.0005 and 60 dB",
+    ]
+    assert process.shortfalls({"ours": {"faster": 5.0, "memory": 1 / 3}}, 1.2) == []
+    assert process.shortfalls({"ours": {"faster": 4.9, "memory": 0.4}}, 1.3) == [
+        "ours: 4.9 times faster than diffusers, goal 5.0",
+        "ours: 0.40 of diffusers' memory, goal 0.33",
+        "import vega_edge: 1.30 of numpy's, goal 1.2",
+    ]
 
 
 def test_schedulers_are_held_against_the_euler_of_their_family() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vega_edge import cli
 from vega_edge.models import find_bundle, recipes
 
 STAR = "a big red star on a blue background"
@@ -295,44 +297,25 @@ def test_doctor_tells_what_is_here() -> None:
     assert "onnxruntime-cpu" in run("doctor").stdout
 
 
-def test_help_names_every_option() -> None:
-    text = run("generate", "--help").stdout
-    for option in [
-        "--model",
-        "--negative",
-        "--steps",
-        "--guidance",
-        "--scheduler",
-        "--family",
-        "--schedule",
-        "--eta",
-        "--guidance-rescale",
-        "--rng",
-        "--noise-dtype",
-        "--seed",
-        "--samples",
-        "--size",
-        "--engine",
-        "--output",
-        "--overwrite",
-        "--json",
-    ]:
-        assert option in text
-    text = run("export", "--help").stdout
-    for option in [
-        "SOURCE",
-        "--output",
-        "--lora",
-        "--dtype",
-        "--weights",
-        "--tiny-vae",
-        "--name",
-        "--overwrite",
-        "--json",
-    ]:
-        assert option in text
-    assert all(verb in run("--help").stdout for verb in ("generate", "bench", "export", "models", "doctor"))
+def test_help_tells_of_every_option() -> None:
+    (verbs,) = (a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(verbs) == {
+        "generate", "export", "serve", "bench", "verify", "build", "engines", "models", "doctor",
+    }  # fmt: skip
+    text = run("--help").stdout
+    for verb, parser in verbs.items():
+        assert f"    {verb} " in text
+        for parent in (parser, *_parsers_in(parser)):
+            for action in (a for a in parent._actions if a.option_strings):
+                assert action.help, (verb, action.dest)
+                assert all(option in parent.format_help() for option in action.option_strings)
+    assert run("generate", "--help").stdout.startswith("usage: vega-edge generate ")
     assert run("--version").stdout.startswith("vega-edge ")
+
+
+def _parsers_in(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    below = (a.choices.values() for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return [p for parsers in below for p in parsers]
 
 
 def test_no_verb_is_a_usage_error() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from vega_edge.demo import check, scenes
 from vega_edge.demo.render import render
 from vega_edge.demo.scenes import COLORS, SHAPES, Scene, Thing
 
+ROOT = Path(scenes.__file__).parent.parent
+
 
 def contents(*folders: str) -> list[bytes]:
     root = Path(scenes.__file__).parent
@@ -25,6 +29,42 @@ def test_sizes() -> None:
     """What the wheel carries; and what a clone fetches, which git compresses and fetches once where it is the same."""
     assert 1e6 < sum(map(len, contents("bundles/demo-vegart"))) <= 12e6
     assert 1e6 < sum(len(zlib.compress(content)) for content in set(contents("weights", "bundles"))) <= 28e6
+
+
+def test_what_git_keeps() -> None:
+    """Every attempt that was ever committed counts."""
+
+    def git(*command: str, given: str = "") -> str:
+        return subprocess.run(
+            ["git", *command], cwd=ROOT, input=given, capture_output=True, text=True, check=True
+        ).stdout
+
+    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository").strip() == "true":
+        pytest.skip("not a whole clone")
+
+    def size(*paths: str) -> int:
+        names = "\n".join(line.split()[0] for line in git("rev-list", "--objects", "--all", "--", *paths).splitlines())
+        return sum(map(int, git("cat-file", "--batch-check=%(objectsize:disk)", given=names).split()))
+
+    assert size("demo/weights", "demo/bundles") <= 28e6
+    assert size() <= 32e6
+
+
+CONFIGS = {"demo-vega": "segmind-vega", "demo-small-sd": "small-sd", "demo-tiny-sd": "tiny-sd"}
+# What may differ from the real model: how wide it is, and how large the pictures.
+WIDTHS = {
+    "block_out_channels", "cross_attention_dim", "attention_head_dim", "projection_class_embeddings_input_dim",
+    "addition_time_embed_dim", "norm_num_groups", "sample_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if (ROOT / "demo" / "weights" / name).is_dir()])
+def test_it_is_the_real_models_network_only_narrower(name: str) -> None:
+    real = json.loads((ROOT / "models" / "configs" / f"unet-{CONFIGS[name]}.json").read_text())
+    ours = json.loads((ROOT / "demo" / "weights" / name / "unet" / "config.json").read_text())
+    differ = {k for k in real if not k.startswith("_") and (real[k] or None) != (ours.get(k) or None)}
+    assert differ <= WIDTHS, differ - WIDTHS
+    assert len(real["block_out_channels"]) == len(ours["block_out_channels"])
 
 
 def drawn(n: int, two: float, seed: int = 0) -> list[Scene]:

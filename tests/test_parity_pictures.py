@@ -23,15 +23,9 @@ from vega_edge.runtime.schedulers import Scheduler, get_scheduler
 
 pytest.importorskip("torch", reason="compares with diffusers, which needs torch (the export extra)")
 
-from vega_edge.bench.parity import FEW, SCHEDULERS, Parity, compare, reference_pipeline
+from vega_edge.bench.parity import FEW, SCHEDULERS, compare, reference_pipeline
 from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.lora import match_lora, read_lora
-
-MAX_ERROR, MIN_PSNR_DB = 5e-4, 60.0
-
-
-def good(parity: Parity) -> bool:
-    return parity.error <= MAX_ERROR and parity.psnr_db >= MIN_PSNR_DB
 
 
 @pytest.fixture(scope="module", params=[n for n, r in sorted(recipes().items()) if r.has_checkpoint])
@@ -48,13 +42,13 @@ def lossless(exported: Callable[..., Path], name: str) -> Path:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_same_picture_as_diffusers(both: tuple[Pipeline, Any], scheduler: str, guidance: float) -> None:
     parity = compare(*both, scheduler, 4 if scheduler in FEW else 8, guidance)
-    assert good(parity), parity
+    assert parity.good, parity
 
 
 def test_without_a_negative_prompt(both: tuple[Pipeline, Any]) -> None:
     """Zeros for the SDXL kind (force_zeros_for_empty_prompt), the encoded empty prompt for the other."""
     parity = compare(*both, "DPM Multi", 6, 4.0, negative=None)
-    assert good(parity), parity
+    assert parity.good, parity
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,7 @@ def test_a_shifted_grid_is_noticed(vega: tuple[Path, Any], monkeypatch: pytest.M
         return replace(get_scheduler(name, family), grid=shifted)
 
     monkeypatch.setattr(request, "get_scheduler", moved)
-    assert not good(compare(Pipeline.open(vega[0], "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
+    assert not compare(Pipeline.open(vega[0], "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0).good
 
 
 def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) -> None:
@@ -79,7 +73,7 @@ def test_a_wrong_pad_token_is_noticed(vega: tuple[Path, Any], tmp_path: Path) ->
     (bundle / "vega-edge.json").unlink()  # it would notice by itself
     path = bundle / "tokenizer_2" / "special_tokens_map.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "<|endoftext|>"}))
-    assert not good(compare(Pipeline.open(bundle, "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0))
+    assert not compare(Pipeline.open(bundle, "onnxruntime-cpu"), vega[1], "Euler", 8, 3.0).good
 
 
 def test_the_lora_is_fused_as_diffusers_fuses_it() -> None:

@@ -15,6 +15,7 @@ from vega_edge.bench.meaning import scenes
 from vega_edge.bundle import Bundle
 from vega_edge.demo.check import score
 from vega_edge.demo.scenes import full_caption
+from vega_edge.engines import Spec
 from vega_edge.errors import NotFiniteError, UsageError
 from vega_edge.models import find_bundle, recipes
 from vega_edge.runtime.decoder import Decoder
@@ -180,6 +181,31 @@ def test_nan_is_an_error_and_no_black_picture(pipe: Pipeline, monkeypatch: pytes
     expected = r"onnxruntime-cpu gave values that are not finite at step 1 \(sigma 14\.6\d\); "
     with pytest.raises(NotFiniteError, match=expected):
         pipe(STAR)
+
+
+@pytest.mark.parametrize("baked", [True, False])
+def test_nor_is_one_from_the_decoder(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, baked: bool) -> None:
+    """A graph that ends in whole numbers makes one colour of NaN; the float graph beside it tells."""
+
+    class Broken:
+        def __init__(self, ends_in_pixels: bool) -> None:
+            self.ends_in_pixels = ends_in_pixels
+            self.inputs = {"latent_sample": Spec(np.dtype(np.float32), (None, 4, None, None))}
+
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if self.ends_in_pixels:
+                return {"pixels": np.zeros((1, 64, 64, 3), np.uint8)}
+            return {"sample": np.full((1, 3, 64, 64), np.nan, np.float32)}
+
+    decoder = pipe._decoder
+    monkeypatch.setattr(decoder, "_bakes_pixels", baked)
+    monkeypatch.setattr(decoder, "_part", Part(lambda: Broken(baked), keep=True))
+    monkeypatch.setattr(decoder, "_floats", Part(lambda: Broken(False), keep=True))
+    with pytest.raises(NotFiniteError) as error:
+        pipe(STAR, steps=1, width=64, height=64)
+    assert str(error.value) == (
+        "onnxruntime-cpu: the decoder gave values that are not finite; it may overflow in fp16: export it in fp32"
+    )
 
 
 def test_the_users_own_export_goes_before_the_packaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vega_edge.errors import UsageError
@@ -41,6 +42,7 @@ def test_nothing_new_is_written_about_what_is_as_always() -> None:
     ({"guidance_rescale": 0.7}, "Model: demo, CFG Rescale: 0.7, Version"),
     ({"noise_dtype": "fp16"}, "Model: demo, Noise dtype: fp16, Version"),
     ({"family": "a1111"}, "Model: demo, Family: a1111, Version"),
+    ({"long_prompt": True}, "Model: demo, Long prompt: True, Version"),
     ({"scheduler": "dpmpp_2m_sde"}, "Steps: 25, Sampler: DPM++ 2M SDE, CFG scale"),
 ])  # fmt: skip
 def test_what_differs_is_written(options: dict[str, Any], written: str) -> None:
@@ -53,6 +55,20 @@ def test_the_recipe_s_family_and_the_one_asked_for() -> None:
     assert request(defaults=recipe, family="diffusers").family == "diffusers"
     assert request().family == "diffusers"
     assert request(scheduler="DPM Multi", defaults=recipe).family == "diffusers"  # the only one that has it
+
+
+def test_a_models_schedule_is_kept_with_its_own_scheduler() -> None:
+    recipe = {"family": "a1111", "scheduler": "DPM++ SDE", "schedule": "sgm_uniform"}
+    assert request(defaults=recipe).schedule == "sgm_uniform"
+    assert request(defaults=recipe, scheduler="dpmpp_sde").schedule == "sgm_uniform"
+    assert request(defaults=recipe, scheduler="DPM++ SDE", schedule="karras").schedule == "karras"
+    assert request(defaults=recipe, scheduler="Euler").schedule is None
+    assert request(defaults={**recipe, "scheduler": "Euler"}, scheduler="Euler", family="diffusers").schedule is None
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    asked = request(guidance=np.float32(3), scheduler="Euler a", eta=np.float64(0.5))
+    assert (asked.guidance, asked.eta) == (3.0, 0.5)
 
 
 def test_seeds() -> None:

@@ -146,14 +146,27 @@ def test_spacings_stand_where_the_web_ui_puts_them() -> None:
 
 
 def test_align_your_steps_tables() -> None:
-    """At the tables' own length they are used as published; between, log-linearly; one step starts at the top."""
+    """Ten steps are the published ones, the last level being zero; the web UI keeps that level, and interpolates."""
     model = NoiseModel(_read("a1111"))
     sd15 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
     sdxl = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
-    assert spacings.levels("ays", model, 11) == pytest.approx(sd15)
-    assert spacings.levels("ays_sdxl", model, 21)[::2] == pytest.approx(sdxl)
-    assert spacings.levels("ays_sdxl", model, 21)[1] == pytest.approx((14.615 * 6.315) ** 0.5)
+    assert spacings.levels("ays_sd15", model, 10) == pytest.approx(sd15[:10])
+    assert spacings.levels("ays_sdxl", model, 20)[::2] == pytest.approx(sdxl[:10])
+    assert spacings.levels("ays_sdxl", model, 20)[1] == pytest.approx((14.615 * 6.315) ** 0.5)
     assert spacings.levels("ays", model, 1) == pytest.approx([14.615])
+    assert spacings.webui_levels("ays_sd15", model, 11) == pytest.approx(sd15)
+    assert spacings.webui_levels("ays_sdxl", model, 21)[::2] == pytest.approx(sdxl)
+    for family, last in (("diffusers", 0.152), ("a1111", 0.029)):
+        schedule = get_scheduler("Euler", family).schedule(model, 10, "ays_sd15")
+        assert schedule.sigmas[-2:] == pytest.approx([last, 0.0])
+
+
+def test_every_named_schedule_falls_for_every_number_of_steps() -> None:
+    model = NoiseModel(_read("a1111"))
+    for name in SCHEDULES:
+        for n in range(1, 1001):
+            for sigmas in (spacings.levels(name, model, n), spacings.webui_levels(name, model, n)):
+                assert len(sigmas) == n and (np.diff(sigmas) < 0).all() and sigmas[-1] >= 0, (name, n)
 
 
 def test_zero_terminal_snr() -> None:

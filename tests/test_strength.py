@@ -84,6 +84,15 @@ def test_the_web_ui_takes_one_step_more() -> None:
     assert [taken("DDIM", 20, s) for s in (0.5, 1.0)] == [9, 18]
 
 
+def test_a_brownian_path_spans_the_whole_schedule_as_in_the_web_ui() -> None:
+    row = get_scheduler("DPM++ 2M SDE Karras", "a1111")
+    model = row.noise_model(fakes.VEGA)
+    whole = row.schedule(model, 20)
+    end = ending(whole, row, model, 20, 0.5)
+    assert end.sigmas[0] < whole.sigmas[0] and end.levels_span == whole.levels_span
+    assert whole.levels_span == (float(whole.sigmas[-2]), float(whole.sigmas[0]))
+
+
 @pytest.mark.parametrize(
     ("name", "family", "steps", "strength", "message"),
     [

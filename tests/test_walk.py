@@ -233,6 +233,22 @@ def test_values_that_are_not_finite_name_the_step_and_the_engine(scheduler: str,
     assert isinstance(error.value, EngineError)
 
 
+def test_a_network_that_takes_whole_timesteps_gets_the_nearest() -> None:
+    """optimum's exports do; cut off, 665.99 would be another level."""
+
+    class Whole(NetworkEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            time = self.inputs["timestep"]
+            self.inputs = {**self.inputs, "timestep": Spec(np.dtype(np.int64), time.shape)}
+
+    exact, whole = NetworkEngine(), Whole()
+    for engine in (exact, whole):
+        walk(request(scheduler="Euler", schedule="normal", steps=7), engine)
+    assert any(t != round(t) for t in exact.timesteps)
+    assert [int(t) for t in whole.timesteps] == [round(t) for t in exact.timesteps]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"scheduler": "UniPC", "family": "a1111", "steps": 2}, "UniPC takes 3 to 1000 steps, got 2"),
     ({"scheduler": "Restart", "schedule": "karras"}, "Restart makes its own schedule and can't use 'karras'"),

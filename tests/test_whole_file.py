@@ -36,6 +36,21 @@ def test_what_was_there_stays_when_the_block_does_not_end(tmp_path: Path, failur
     assert file.read_bytes() == b"before" and names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_another_has_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def none(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    with writing(tmp_path / "a", replace=False) as stream:
+        stream.write(b"ours")
+        assert names(tmp_path) != ["a"]
+    with pytest.raises(FileExistsError), writing(tmp_path / "a", replace=False) as stream:
+        stream.write(b"theirs")
+    assert (tmp_path / "a").read_bytes() == b"ours" and names(tmp_path) == ["a"]
+
+
 def test_a_disk_that_is_full_only_when_the_file_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

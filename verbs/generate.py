@@ -134,6 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.pipeline import Pipeline
 
     image = read_picture(arguments.image) if arguments.image else None
+    if arguments.output and arguments.samples == 1:  # before gigabytes are read
+        pictures.check_target(arguments.output, arguments.overwrite)
     pipe = Pipeline.open(
         arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae,
         device=arguments.device,
