@@ -40,7 +40,7 @@ class Setting:
 
 
 BASE = {"scheduler": "Euler", "steps": 25, "guidance": 5.0}
-SD = {"scheduler": "DPM Multi", "steps": 25, "guidance": 3.0}
+SD = {"scheduler": "DPM Multi", "steps": 25, "guidance": 5.0}
 
 
 def few(steps: int) -> dict[str, Any]:
@@ -58,10 +58,10 @@ SETTINGS = [
     Setting("control: demo-vega without the LoRA, LCM, 4 steps", "demo-vega", "seen", few(4)),
     Setting("demo-vegart, LCM, 2 steps", "demo-vegart", "seen", few(2)),
     Setting("control: demo-vega without the LoRA, LCM, 2 steps", "demo-vega", "seen", few(2)),
-    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 3", "demo-small-sd", "seen", SD, 90),
-    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 3", "demo-small-sd", "unseen", SD),
-    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 3", "demo-tiny-sd", "seen", SD, 85),
-    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 3", "demo-tiny-sd", "unseen", SD),
+    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 5", "demo-small-sd", "seen", SD, 90),
+    Setting("demo-small-sd, DPM Multi, 25 steps, guidance 5", "demo-small-sd", "unseen", SD),
+    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 5", "demo-tiny-sd", "seen", SD, 85),
+    Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 5", "demo-tiny-sd", "unseen", SD),
 ]
 
 
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400, help="prompts a row")
     parser.add_argument("--engine", default="onnxruntime-cpu")
-    parser.add_argument("--only", default="", help="rows whose bundle is this one")
+    parser.add_argument("--only", default="", help="rows whose bundle is this one; the others in the file stay")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     teacher: dict[str, list[NDArray[np.uint8]]] = {}
@@ -204,6 +204,9 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.output:
+        if arguments.only and arguments.output.exists():
+            before = [Row(**row) for row in json.loads(arguments.output.read_text())["rows"]]
+            rows = [row for row in before if row.title not in {r.title for r in rows}] + rows
         told = {
             **facts(),
             "engine": arguments.engine,

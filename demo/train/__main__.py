@@ -30,7 +30,7 @@ STEPS = {
     "demo-vega": 22_000,
     "demo-vegart-lora": 3200,
     "demo-small-sd": 8000,
-    "demo-tiny-sd": 4000,
+    "demo-tiny-sd": 3000,
     "tiny-autoencoder": 1500,
 }
 
