@@ -106,7 +106,7 @@ def _save(path: Path, keys: list[Key]) -> None:
 
 
 def _sha256(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -70,7 +70,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def _submit(service: Service, slug: str, request: HttpRequest) -> dict[str, Any]:
     """Wrong parameters are accepted and fail as a job, as the API does it; a body that is no JSON is refused."""
     entry = service.entry(slug)
-    body = parse_body(await read_body(request), request.headers.get("content-type", ""))
+    body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     client, model = request.scope["client_name"], entry.recipe.name
     try:
         asked = read(body, entry, service.settings.limits, service.settings.prompt_chars)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from ..errors import UsageError, VegaEdgeError
@@ -148,7 +149,7 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
 
 
 async def read_body(request: HttpRequest) -> bytes:
-    """At most BODY_BYTES, within BODY_S."""
+    """At most BODY_BYTES, within BODY_S; ClientLeft where it ends before its end."""
     length = request.headers.get("content-length", "")
     too_long = BadBody(f"the body is longer than {BODY_BYTES} bytes", 413)
     if length.isdecimal() and int(length[:20]) > BODY_BYTES:
@@ -164,5 +165,7 @@ async def read_body(request: HttpRequest) -> bytes:
 
     try:
         return await asyncio.wait_for(whole(), BODY_S)
+    except ClientDisconnect:
+        raise ClientLeft from None
     except asyncio.TimeoutError:
         raise BadBody(f"the body did not arrive within {BODY_S:g} s", 408) from None

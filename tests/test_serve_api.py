@@ -139,6 +139,7 @@ def test_an_unknown_scheduler_lists_the_known(server: Running) -> None:
         (b'{"prompt": "a"}', "text/plain", 406, "Invalid content type 'text/plain'; send application/json"),
         (b'{"prompt": "a"}', None, 406, "Invalid content type 'none'; send application/json"),
         (b"garbage", "multipart/form-data", 400, "the body is not the form that its content type says"),
+        (b"--x\r\n" + b"Content-Type:message/x\r\n\r\n" * 2000, "multipart/form-data; boundary=x", 400, "the body is not the form that its content type says"),
         (b"x" * 70000, "application/json", 413, "the body is longer than 65536 bytes"),
     ],
 )  # fmt: skip
@@ -147,6 +148,34 @@ def test_wrong_bodies(server: Running, content: bytes, kind: str | None, status:
     assert answer.status_code == status
     assert set(answer.json()) == {"error"}
     assert text is None or answer.json()["error"] == text
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_drawn(server: Running) -> None:
+    for version in (1, 2):
+        answer = server.http.post(
+            f"/v{version}/demo-vegart", content=b'{"prompt": "\\ud800"}', headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 200, answer.text
+    result = server.http.get(answer.json()["status_url"]).json()
+    assert result["status"] == "COMPLETED"
+    assert server.http.get(answer.json()["response_url"]).json()["prompt"] == "\ufffd"
+
+
+@pytest.mark.parametrize("path", [V1, "/v2/demo-vegart"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+    with caplog.at_level("INFO", "vega_edge.serve.requests"), running(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.service.settings.port), timeout=20) as client:
+            client.sendall(head.encode())
+            time.sleep(0.2)
+        wait_until(lambda: f'"path": "{path}"' in caplog.text)
+        counted = f'vega_edge_responses_total{{route="{path.replace("demo-vegart", "{slug}")}",status="499"}} 1.0'
+        assert counted in server.http.get("/metrics").text
+    (line,) = [json.loads(r.message) for r in caplog.records if f'"path": "{path}"' in r.message]
+    assert (line["status"], line["left"]) == (499, True)
+    assert "defect" not in caplog.text
 
 
 def test_a_long_body_without_its_length_is_cut_off(server: Running) -> None:
