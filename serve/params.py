@@ -169,7 +169,9 @@ async def _form(body: bytes, content_type: str) -> dict[str, Any]:
         yield body
 
     try:
-        form = await MultiPartParser(Headers({"content-type": content_type}), whole(), max_files=4, max_fields=64).parse()
+        form = await MultiPartParser(
+            Headers({"content-type": content_type}), whole(), max_files=4, max_fields=64
+        ).parse()
     except (MultiPartException, FormParserError, ValueError):  # ValueError: of an odd charset
         raise BadBody("the body is not the form that its content type says") from None
     fields = {name: value for name, value in form.items() if isinstance(value, str)}

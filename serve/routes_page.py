@@ -66,6 +66,8 @@ def _not_ready(service: Service) -> list[str]:
     why = []
     if service.stopping:
         why.append("shutting down")
+    elif not service.worker.alive:
+        why.append("the device's thread has ended")
     if not service.worker.preloaded:
         why.append("models are being opened")
     if service.worker.failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,7 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
     if isinstance(error, NotFound):
         return 404, {}
     if isinstance(error, Overloaded):
-        return 429, {"retry-after": str(error.retry_s)}
+        return 429, {"retry-after": str(math.ceil(error.retry_s))}
     if isinstance(error, StoreError):  # not now: it is tried again every few seconds
         return 429, {"retry-after": "5"}
     if isinstance(error, Stopping):

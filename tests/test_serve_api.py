@@ -20,8 +20,10 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed: 
 
 from vega_edge.errors import EngineError, UsageError, VegaEdgeError
 from vega_edge.models import recipes
-from vega_edge.serve import keys, params
+from vega_edge.serve import keys, memory, params
 from vega_edge.serve.catalog import Entry, api_pages, catalog
+from vega_edge.serve.guard import Guard
+from vega_edge.serve.service import build
 from vega_edge.serve.settings import Settings
 
 from .serve_fakes import FakeDrawer, Gate
@@ -396,6 +398,24 @@ def test_keys(tmp_path: Path) -> None:
         assert server.post(V1, headers={"x-api-key": other}).status_code == 401
 
 
+def test_a_key_file_that_is_deleted_or_damaged_while_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "_LOOK_EVERY_S", 0.0)
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "me")
+    good, known = file.read_text(), keys.KeyFile(file)
+    file.write_text("half written")
+    assert [known.owner(key) for _ in range(3)] == ["me"] * 3
+    assert caplog.text.count("is not a file of keys") == 1
+    file.unlink()
+    assert known.owner(key) is None
+    assert f"{file} was deleted, so that no key is known now" in caplog.text
+    file.write_text(good)
+    assert known.owner(key) == "me"
+    assert known.owner("\ud800") is None
+
+
 def test_key_files_that_are_wrong(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     for call, text in (
@@ -429,6 +449,15 @@ def test_key_files_that_are_wrong(tmp_path: Path) -> None:
         ({"limits": "x"}, "--limits must be one of local, segmind, got 'x'"),
         ({"trusted_proxies": ("x",)}, "--trusted-proxy must be an address or a network, got 'x'"),
         ({"api_keys": Path("k"), "no_auth": True}, "--api-keys and --no-auth exclude each other; leave one of them out"),
+        ({"port": 65536}, "--port must be from 0 to 65535, got 65536"),
+        ({"queue": 0}, "--queue must be from 1 to 100000, got 0"),
+        ({"rate": -5}, "--rate must be from 0 to 1000000, got -5"),
+        ({"sockets": -1}, "--sockets must be from 1 to 10000, got -1"),
+        ({"prompt_chars": 0}, "--prompt-chars must be from 1 to 65536, got 0"),
+        ({"batch": 0}, "--batch must be from 1 to 64, got 0"),
+        ({"job_s": float("nan")}, "--job-seconds must be from 1 to 86400, got nan"),
+        ({"grace_s": float("inf")}, "--grace-seconds must be from 0 to 86400, got inf"),
+        ({"keep_s": 0.0}, "--keep-seconds must be from 1 to 31536000, got 0.0"),
     ],
 )  # fmt: skip
 def test_settings_that_are_refused(options: dict[str, Any], text: str) -> None:
@@ -483,6 +512,25 @@ def test_slow_and_half_open_connections_are_closed(tmp_path: Path, monkeypatch: 
 
 
 # Pages and parameters
+
+
+def test_other_spellings_of_a_model_have_its_page() -> None:
+    entries, pages = catalog({}), api_pages()
+    for slug, page in (("segmind-vegart", "segmind-vega-rt-v1"), ("small-sd", "smallsd1.5-txt2img"), ("portrait", "potraitsd1.5-txt2img"),
+                       ("portraitsd1.5-txt2img", "potraitsd1.5-txt2img"), ("dynavis-lightning", "sdxl1.0-dyanvis-lightning")):  # fmt: skip
+        assert entries[slug].has_page and entries[slug].parameters == pages[page]["parameters"], slug
+    assert not entries["demo-vegart"].has_page and not entries["ssd-1b"].has_page
+    with pytest.raises(UsageError, match="num_inference_steps: must be from 20 to 100, got 4; --limits local"):
+        params.read({"prompt": "a", "num_inference_steps": 4}, entries["small-sd"], "segmind", 4000)
+
+
+def test_the_name_that_it_listens_on_is_its_own(tmp_path: Path) -> None:
+    guard = Guard(None, build(Settings(tmp_path, host="Draw.Example", no_auth=True), lambda name: FakeDrawer()))
+    assert guard._is_ours("draw.example:8000") and not guard._is_ours("example:8000")
+
+
+def test_memory_is_told_without_proc() -> None:
+    assert 10e6 < memory.resident_bytes() < 1e12
 
 
 def entry_of(slug: str) -> Entry:

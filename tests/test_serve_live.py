@@ -157,7 +157,7 @@ def test_a_page_that_leaves_takes_its_picture_with_it(tmp_path: Path) -> None:
         ("[" * 30000, "the message is not JSON"),
         ("[]", "the message must be a JSON object with a type"),
         (b"\0\1", "messages must be text, got bytes"),
-        ('{"type": "x"}', "type: must be draw, stop or hello, got 'x'"),
+        ('{"type": "x"}', "type: must be draw, stop, ping or hello, got 'x'"),
         ('{"type": "draw"}', "prompt: must be text, got nothing"),
         ('{"type": "draw", "prompt": "a", "slot": ["a"]}', "slot: must be one of a, b, got \"['a']\""),
         ('{"type": "draw", "prompt": "a", "seed": NaN}', "the message is not JSON"),
@@ -223,7 +223,78 @@ def test_a_key_draws_as_often_as_it_may_whichever_way(tmp_path: Path) -> None:
                 assert until(socket, "picture")["id"] == i
             send(socket, type="draw", id=3, prompt="a")
             refused = until(socket, "error")
-            assert refused["id"] == 3 and refused["error"].startswith("more than 3 requests a minute; try again in ")
+            assert refused["id"] == 3 and refused["slot"] == "a" and 0 < refused["retry_s"] <= 20
+            assert refused["error"].startswith("more than 3 requests a minute; try again in ")
+
+
+def test_a_key_that_is_revoked_closes_its_page_at_the_next_picture(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with running(tmp_path / "data", api_keys=file) as server, live(server, ready=False) as socket:
+        send(socket, type="hello", key=key)
+        assert receive(socket)["type"] == "ready"
+        keys.revoke(file, "page")
+        time.sleep(1.1)
+        send(socket, type="draw", id=1, prompt="a")
+        assert receive(socket)["error"] == "Unauthorized. API key is invalid or may have expired."
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=REPLY_S)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 4401
+
+
+def test_sockets_without_a_key_take_no_room_from_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.live.NEWCOMERS", 2)
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with contextlib.ExitStack() as open_now:
+        server = open_now.enter_context(running(tmp_path / "data", api_keys=file, sockets=1))
+        open_now.enter_context(live(server, ready=False))  # says nothing
+        page = open_now.enter_context(live(server, ready=False))
+        send(page, type="hello", key=key)
+        assert receive(page)["type"] == "ready"
+        open_now.enter_context(live(server, ready=False))
+        third = open_now.enter_context(live(server, ready=False))
+        assert receive(third)["error"] == "2 pages are just connecting; try again later"
+
+
+def test_one_line_of_log_for_each_drawing_and_each_socket(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+
+    def before(request: Any, index: int) -> None:
+        gate(request, index)
+        if request.prompt == "fail":
+            raise EngineError("the engine failed")
+
+    with (
+        caplog.at_level("INFO", "vega_edge.serve.requests"),
+        running(tmp_path, FakeDrawer(before_step=before)) as server,
+    ):
+        with live(server) as socket:
+            send(socket, type="draw", id=1, prompt="replaced", seed=1, num_inference_steps=9)
+            gate.wait()
+            send(socket, type="draw", id=2, prompt="fail", seed=2)
+            wait_until(lambda: server.service.worker.waiting == 1)
+            gate.let(2)
+            assert until(socket, "error")["slot"] == "a"
+            send(socket, type="draw", id=3, prompt="drawn", seed=3, num_inference_steps=1)
+            gate.let(1)
+            until(socket, "picture")
+        with pytest.raises(InvalidStatus), live(server, origin="http://evil.com"):  # type: ignore[arg-type]
+            pass
+        wait_until(lambda: caplog.text.count("WEBSOCKET") == 2)
+    lines = [json.loads(r.message) for r in caplog.records if '"path": "/live"' in r.message]
+    assert [(x["seed"], x["status"]) for x in lines if "seed" in x] == [(1, 499), (2, 500), (3, 200)]
+    assert {"time", "id", "client", "model", "queue_s", "draw_s"} <= set(lines[2]) and "prompt" not in lines[2]
+    closed, refused = [x for x in lines if "ms" in x]
+    assert (closed["status"], closed["method"]) == (1000, "WEBSOCKET")
+    why = "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"
+    assert (refused["status"], refused["error"]) == (403, why)
+
+
+def test_a_ping_is_answered(server: Running) -> None:
+    with live(server) as socket:
+        send(socket, type="ping")
+        assert receive(socket) == {"type": "pong"}
 
 
 def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
