@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed: 
 
 from vega_edge.errors import EngineError, UsageError, VegaEdgeError
 from vega_edge.models import recipes
-from vega_edge.serve import keys, memory, params
+from vega_edge.serve import keys, memory, openapi, params
 from vega_edge.serve.catalog import Entry, api_pages, catalog
 from vega_edge.serve.guard import Guard
 from vega_edge.serve.service import build
@@ -340,6 +340,16 @@ def test_metrics_health_and_description(server: Running) -> None:
     assert {f"/v{n}/{slug}" for n in (1, 2) for slug in ALIASES} <= set(described["paths"])
     schema = described["paths"]["/v1/segmind-vega"]["post"]["requestBody"]["content"]["application/json"]
     assert schema["example"]["seed"] == 1232788698
+    operation = described["paths"]["/v1/demo-vegart"]["post"]
+    asked = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]["num_inference_steps"]
+    assert (asked["minimum"], asked["maximum"]) == (1, 50)
+    strict = openapi._operation(entry_of("segmind-vega"), "segmind", "", {}, "v1")["requestBody"]
+    local = openapi._operation(entry_of("segmind-vega"), "local", "", {}, "v1")["requestBody"]
+    steps = [
+        each["content"]["application/json"]["schema"]["properties"]["num_inference_steps"] for each in (strict, local)
+    ]
+    assert [(s["default"], s["minimum"], s["maximum"]) for s in steps] == [(25, 20, 100), (25, 1, 50)]
+    assert {"401", "403", "500", "503"} <= set(operation["responses"])
     assert server.http.get("/docs").status_code == 200
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
 
 from vega_edge import Pipeline
+from vega_edge.bench.serve import verdict
 from vega_edge.cli import main
 from vega_edge.errors import VegaEdgeError
 from vega_edge.models import find_bundle
@@ -121,6 +122,15 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(["serve", "--port", str(port), "--data", str(tmp_path / "b")]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"vega-edge: can't listen on 127.0.0.1:{port} (") and err.count("\n") == 1
+
+
+def test_the_benchmark_says_what_is_missed() -> None:
+    good = verdict({16: 0.9}, {64: [{"statuses": {200: 5, 429: 9}}]}, {"growth": 0.03})
+    assert [row["ok"] for row in good.values()] == [True] * 3
+    bad = verdict({16: 0.89}, {64: [{"statuses": {200: 5, 0: 1}}]}, {"growth": 0.031})
+    assert [row["ok"] for row in bad.values()] == [False] * 3
+    assert bad["statuses at 64 clients other than 200 and 429"]["measured"] == {"0": 1}
+    assert len(verdict({16: 1.0}, {64: []}, None)) == 2
 
 
 @pytest.mark.parametrize(
