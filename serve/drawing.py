@@ -116,7 +116,6 @@ class Drawing:
             self.end(walk, TookTooLong(text))
 
     def _finish(self, walk: Walk, results: list[Any]) -> None:
-        del self.walks[walk.lane]
         pictures = sum(len(result.images) for result in results)
         self._metrics.batch(pictures)
         if walk.lane == QUEUED:  # a live walk's time has its previews in it
@@ -129,6 +128,7 @@ class Drawing:
             seconds = {"queue": walk.queue_s[job], **result.timings, "draw": walk.draw_s}
             self._metrics.drew(job.model, seconds, len(result.images))
             self.tell(job, Done(result.images, result.request, walk.drawer.name, seconds, pictures))
+        del self.walks[walk.lane]  # last: after a defect in the above its jobs are still known
 
     def _broke(self, walk: Walk, error: BaseException) -> None:
         """One that fails alone has failed; those of a batch that does go back, to be drawn alone, so that a bad one harms

@@ -149,6 +149,14 @@ def test_pictures_that_are_all_there_are_not_drawn_again(tmp_path: Path) -> None
     again.close()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_a_new_folder_of_jobs_is_its_owners_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new")
+    store.open()
+    assert store.folder.stat().st_mode & 0o077 == 0
+    store.close()
+
+
 def test_the_first_end_of_a_job_is_its_only_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.open()
