@@ -209,7 +209,9 @@ function fault(message) {
   frame.caption.textContent = message.error;
   state("fault", "Not drawn");
   say(`Not drawn: ${message.error}`);
-  if (message.retry_s) later = setTimeout(draw, 1000 * message.retry_s);
+  if (!message.retry_s) return;
+  clearTimeout(later);
+  later = setTimeout(draw, 1000 * message.retry_s);
 }
 
 function restore(request) {
