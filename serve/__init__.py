@@ -3,5 +3,6 @@
 verbs/serve.py -> app -> routes_v1, routes_v2, live, page     HTTP and WebSocket, on the event loop
                   app -> guard, keys                          who may ask, and how much
                   routes -> queue -> store                    v2 jobs that outlive the process
-                  routes, live -> worker -> residents, line   the one thread that owns the device
+                  routes, live -> worker -> drawing           the one thread that owns the device
+                                  worker -> residents, line   open models, and whose turn it is
 """

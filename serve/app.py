@@ -17,7 +17,7 @@ from .. import __version__
 from ..errors import VegaEdgeError
 from . import live, openapi, routes_page, routes_v1, routes_v2
 from .guard import Guard, error_response
-from .service import Service, status_of
+from .service import ClientLeft, Service, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def make_app(service: Service) -> Guard:
         app.include_router(routes.router(service))
     app.add_exception_handler(VegaEdgeError, _ours)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientLeft, _gone)
     app.add_exception_handler(Exception, _defect)
     return Guard(app, service)
 
@@ -65,6 +66,11 @@ async def _http(request: HttpRequest, error: Any) -> Response:
     if status == 405 and request.scope["path"].count("/") == 1 and request.scope["method"] in ("GET", "HEAD"):
         status, text = 404, "Not Found"  # POST /{slug} makes every short path one that exists
     return _error(request, status, text, dict(error.headers or {}))
+
+
+async def _gone(request: HttpRequest, error: Exception) -> Response:
+    request.scope["log"]["left"] = True
+    return Response(status_code=499)  # which nobody reads
 
 
 async def _defect(request: HttpRequest, error: Exception) -> Response:

@@ -46,8 +46,7 @@ def catalog(aliases: Mapping[str, str]) -> dict[str, Entry]:
     recipes, pages = models.recipes(), api_pages()
     entries = {}
     for recipe in recipes.values():
-        entries[recipe.name] = Entry(recipe.name, recipe, own_parameters(recipe), {"prompt": "a big red star"})
-        for slug in getattr(recipe, "api_slugs", ()):
+        for slug in (recipe.name, *recipe.api_slugs):
             entries[slug] = _entry(slug, recipe, pages)
     for slug, model in aliases.items():
         if model not in recipes:
@@ -91,9 +90,11 @@ def own_parameters(recipe: Recipe) -> Schema:
 
 
 def _entry(slug: str, recipe: Recipe, pages: Mapping[str, Any]) -> Entry:
-    if slug not in pages:
+    """Other spellings of a model's name have the page that it has."""
+    page = next((pages[name] for name in (slug, *recipe.api_slugs) if name in pages), None)
+    if page is None:
         return Entry(slug, recipe, own_parameters(recipe), {"prompt": "a big red star"})
-    return Entry(slug, recipe, pages[slug]["parameters"], pages[slug]["example"], has_page=True)
+    return Entry(slug, recipe, page["parameters"], page["example"], has_page=True)
 
 
 def _between(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -56,26 +56,33 @@ class Drawing:
             job = line.first()
             if job is None or not line.remove(job):  # cancelled meanwhile
                 return
-        self.tell(job, Started(time.monotonic() - job.submitted))  # before a model is opened, which may end the process
+        self._start(job)  # before a model is opened, which may end the process
         kept = [walk.model for walk in self.walks.values()]
+        jobs = [job]
         try:
             drawer = self._residents.get(job.model, kept)
             job.request = drawer.request(job.prompt, **job.options)
-        except Exception as error:
-            self._fail(job, error)
+            jobs += self._companions(line, drawer, job)
+            self.walks[lane] = Walk(lane, drawer, jobs)
+        except BaseException as error:  # libraries in Rust raise such ones when they panic
+            for each in jobs:
+                self._fail(each, error)
             return
-        companions = self._companions(line, drawer, job)
-        self.walks[lane] = walk = Walk(lane, drawer, [job, *companions])
-        for other in companions:
-            self.tell(other, Started(walk.queue_s[other]))
+        for other in jobs[1:]:
+            self._start(other)
+
+    def _start(self, job: Job) -> None:
+        if not job.started:
+            job.started = True
+            self.tell(job, Started(time.monotonic() - job.submitted))
 
     def _companions(self, line: Line, drawer: Drawer, job: Job) -> list[Job]:
         """Waiting jobs to draw in the same batch: those that are alike, as many as are worth it."""
-        if job.live:
+        if job.live or job.alone:
             return []
         assert job.request is not None
         with self._lock:
-            others = [other for other in line.in_order() if other.model == job.model]
+            others = [other for other in line.in_order() if other.model == job.model and not other.alone]
         found, total, sizes = [], job.samples, [job.samples]
         for other in others:
             if total + other.samples > self._batching.most:
@@ -95,7 +102,7 @@ class Drawing:
     def _step(self, walk: Walk) -> None:
         try:
             done = walk.advance()
-        except Exception as error:
+        except BaseException as error:
             self._broke(walk, error)
             return
         if done is not None:
@@ -109,37 +116,43 @@ class Drawing:
             self.end(walk, TookTooLong(text))
 
     def _finish(self, walk: Walk, results: list[Any]) -> None:
-        del self.walks[walk.lane]
         pictures = sum(len(result.images) for result in results)
         self._metrics.batch(pictures)
-        self._batching.learn(_kind(walk.jobs[0]), pictures, walk.draw_s)
-        if walk.lane == QUEUED:
+        if walk.lane == QUEUED:  # a live walk's time has its previews in it
+            self._batching.learn(_kind(walk.jobs[0]), pictures, walk.draw_s)
             self.recent_s += 0.2 * (walk.draw_s / len(walk.jobs) - self.recent_s)
         for job, result in zip(walk.jobs, results, strict=True):
-            self._lines[walk.lane].charge(job.client, walk.draw_s / len(walk.jobs))
+            self._charge(job, walk)
             if job.cancelled:
                 continue
             seconds = {"queue": walk.queue_s[job], **result.timings, "draw": walk.draw_s}
             self._metrics.drew(job.model, seconds, len(result.images))
             self.tell(job, Done(result.images, result.request, walk.drawer.name, seconds, pictures))
+        del self.walks[walk.lane]  # last: after a defect in the above its jobs are still known
 
-    def _broke(self, walk: Walk, error: Exception) -> None:
-        """One that fails alone has failed; a batch that does is drawn again one by one, so that it harms no other."""
+    def _broke(self, walk: Walk, error: BaseException) -> None:
+        """One that fails alone has failed; those of a batch that does go back, to be drawn alone, so that a bad one harms
+        no other."""
         jobs = [job for job in walk.jobs if not job.cancelled]
         if len(walk.jobs) == 1 or not jobs:
             self.end(walk, error)
             return
         _log.warning("a batch of %d failed (%s); its jobs are drawn one by one", len(walk.jobs), error)
         self._batching.learn(_kind(walk.jobs[0]), sum(job.samples for job in walk.jobs), math.inf)
-        del self.walks[walk.lane]
-        for job in jobs:
-            alone = Walk(walk.lane, walk.drawer, [job])
-            alone.queue_s = {job: walk.queue_s[job]}
-            self.walks[walk.lane] = alone
-            while self.walks.get(walk.lane) is alone:
-                self.end(alone, None) if job.cancelled else self._step(alone)
+        self.end(walk, None)
+        with self._lock:
+            for job in reversed(jobs):
+                job.alone = True
+                if not job.cancelled:
+                    self._lines[walk.lane].put_back(job)
 
-    def end(self, walk: Walk, error: Exception | None) -> None:
+    def abandon(self, lane: str, error: BaseException) -> None:
+        """After a defect of ours: the lane's walk has failed, and the next one may begin."""
+        walk = self.walks.get(lane)
+        if walk is not None:
+            self.end(walk, error)
+
+    def end(self, walk: Walk, error: BaseException | None) -> None:
         """Gives a walk up; error None: it was cancelled."""
         del self.walks[walk.lane]
         try:
@@ -147,11 +160,15 @@ class Drawing:
         except Exception:  # what it holds is the engine's concern; the jobs are told all the same
             _log.exception("a walk failed as it was given up")
         for job in walk.jobs:
-            self._lines[walk.lane].charge(job.client, walk.draw_s / len(walk.jobs))
+            self._charge(job, walk)
             if error is not None and not job.cancelled:
                 self._fail(job, error, walk)
 
-    def _fail(self, job: Job, error: Exception, walk: Walk | None = None) -> None:
+    def _charge(self, job: Job, walk: Walk) -> None:
+        with self._lock:
+            self._lines[walk.lane].charge(job.client, walk.draw_s / len(walk.jobs))
+
+    def _fail(self, job: Job, error: BaseException, walk: Walk | None = None) -> None:
         self._metrics.error(type(error).__name__)
         if not isinstance(error, VegaEdgeError):
             _log.error("a job failed on a defect", exc_info=error)
@@ -169,4 +186,5 @@ class Drawing:
 def _kind(job: Job) -> tuple[object, ...]:
     """What the time of a picture depends on."""
     assert job.request is not None
-    return job.model, job.request.width, job.request.height, job.request.guidance > 1, job.request.scheduler
+    r = job.request
+    return job.model, r.width, r.height, r.guidance > 1, r.scheduler, r.steps

@@ -37,7 +37,7 @@ class Guard:
         self._app, self._service, self._keys = app, service, service.keys
         self._proxies = [ipaddress.ip_network(proxy) for proxy in settings.trusted_proxies]
         machine = socket.gethostname().lower()
-        self._hosts = {"localhost", machine, f"{machine}.local", *(h.lower() for h in settings.hosts)}
+        self._hosts = {"localhost", machine, f"{machine}.local", *(h.lower() for h in (settings.host, *settings.hosts))}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -50,10 +50,7 @@ class Guard:
         scope["client_name"] = log["client"]
         fault = self._fault(scope, headers)
         if scope["type"] == "websocket":
-            if fault:
-                await _refuse_socket(receive, send)
-            else:
-                await self._app(scope, receive, send)
+            await self._socket(scope, receive, send, fault)
             return
         await self._http(scope, receive, send, fault)
 
@@ -75,11 +72,34 @@ class Guard:
         finally:
             route = scope.get("route")
             self._service.metrics.response(getattr(route, "path", "none"), status)
-            line = {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **scope["log"], "method": scope["method"],
-                "path": scope["path"][:200], "status": status, "ms": round(1000 * (time.perf_counter() - start), 1),
-            }  # fmt: skip
-            _requests.info("%s", json.dumps(line))
+            _write_end(scope, scope["method"], status, start)
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send, fault: tuple[Any, ...] | None) -> None:
+        """A line of log when it is refused, or when it ends, with the code that it was closed with."""
+        start, status = time.perf_counter(), 1006  # 1006: the connection broke
+
+        async def heard() -> Any:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                status = message.get("code") or status
+            return message
+
+        async def said(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "websocket.close":
+                status = message.get("code", 1000)
+            await send(message)
+
+        try:
+            if fault:
+                scope["log"]["error"] = fault[1]
+                await _refuse_socket(heard, said)
+                status = fault[0]
+            else:
+                await self._app(scope, heard, said)
+        finally:
+            _write_end(scope, "WEBSOCKET", status, start)
 
     def _fault(self, scope: Scope, headers: Mapping[str, str]) -> tuple[Any, ...] | None:
         """Why the request goes no further: status, text, and headers where there are any."""
@@ -89,7 +109,7 @@ class Guard:
         origin = headers.get("origin")
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if changes and origin is not None and not _same_origin(origin, scope, host):
-            return 403, "requests from other web pages are not allowed"
+            return 403, "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"
         path = scope["path"]
         probe = path in ("/healthz", "/readyz")
         if self._service.stopping and not probe:
@@ -146,6 +166,16 @@ class Guard:
             headers["host"] = last["x-forwarded-host"]
             scope["headers"] = [(n, v) for n, v in scope["headers"] if n != b"host"]
             scope["headers"].append((b"host", headers["host"].encode("latin-1")))
+
+
+def write_line(facts: Mapping[str, Any]) -> None:
+    """The log that a program may read: JSON, one line each."""
+    _requests.info("%s", json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}))
+
+
+def _write_end(scope: Scope, method: str, status: int, start: float) -> None:
+    taken_ms = round(1000 * (time.perf_counter() - start), 1)
+    write_line({**scope["log"], "method": method, "path": scope["path"][:200], "status": status, "ms": taken_ms})
 
 
 def error_response(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -14,9 +14,9 @@ from ..runtime.request import Request
 
 
 class Overloaded(VegaEdgeError):
-    """The queue is full; `retry_s`: when it may be worth another try."""
+    """Not now; `retry_s`: when it may be worth another try."""
 
-    def __init__(self, text: str, retry_s: int) -> None:
+    def __init__(self, text: str, retry_s: float) -> None:
         super().__init__(text)
         self.retry_s = retry_s
 
@@ -62,7 +62,7 @@ class Done:
 class Failed:
     """A VegaEdgeError is for the user; anything else is a defect and is in the log. queue_s, draw_s: spent on it."""
 
-    error: Exception
+    error: BaseException
     queue_s: float = 0.0
     draw_s: float = 0.0
 
@@ -73,8 +73,9 @@ Event = Started | Stepped | Done | Failed
 @dataclass(eq=False)
 class Job:
     """client: who the device is shared among. model: a name that `Residents` knows. options: of `Pipeline.request`,
-    with a seed. listener: called on the device's thread, so it must be quick and must not raise; after Done or Failed,
-    or a cancel, it hears nothing more. previews: "off", "auto" or "on".
+    with a seed. listener: called on the device's thread, so it must be quick and must not raise; Started comes once,
+    before anything is drawn; after Done or Failed, or a cancel, it hears nothing more. previews: "off", "auto" or "on".
+    alone: never in a batch with others, since it may be what ended a batch or a process before.
     """
 
     client: str
@@ -86,6 +87,8 @@ class Job:
     previews: str = "off"
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    alone: bool = False
+    started: bool = False
     request: Request | None = None  # as soon as its model is open
 
     @property

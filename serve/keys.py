@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import UsageError, VegaEdgeError, unknown
 from ..whole_file import writing
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 
 
@@ -37,8 +38,11 @@ class KeyFile:
 
     def owner(self, key: str) -> str | None:
         """The name of the key's owner; None for a key that is not in the file. Takes as long for any key."""
+        return self.owner_of(digest_of(key))
+
+    def owner_of(self, digest: str) -> str | None:
+        """As `owner`, of a key's SHA-256: what a connection that stays open asks again."""
         self._refresh()
-        digest = _sha256(key)
         found = None
         for known in self._keys:
             if hmac.compare_digest(known.sha256, digest):
@@ -50,10 +54,17 @@ class KeyFile:
             return
         self._looked = time.monotonic()
         stamp = _stamp(self._path)
-        if stamp != self._stamp:
-            with contextlib.suppress(VegaEdgeError):  # half written by another tool: the keys that were stay
-                self._keys = load(self._path)
-                self._stamp = stamp
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        if stamp is None:
+            self._keys = []
+            _log.error("%s was deleted, so that no key is known now", self._path)
+            return
+        try:
+            self._keys = load(self._path)
+        except VegaEdgeError as error:  # such as one that is half written: it is read again when it changes
+            _log.error("%s; the keys that were in it stay", error)
 
 
 def load(path: Path) -> list[Key]:
@@ -85,7 +96,7 @@ def add(path: Path, name: str) -> str:
         raise UsageError(f"{path} has a key named {name!r}; revoke it first, or choose another name")
     key = f"SG_{secrets.token_hex(16)}"  # the form that the API's own have
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    _save(path, [*keys, Key(name, _sha256(key), created)])
+    _save(path, [*keys, Key(name, digest_of(key), created)])
     return key
 
 
@@ -105,8 +116,8 @@ def _save(path: Path, keys: list[Key]) -> None:
         raise VegaEdgeError(f"{path} can't be written: {error.strerror}") from error
 
 
-def _sha256(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+def digest_of(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

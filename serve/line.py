@@ -52,6 +52,18 @@ class Line:
         self._waiting[job.client].append(job)
         self._length += 1
 
+    def put_back(self, job: Job) -> None:
+        """Before its client's other jobs."""
+        self.add(job)
+        self._waiting[job.client].rotate(1)
+
+    def held(self, client: str) -> int:
+        return len(self._waiting.get(client, ()))
+
+    def capped(self, share: int) -> int:
+        """How many wait, if no client counted for more than `share`."""
+        return sum(min(len(mine), share) for mine in self._waiting.values())
+
     def remove(self, job: Job) -> bool:
         """False where it is not here (any more)."""
         mine = self._waiting.get(job.client)

@@ -65,12 +65,25 @@ class PatientProtocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """VegaEdgeError where the address is taken or is not one of this machine."""
+    """`::` is every address, of both kinds. VegaEdgeError where it is taken or is not one of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         raise VegaEdgeError(f"can't listen on {host}:{port} ({error}); choose another --port or --host") from error
+
+
+def addresses(listening: socket.socket, host: str) -> list[str]:
+    """Where it can be called: from this machine, and where it listens on every address also from others."""
+    port = listening.getsockname()[1]
+    if host in ("", "0.0.0.0", "::"):
+        names = ["localhost", socket.gethostname()]
+    elif host in ("127.0.0.1", "::1"):
+        names = ["localhost"]
+    else:
+        names = [f"[{host}]" if ":" in host else host]
+    return [f"http://{name}:{port}/" for name in names]
 
 
 class Server(uvicorn.Server):
@@ -81,7 +94,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service), host=settings.host, port=settings.port, http=protocol, ws="websockets-sansio",
-                ws_max_size=BODY_BYTES, ws_max_queue=4, access_log=False, log_config=None, proxy_headers=False,
+                ws_max_size=BODY_BYTES, ws_max_queue=4, ws_per_message_deflate=False, access_log=False, log_config=None, proxy_headers=False,
                 server_header=False, timeout_keep_alive=15, timeout_graceful_shutdown=int(settings.grace_s) + 5,
             )
         )  # fmt: skip

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from .memory import HAS_PROC, resident_bytes
+
 _BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 
 
@@ -15,6 +17,11 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # process_resident_memory_bytes and its like
+        if not HAS_PROC:
+            memory = Gauge(
+                "process_resident_memory_bytes", "Resident memory; on macOS the most so far.", registry=registry
+            )
+            memory.set_function(resident_bytes)
         GCCollector(registry=registry)
         self._stages = Histogram(
             "vega_edge_stage_seconds", "Time of a picture's stages: queue, text, denoise, decode, encode, draw, total.",

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from .catalog import Entry
+from .catalog import Entry, own_parameters
 from .service import Service
 
 _ERROR = {
@@ -32,13 +32,16 @@ def describe(app: FastAPI, service: Service) -> dict[str, Any]:
 
 
 def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], tag: str) -> dict[str, Any]:
+    own = own_parameters(entry.recipe)
     strict = limits == "segmind" and entry.has_page
-    properties = {name: dict(schema) if strict else _lenient(schema) for name, schema in entry.parameters.items()}
-    properties["prompt"] = {"type": "string"}
+    properties = {
+        name: dict(schema) if strict else {**_without_range(schema), **({} if entry.stand_in else _range(own[name]))}
+        for name, schema in entry.parameters.items()
+    }
     schema = {"type": "object", "required": ["prompt"], "properties": properties}
-    codes = {"400": "A parameter or the body is wrong", "404": "The model is not here", "406": "The content type",
+    codes = {"400": "A parameter or the body is wrong", "401": "A key is needed, or it is not known", "403": "Another web page asked", "404": "The model is not here", "406": "The content type",
              "408": "The body came too slowly", "413": "The body is too long", "422": "It took too long, or a job has failed",
-             "429": "The queue is full, or too many requests"}  # fmt: skip
+             "429": "The queue is full, or too many requests", "500": "Drawing failed", "503": "Shutting down"}  # fmt: skip
     errors = {
         code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in codes.items()
     }
@@ -55,9 +58,16 @@ def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], 
     }
 
 
-def _lenient(schema: Any) -> dict[str, Any]:
-    """Ranges of the page are those of the cloud; here the model's own count, and they are checked when it draws."""
-    return {key: value for key, value in schema.items() if key not in ("minimum", "maximum", "enum")}
+_RANGE = ("minimum", "maximum", "enum")
+
+
+def _without_range(schema: Any) -> dict[str, Any]:
+    """The page's ranges are those of the cloud. Of what a stand-in is asked for, it does the nearest that it can."""
+    return {key: value for key, value in schema.items() if key not in _RANGE}
+
+
+def _range(schema: Any) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key in _RANGE}
 
 
 _SYNC: dict[str, Any] = {

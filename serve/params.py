@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from email.parser import BytesParser
-from email.policy import HTTP
 from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..errors import UsageError
 from ..runtime import names
@@ -45,11 +48,11 @@ class Asked:
     adjusted: tuple[str, ...] = ()
 
 
-def parse_body(body: bytes, content_type: str) -> dict[str, Any]:
+async def parse_body(body: bytes, content_type: str) -> dict[str, Any]:
     """JSON, or a multipart form of texts. BadBody for anything else."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return _form(body, content_type)
+        return await _form(body, content_type)
     if kind != "application/json" and not kind.endswith("+json"):
         raise BadBody(f"Invalid content type {kind or 'none'!r}; send application/json", 406)
     try:
@@ -150,7 +153,7 @@ def _text(name: str, got: Any, most: int) -> str:
         raise UsageError(f"{name}: must be text, got {_kind(got)}")
     if len(got) > most:
         raise UsageError(f"{name}: must be at most {most} characters, got {len(got)}")
-    return got
+    return re.sub("[\ud800-\udfff]", "\ufffd", got)  # half a surrogate pair, which no database and no file takes
 
 
 def _boolean(got: Any) -> bool:
@@ -161,16 +164,18 @@ def _boolean(got: Any) -> bool:
     raise UsageError(f"base64: must be true or false, got {_kind(got)}")
 
 
-def _form(body: bytes, content_type: str) -> dict[str, Any]:
-    head = b"content-type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
-    message = BytesParser(policy=HTTP).parsebytes(head + body)
-    if not message.is_multipart():
-        raise BadBody("the body is not the form that its content type says")
-    fields: dict[str, Any] = {}
-    for part in message.walk():
-        name, value = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-        if isinstance(name, str) and isinstance(value, bytes):
-            fields[name] = value.decode("utf-8", "replace")
+async def _form(body: bytes, content_type: str) -> dict[str, Any]:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(
+            Headers({"content-type": content_type}), whole(), max_files=4, max_fields=64
+        ).parse()
+    except (MultiPartException, FormParserError, ValueError):  # ValueError: of an odd charset
+        raise BadBody("the body is not the form that its content type says") from None
+    fields = {name: value for name, value in form.items() if isinstance(value, str)}
+    await form.close()
     return fields
 
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from .worker import Worker
 _log = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 60.0
 _RETRY_S = 5.0
+_BEGIN_S = 5.0  # how long a drawing waits until it is on disk that it begins
 T = TypeVar("T")
 
 
@@ -67,13 +69,17 @@ class JobQueue:
 
     async def _resume(self, record: Record) -> None:
         if record.model not in self._models:
-            await self._on_disk(self._store.fail, record.id, f"there is no model {record.model} any more", {})
+            await self._give_up(record.id, f"there is no model {record.model} any more")
             return
+        job = self._job(record)
+        job.alone = record.attempts > 0
         with contextlib.suppress(Stopping):  # then it stays on disk
-            self._worker.submit(self._job(record), beyond_limit=True)
+            self._worker.submit(job, beyond_limit=True)
 
     async def submit(self, asked: Asked, model: str, client: str) -> str:
         """The new job's id. Overloaded where the queue is full, StoreError where it can't be kept."""
+        self._require_disk()
+        self._worker.require_room(client)  # so that a refusal costs the disk nothing
         record = self._new(asked.prompt, asked.options, model, client, base64=asked.base64)
         await self._on_disk(self._store.add, record)
         try:
@@ -85,9 +91,14 @@ class JobQueue:
 
     async def submit_failed(self, error: str, model: str, client: str) -> str:
         """A job that is FAILED from the start: the API checks parameters after it has accepted a job."""
+        self._require_disk()
         record = self._new("", {}, model, client, error=error)
         await self._on_disk(self._store.add, record)
         return record.id
+
+    def _require_disk(self) -> None:
+        if self.failure is not None:
+            raise StoreError(self.failure)
 
     def _new(
         self, prompt: str, options: Any, model: str, client: str, *, base64: bool = False, error: str | None = None
@@ -124,28 +135,34 @@ class JobQueue:
         self._changed[record.id] = asyncio.Event()
 
         def listener(event: Event) -> None:  # on the device's thread
-            if not isinstance(event, (Started, Done, Failed)):
+            if isinstance(event, Started):
+                self._begin(record.id)
+            if not isinstance(event, (Done, Failed)):
                 return
             with contextlib.suppress(RuntimeError):  # the loop has ended before the device did
                 loop.call_soon_threadsafe(lambda: self._keep(self._hear(record, event)))
 
         return Job(record.client, record.model, record.prompt, record.options, listener)
 
+    def _begin(self, job: str) -> None:
+        """On the device's thread, which waits: a job that ends the process must be known to have been tried."""
+        try:
+            self._disk.submit(self._store.begin, job).result(_BEGIN_S)
+        except (StoreError, FutureTimeout, RuntimeError) as error:  # RuntimeError: the server has ended
+            _log.error("job %s is drawn, and it is not on disk that it is: %s", job, error or "the disk is too slow")
+
     async def _hear(self, record: Record, event: Event) -> None:
         try:
             await self._on_disk(self._write, record, event)
         except StoreError as error:
             _log.error("job %s: %s", record.id, error)
-            if not isinstance(event, Started):
-                await self._give_up(record.id, f"the picture could not be kept: {error}")
-        if not isinstance(event, Started):
-            self._changed.pop(record.id, asyncio.Event()).set()
+            self._metrics.error("StoreError")
+            await self._give_up(record.id, f"the picture could not be kept: {error}")
+        self._changed.pop(record.id, asyncio.Event()).set()
 
     def _write(self, record: Record, event: Event) -> None:
         total = round(time.time() - record.created, 4)
-        if isinstance(event, Started):
-            self._store.begin(record.id)
-        elif isinstance(event, Done):
+        if isinstance(event, Done):
             start = time.perf_counter()
             for i, (name, image) in enumerate(zip(record.files, event.images, strict=True)):
                 self._store.save(name, encode(image, event.request, event.model, i))
@@ -161,8 +178,7 @@ class JobQueue:
             self._store.fail(record.id, text, {**_rounded(taken), "total_time": total})
 
     async def _give_up(self, job: str, error: str) -> None:
-        """The disk failed it. If it does not even take that, it is remembered here until it does."""
-        self._metrics.error("StoreError")
+        """If the disk does not even take that, it is remembered here until it does."""
         try:
             await self._on_disk(self._store.fail, job, error, {})
         except StoreError:
@@ -171,14 +187,16 @@ class JobQueue:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(_RETRY_S if self.failure else _HOUSEKEEPING_S)
-            if self.failure:
-                await self._open()
-                continue
-            with contextlib.suppress(StoreError):
-                await self._on_disk(self._store.expire, time.time() - self._keep_s)
-                for job, error in list(self._lost.items()):
-                    await self._on_disk(self._store.fail, job, error, {})
-                    del self._lost[job]
+            try:
+                await (self._open() if self.failure else self._tidy())
+            except Exception as error:  # whatever it is, the next time is worth a try
+                _log.error("the jobs on disk could not be looked after: %s", error)
+
+    async def _tidy(self) -> None:
+        await self._on_disk(self._store.expire, time.time() - self._keep_s)
+        for job, error in list(self._lost.items()):
+            await self._on_disk(self._store.fail, job, error, {})
+            del self._lost[job]
 
     def release_polls(self) -> None:
         """Answers every poll that is held open."""

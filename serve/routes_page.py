@@ -13,7 +13,7 @@ from .service import NotFound, Service
 _FOLDER = Path(__file__).with_name("page")
 _FILES = {
     "app.css": "text/css", "app.js": "text/javascript", "live.js": "text/javascript", "history.js": "text/javascript",
-    "controls.js": "text/javascript", "kiosk.js": "text/javascript",
+    "controls.js": "text/javascript", "kiosk.js": "text/javascript", "frames.js": "text/javascript",
     "docs.js": "text/javascript", "docs.css": "text/css", "icon.svg": "image/svg+xml",
 }  # fmt: skip
 # Nothing but our own files, so that a picture's prompt can never become a script.
@@ -66,6 +66,8 @@ def _not_ready(service: Service) -> list[str]:
     why = []
     if service.stopping:
         why.append("shutting down")
+    elif not service.worker.alive:
+        why.append("the device's thread has ended")
     if not service.worker.preloaded:
         why.append("models are being opened")
     if service.worker.failure:

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from .images import encode
 from .job import Done, Job
 from .params import Asked, parse_body, read
-from .service import ClientLeft, Service, read_body
+from .service import Service, read_body
 from .settings import CREDITS
 
 
@@ -40,7 +40,7 @@ async def _generate(service: Service, slug: str, request: HttpRequest) -> Respon
     start = time.perf_counter()
     entry = service.entry(slug)
     settings = service.settings
-    body = parse_body(await read_body(request), request.headers.get("content-type", ""))
+    body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     asked = read(body, entry, settings.limits, settings.prompt_chars)
     asked = asked if asked.base64 else _one(asked)
     note(request, settings.log_prompts, asked, model=entry.recipe.name)
@@ -48,9 +48,6 @@ async def _generate(service: Service, slug: str, request: HttpRequest) -> Respon
     left = asyncio.ensure_future(_left(request))
     try:
         done = await service.draw(job, left)
-    except ClientLeft:
-        request.scope["log"]["left"] = True
-        return Response(status_code=499)  # which nobody reads
     finally:
         left.cancel()
     encoding = time.perf_counter()

@@ -70,7 +70,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def _submit(service: Service, slug: str, request: HttpRequest) -> dict[str, Any]:
     """Wrong parameters are accepted and fail as a job, as the API does it; a body that is no JSON is refused."""
     entry = service.entry(slug)
-    body = parse_body(await read_body(request), request.headers.get("content-type", ""))
+    body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     client, model = request.scope["client_name"], entry.recipe.name
     try:
         asked = read(body, entry, service.settings.limits, service.settings.prompt_chars)
@@ -94,7 +94,7 @@ async def _find(service: Service, job: str, hold_s: float = 0.0) -> Record:
 def _status(record: Record, request: HttpRequest) -> dict[str, Any]:
     body: dict[str, Any] = {"status": record.status, "request_id": record.id}
     if record.status == FAILED:
-        return {**body, "error": record.error, "metrics": dict(record.metrics)}
+        return {**body, "error": record.error, "metrics": _times(record)}
     if record.status == COMPLETED:
         return {**body, "metrics": _metrics(record)}
     return {**body, **_urls(record.id, request), "metrics": {}}
@@ -124,7 +124,13 @@ def _result(service: Service, record: Record, request: HttpRequest) -> dict[str,
 
 
 def _metrics(record: Record) -> dict[str, Any]:
-    return {**record.metrics, "cost": 0.0, "remaining_credits": CREDITS}
+    return {**_times(record), "cost": 0.0, "remaining_credits": CREDITS}
+
+
+def _times(record: Record) -> dict[str, Any]:
+    """In seconds; 0 where there was none, or where it ended with the process. A retry is a start after the first."""
+    retries = {"retry_count": record.attempts - 1} if record.attempts > 1 else {}
+    return {"inference_time": 0.0, "queue_time": 0.0, "total_time": 0.0, **record.metrics, **retries}
 
 
 def _urls(job: str, request: HttpRequest) -> dict[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from ..errors import UsageError, VegaEdgeError
@@ -137,7 +139,7 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
     if isinstance(error, NotFound):
         return 404, {}
     if isinstance(error, Overloaded):
-        return 429, {"retry-after": str(error.retry_s)}
+        return 429, {"retry-after": str(math.ceil(error.retry_s))}
     if isinstance(error, StoreError):  # not now: it is tried again every few seconds
         return 429, {"retry-after": "5"}
     if isinstance(error, Stopping):
@@ -148,7 +150,7 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
 
 
 async def read_body(request: HttpRequest) -> bytes:
-    """At most BODY_BYTES, within BODY_S."""
+    """At most BODY_BYTES, within BODY_S; ClientLeft where it ends before its end."""
     length = request.headers.get("content-length", "")
     too_long = BadBody(f"the body is longer than {BODY_BYTES} bytes", 413)
     if length.isdecimal() and int(length[:20]) > BODY_BYTES:
@@ -164,5 +166,7 @@ async def read_body(request: HttpRequest) -> bytes:
 
     try:
         return await asyncio.wait_for(whole(), BODY_S)
+    except ClientDisconnect:
+        raise ClientLeft from None
     except asyncio.TimeoutError:
         raise BadBody(f"the body did not arrive within {BODY_S:g} s", 408) from None

@@ -14,6 +14,18 @@ BODY_BYTES = 64 * 1024
 BODY_S = 10.0  # a body must have arrived by then
 POLL_S = 20.0  # how long a status poll is held open: the SDK reads for 30
 CREDITS = 1_000_000.0  # nothing is charged here; clients want a number
+_DAY_S = 86_400
+_RANGES: Mapping[str, tuple[str, int, int]] = {  # the flag, the least and the most
+    "port": ("--port", 0, 65535),
+    "queue": ("--queue", 1, 100_000),
+    "rate": ("--rate", 0, 1_000_000),
+    "sockets": ("--sockets", 1, 10_000),
+    "prompt_chars": ("--prompt-chars", 1, BODY_BYTES),
+    "batch": ("--batch", 1, 64),
+    "job_s": ("--job-seconds", 1, _DAY_S),
+    "grace_s": ("--grace-seconds", 0, _DAY_S),
+    "keep_s": ("--keep-seconds", 1, 365 * _DAY_S),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,10 @@ class Settings:
             )
         if self.api_keys and self.no_auth:
             raise UsageError("--api-keys and --no-auth exclude each other; leave one of them out")
+        for name, (flag, least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # which NaN is not either
+                raise UsageError(f"{flag} must be from {least} to {most}, got {value}")
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy)

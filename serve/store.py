@@ -69,7 +69,8 @@ class Store:
         if self._connection is not None:
             return
         with _as_store_error(self._database):
-            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prompts and pictures are their owner's
+            self.pictures.mkdir(exist_ok=True)
             try:
                 self._connection = self._connect()
             except sqlite3.DatabaseError as error:
@@ -158,9 +159,9 @@ class Store:
         again, once; the second time it has failed. One whose pictures are all there has been drawn."""
         for record in map(_record, self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", PROCESSING)):
             if all((self.pictures / file).is_file() for file in record.files):
-                self.complete(record.id, {"retry_count": record.attempts - 1} if record.attempts > 1 else {})
+                self.complete(record.id, _since(record))
             elif record.attempts > 1:
-                self.fail(record.id, f"the server ended {record.attempts} times while it drew this", {"retry_count": 1})
+                self.fail(record.id, f"the server ended {record.attempts} times while it drew this", _since(record))
             else:
                 self._write("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, record.id)
         return [_record(row) for row in self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", QUEUED)]
@@ -170,7 +171,9 @@ class Store:
         rows = self._read("SELECT id FROM jobs WHERE finished < ?", before)
         self._write("DELETE FROM jobs WHERE finished < ?", before)
         known = {file for row in self._read("SELECT files FROM jobs") for file in json.loads(row["files"])}
-        for path in self.pictures.iterdir():
+        with _as_store_error(self.pictures):
+            paths = list(self.pictures.iterdir())
+        for path in paths:
             with contextlib.suppress(OSError):
                 if path.name not in known and path.stat().st_mtime < before:
                     path.unlink()
@@ -207,6 +210,10 @@ def _as_store_error(path: Path) -> Iterator[None]:
         raise StoreError(f"{path} can't be used: {error}") from error
     except OSError as error:
         raise StoreError(f"{path} can't be used: {error.strerror or error}") from error
+
+
+def _since(record: Record) -> dict[str, float]:
+    return {"total_time": round(time.time() - record.created, 4)}
 
 
 def _record(row: sqlite3.Row) -> Record:

@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """queue: how many jobs may wait, besides live ones, of which each browser has one. job_s: the device time that one
-    may take. `start` it once; `submit`, `cancel` and `stop` may be called from any thread.
+    """queue: how many jobs may wait, besides live ones, of which each browser has one; a client's jobs beyond half of
+    that take no room from others. job_s: the device time that one job may take. `start` it once; `require_room`,
+    `submit`, `cancel` and `stop` may be called from any thread.
     """
 
     def __init__(
@@ -53,15 +54,37 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def require_room(self, client: str) -> None:
+        """Overloaded where no queued job of this client's would be taken now; Stopping, or VegaEdgeError, where none
+        will be any more."""
+        with self._changed:
+            self._require_life()
+            self._require_room(client)
+
+    def _require_life(self) -> None:
+        if self._stop_at is not None:
+            raise Stopping
+        if self._thread.ident is not None and not self._thread.is_alive():
+            raise VegaEdgeError("the device's thread has ended; the log says why; restart the server")
+
+    def _require_room(self, client: str) -> None:
+        """Who is alone may hold more than half; the others get their half all the same when they come."""
+        line, half = self._lines[QUEUED], (self._queue + 1) // 2
+        held = line.held(client)
+        others = len(line) > held
+        retry_s = max(1, math.ceil(self._drawing.recent_s * self._queue / 2))
+        if others and held >= half:
+            raise Overloaded(f"{held} of your jobs wait, and others wait too; try again in {retry_s} s", retry_s)
+        if (line.capped(half) if others else held) >= self._queue:
+            raise Overloaded(f"the queue is full ({len(line)} jobs wait); try again in {retry_s} s", retry_s)
+
     def submit(self, job: Job, *, beyond_limit: bool = False) -> None:
-        """Overloaded where the queue is full; beyond_limit is for jobs that were accepted before a restart."""
+        """As `require_room`; beyond_limit is for jobs that were accepted before a restart."""
         lane = LIVE if job.live else QUEUED
         with self._changed:
-            if self._stop_at is not None:
-                raise Stopping
-            if not job.live and not beyond_limit and len(self._lines[QUEUED]) >= self._queue:
-                retry_s = max(1, math.ceil(self._drawing.recent_s * self._queue / 2))
-                raise Overloaded(f"the queue is full ({self._queue} jobs wait); try again in {retry_s} s", retry_s)
+            self._require_life()
+            if not job.live and not beyond_limit:
+                self._require_room(job.client)
             if not self._lines[lane] and lane not in self._walks:
                 self._lanes.join(lane)
             self._lines[lane].add(job)
@@ -87,19 +110,34 @@ class Worker:
     # From here on: the device's thread.
 
     def _loop(self) -> None:
-        self._open_first()
-        while True:
-            with self._changed:
-                while self._stop_at is None and not self._walks and not self.waiting:
-                    self._changed.wait()
-                stopping = self._stop_at is not None
-                lane = self._lane()
-            if stopping and (not self._walks or time.monotonic() > (self._stop_at or 0)):
-                break
-            if lane is not None:
-                start = time.perf_counter()
-                self._drawing.turn(lane)
-                self._lanes.charge(lane, time.perf_counter() - start)
+        try:
+            self._open_first()
+            while self._next():
+                pass
+        finally:
+            self._give_up()
+
+    def _next(self) -> bool:
+        """One step of somebody's; False when it is time to end."""
+        with self._changed:
+            while self._stop_at is None and not self._walks and not self.waiting:
+                self._changed.wait()
+            if self._stop_at is not None and (not self._walks or time.monotonic() > self._stop_at):
+                return False
+            lane = self._lane()
+        if lane is None:
+            return True
+        start = time.perf_counter()
+        try:
+            self._drawing.turn(lane)
+        except BaseException as error:
+            _log.exception("a defect; what was being drawn has failed")
+            self._drawing.abandon(lane, error)
+        with self._changed:
+            self._lanes.charge(lane, time.perf_counter() - start)
+        return True
+
+    def _give_up(self) -> None:
         for walk in list(self._walks.values()):
             self._drawing.end(walk, Stopping())
         for line in self._lines.values():

@@ -15,6 +15,7 @@ from vega_edge.runtime.request import Limits, Request, alike, make_request
 from vega_edge.serve.job import Done, Failed, Job
 
 DEFAULTS = {"steps": 2, "guidance": 0.0, "scheduler": "LCM", "width": 64, "height": 64}
+LIMITS = Limits(steps=(1, 50), size_px=(64, 256))
 WAIT_S = 20.0  # for what happens at once on an idle machine
 
 
@@ -25,6 +26,7 @@ class FakeDrawer:
     name: str = "demo-vegart"
     engine: str = "fake"
     before_step: Callable[[Request, int], None] = lambda request, index: None
+    limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -33,7 +35,7 @@ class FakeDrawer:
         self.previews = 0
 
     def request(self, prompt: str, **options: Any) -> Request:
-        return make_request({"prompt": prompt, **options}, DEFAULTS, Limits(steps=(1, 50), size_px=(64, 256)))
+        return make_request({"prompt": prompt, **options}, DEFAULTS, self.limits)
 
     def draw(self, requests: Sequence[Request]) -> Generator[Any, None, list[Any]]:
         if not all(alike(requests[0], other) for other in requests):

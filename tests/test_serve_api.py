@@ -20,8 +20,10 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed: 
 
 from vega_edge.errors import EngineError, UsageError, VegaEdgeError
 from vega_edge.models import recipes
-from vega_edge.serve import keys, params
+from vega_edge.serve import keys, memory, openapi, params
 from vega_edge.serve.catalog import Entry, api_pages, catalog
+from vega_edge.serve.guard import Guard
+from vega_edge.serve.service import build
 from vega_edge.serve.settings import Settings
 
 from .serve_fakes import FakeDrawer, Gate
@@ -139,6 +141,7 @@ def test_an_unknown_scheduler_lists_the_known(server: Running) -> None:
         (b'{"prompt": "a"}', "text/plain", 406, "Invalid content type 'text/plain'; send application/json"),
         (b'{"prompt": "a"}', None, 406, "Invalid content type 'none'; send application/json"),
         (b"garbage", "multipart/form-data", 400, "the body is not the form that its content type says"),
+        (b"--x\r\n" + b"Content-Type:message/x\r\n\r\n" * 2000, "multipart/form-data; boundary=x", 400, "the body is not the form that its content type says"),
         (b"x" * 70000, "application/json", 413, "the body is longer than 65536 bytes"),
     ],
 )  # fmt: skip
@@ -147,6 +150,34 @@ def test_wrong_bodies(server: Running, content: bytes, kind: str | None, status:
     assert answer.status_code == status
     assert set(answer.json()) == {"error"}
     assert text is None or answer.json()["error"] == text
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_drawn(server: Running) -> None:
+    for version in (1, 2):
+        answer = server.http.post(
+            f"/v{version}/demo-vegart", content=b'{"prompt": "\\ud800"}', headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 200, answer.text
+    result = server.http.get(answer.json()["status_url"]).json()
+    assert result["status"] == "COMPLETED"
+    assert server.http.get(answer.json()["response_url"]).json()["prompt"] == "\ufffd"
+
+
+@pytest.mark.parametrize("path", [V1, "/v2/demo-vegart"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+    with caplog.at_level("INFO", "vega_edge.serve.requests"), running(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.service.settings.port), timeout=20) as client:
+            client.sendall(head.encode())
+            time.sleep(0.2)
+        wait_until(lambda: f'"path": "{path}"' in caplog.text)
+        counted = f'vega_edge_responses_total{{route="{path.replace("demo-vegart", "{slug}")}",status="499"}} 1.0'
+        assert counted in server.http.get("/metrics").text
+    (line,) = [json.loads(r.message) for r in caplog.records if f'"path": "{path}"' in r.message]
+    assert (line["status"], line["left"]) == (499, True)
+    assert "defect" not in caplog.text
 
 
 def test_a_long_body_without_its_length_is_cut_off(server: Running) -> None:
@@ -309,6 +340,16 @@ def test_metrics_health_and_description(server: Running) -> None:
     assert {f"/v{n}/{slug}" for n in (1, 2) for slug in ALIASES} <= set(described["paths"])
     schema = described["paths"]["/v1/segmind-vega"]["post"]["requestBody"]["content"]["application/json"]
     assert schema["example"]["seed"] == 1232788698
+    operation = described["paths"]["/v1/demo-vegart"]["post"]
+    asked = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]["num_inference_steps"]
+    assert (asked["minimum"], asked["maximum"]) == (1, 50)
+    strict = openapi._operation(entry_of("segmind-vega"), "segmind", "", {}, "v1")["requestBody"]
+    local = openapi._operation(entry_of("segmind-vega"), "local", "", {}, "v1")["requestBody"]
+    steps = [
+        each["content"]["application/json"]["schema"]["properties"]["num_inference_steps"] for each in (strict, local)
+    ]
+    assert [(s["default"], s["minimum"], s["maximum"]) for s in steps] == [(25, 20, 100), (25, 1, 50)]
+    assert {"401", "403", "500", "503"} <= set(operation["responses"])
     assert server.http.get("/docs").status_code == 200
 
 
@@ -367,6 +408,24 @@ def test_keys(tmp_path: Path) -> None:
         assert server.post(V1, headers={"x-api-key": other}).status_code == 401
 
 
+def test_a_key_file_that_is_deleted_or_damaged_while_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "_LOOK_EVERY_S", 0.0)
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "me")
+    good, known = file.read_text(), keys.KeyFile(file)
+    file.write_text("half written")
+    assert [known.owner(key) for _ in range(3)] == ["me"] * 3
+    assert caplog.text.count("is not a file of keys") == 1
+    file.unlink()
+    assert known.owner(key) is None
+    assert f"{file} was deleted, so that no key is known now" in caplog.text
+    file.write_text(good)
+    assert known.owner(key) == "me"
+    assert known.owner("\ud800") is None
+
+
 def test_key_files_that_are_wrong(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     for call, text in (
@@ -400,6 +459,15 @@ def test_key_files_that_are_wrong(tmp_path: Path) -> None:
         ({"limits": "x"}, "--limits must be one of local, segmind, got 'x'"),
         ({"trusted_proxies": ("x",)}, "--trusted-proxy must be an address or a network, got 'x'"),
         ({"api_keys": Path("k"), "no_auth": True}, "--api-keys and --no-auth exclude each other; leave one of them out"),
+        ({"port": 65536}, "--port must be from 0 to 65535, got 65536"),
+        ({"queue": 0}, "--queue must be from 1 to 100000, got 0"),
+        ({"rate": -5}, "--rate must be from 0 to 1000000, got -5"),
+        ({"sockets": -1}, "--sockets must be from 1 to 10000, got -1"),
+        ({"prompt_chars": 0}, "--prompt-chars must be from 1 to 65536, got 0"),
+        ({"batch": 0}, "--batch must be from 1 to 64, got 0"),
+        ({"job_s": float("nan")}, "--job-seconds must be from 1 to 86400, got nan"),
+        ({"grace_s": float("inf")}, "--grace-seconds must be from 0 to 86400, got inf"),
+        ({"keep_s": 0.0}, "--keep-seconds must be from 1 to 31536000, got 0.0"),
     ],
 )  # fmt: skip
 def test_settings_that_are_refused(options: dict[str, Any], text: str) -> None:
@@ -454,6 +522,25 @@ def test_slow_and_half_open_connections_are_closed(tmp_path: Path, monkeypatch: 
 
 
 # Pages and parameters
+
+
+def test_other_spellings_of_a_model_have_its_page() -> None:
+    entries, pages = catalog({}), api_pages()
+    for slug, page in (("segmind-vegart", "segmind-vega-rt-v1"), ("small-sd", "smallsd1.5-txt2img"), ("portrait", "potraitsd1.5-txt2img"),
+                       ("portraitsd1.5-txt2img", "potraitsd1.5-txt2img"), ("dynavis-lightning", "sdxl1.0-dyanvis-lightning")):  # fmt: skip
+        assert entries[slug].has_page and entries[slug].parameters == pages[page]["parameters"], slug
+    assert not entries["demo-vegart"].has_page and not entries["ssd-1b"].has_page
+    with pytest.raises(UsageError, match="num_inference_steps: must be from 20 to 100, got 4; --limits local"):
+        params.read({"prompt": "a", "num_inference_steps": 4}, entries["small-sd"], "segmind", 4000)
+
+
+def test_the_name_that_it_listens_on_is_its_own(tmp_path: Path) -> None:
+    guard = Guard(None, build(Settings(tmp_path, host="Draw.Example", no_auth=True), lambda name: FakeDrawer()))
+    assert guard._is_ours("draw.example:8000") and not guard._is_ours("example:8000")
+
+
+def test_memory_is_told_without_proc() -> None:
+    assert 10e6 < memory.resident_bytes() < 1e12
 
 
 def entry_of(slug: str) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
 
 from vega_edge import Pipeline
+from vega_edge.bench.serve import verdict
 from vega_edge.cli import main
+from vega_edge.errors import VegaEdgeError
 from vega_edge.models import find_bundle
 from vega_edge.runtime.memory import weight_bytes
 from vega_edge.serve import keys
 from vega_edge.serve.job import Done
+from vega_edge.serve.listener import addresses, listen
 from vega_edge.serve.service import Service, build
 from vega_edge.serve.settings import Settings
 
@@ -118,6 +122,33 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(["serve", "--port", str(port), "--data", str(tmp_path / "b")]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"vega-edge: can't listen on 127.0.0.1:{port} (") and err.count("\n") == 1
+
+
+def test_the_benchmark_says_what_is_missed() -> None:
+    good = verdict({16: 0.9}, {64: [{"statuses": {200: 5, 429: 9}}]}, {"growth": 0.03})
+    assert [row["ok"] for row in good.values()] == [True] * 3
+    bad = verdict({16: 0.89}, {64: [{"statuses": {200: 5, 0: 1}}]}, {"growth": 0.031})
+    assert [row["ok"] for row in bad.values()] == [False] * 3
+    assert bad["statuses at 64 clients other than 200 and 429"]["measured"] == {"0": 1}
+    assert len(verdict({16: 1.0}, {64: []}, None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "names"),
+    [("127.0.0.1", ["localhost"]), ("localhost", ["localhost"]), ("::1", ["localhost"]),
+     ("0.0.0.0", ["localhost", socket.gethostname()]), ("::", ["localhost", socket.gethostname()])],
+)  # fmt: skip
+def test_the_addresses_that_are_printed_can_be_called(host: str, names: list[str]) -> None:
+    try:
+        listening = listen(host, 0)
+    except VegaEdgeError:
+        pytest.skip("this machine has no IPv6")
+    with listening:
+        port = listening.getsockname()[1]
+        assert addresses(listening, host) == [f"http://{name}:{port}/" for name in names]
+        assert addresses(listening, "fe80::2") == [f"http://[fe80::2]:{port}/"]
+        for address in ["127.0.0.1"] * (host != "::1") + ["::1"] * (host in ("::", "::1")):
+            socket.create_connection((address, port), timeout=5).close()
 
 
 def test_the_server_draws_what_the_pipeline_draws(tmp_path: Path) -> None:

@@ -21,10 +21,13 @@ pytest.importorskip("segmind", reason="Segmind's SDK is not installed: pip insta
 from segmind import InferenceFailed, InferenceTimeout, SegmindClient, SegmindError
 
 from vega_edge.errors import EngineError
+from vega_edge.models import recipes
+from vega_edge.runtime.request import Limits
 from vega_edge.serve import keys
+from vega_edge.serve.catalog import api_pages
 
 from .serve_fakes import FakeDrawer, Gate
-from .serve_running import Running, running
+from .serve_running import ALIASES, Running, running
 
 SNIPPETS = Path(__file__).with_name("snippets")
 ENVIRONMENT = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
@@ -41,6 +44,41 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(tmp_path_factory.mktemp("serve"), FakeDrawer(before_step=before), api_keys=file) as server:
         server.http.headers["x-api-key"] = key
         yield server
+
+
+@pytest.fixture(scope="module")
+def own_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The models themselves, not others under their names: what is asked for must be right without being adjusted."""
+    home = tmp_path_factory.mktemp("home")
+    for name, recipe in recipes().items():
+        if recipe.api_slugs[0] in ALIASES:
+            (home / "bundles" / name).mkdir(parents=True)  # which is all that the server looks at
+    drawer = FakeDrawer(limits=Limits(steps=(1, 100), size_px=(64, 1024)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VEGA_EDGE_HOME", str(home))
+        file = home / "keys.json"
+        key = keys.add(file, "sdk")
+        with running(home / "serve", drawer, aliases={}, limits="segmind", api_keys=file) as server:
+            server.http.headers["x-api-key"] = key
+            yield server
+
+
+@pytest.fixture(params=["server", "own_pages"])
+def either(request: pytest.FixtureRequest) -> Running:
+    found: Running = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.mark.parametrize("slug", ALIASES)
+def test_sdk_and_a_pages_own_example(own_pages: Running, monkeypatch: pytest.MonkeyPatch, slug: str) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client = SegmindClient(api_key=own_pages.http.headers["x-api-key"], base_url=f"{own_pages.url}/v1")
+    example = {**api_pages()[slug]["example"], "prompt": "a star"}
+    answer = client.run_sync(slug, **example)
+    assert is_jpeg(answer.content) and "x-vega-edge-adjusted" not in answer.headers
+    size = json.loads(answer.headers["x-output-metadata"])
+    assert size == {"height": example["img_height"], "width": example["img_width"]}
+    assert client.run(slug, prompt="a star")["status"] == "COMPLETED"
 
 
 @pytest.fixture
@@ -136,31 +174,31 @@ def run(command: list[str]) -> str:
     return output.decode("utf-8", "replace")
 
 
-def test_the_page_of_vega_through_the_sdks_default_client(server: Running) -> None:
-    before = f"import segmind\nsegmind._default_client = segmind.SegmindClient(api_key={server.http.headers['x-api-key']!r}, base_url={server.url + '/v1'!r})\n"
+def test_the_page_of_vega_through_the_sdks_default_client(either: Running) -> None:
+    before = f"import segmind\nsegmind._default_client = segmind.SegmindClient(api_key={either.http.headers['x-api-key']!r}, base_url={either.url + '/v1'!r})\n"
     manual = "client = SegmindClient()"
-    text = snippet(server, "001.py")
+    text = snippet(either, "001.py")
     assert text.count(manual) == 1
     text = text.replace(manual, "client = segmind._default_client")
     lines = run([sys.executable, "-c", before + text]).splitlines()
-    assert lines[0] == "COMPLETED" and lines[1].startswith(f"{server.url}/generations/")
+    assert lines[0] == "COMPLETED" and lines[1].startswith(f"{either.url}/generations/")
     assert float(lines[2]) >= 0 and len(lines[3]) == 32
 
 
 @pytest.mark.parametrize("name", ["002.py", "004.py"])
-def test_the_pages_with_requests(server: Running, name: str) -> None:
+def test_the_pages_with_requests(either: Running, name: str) -> None:
     pytest.importorskip("requests")
-    printed = json.loads(run([sys.executable, "-c", snippet(server, name, base64='"base64": True')]))
+    printed = json.loads(run([sys.executable, "-c", snippet(either, name, base64='"base64": True')]))
     assert printed["status"] == "Success" and printed["image"].startswith("/9j/")
-    reading = snippet(server, name, base64='"base64": False', answer="result = response.content", shown="result[:3]")
+    reading = snippet(either, name, base64='"base64": False', answer="result = response.content", shown="result[:3]")
     assert run([sys.executable, "-c", reading]).strip() == "b'\\xff\\xd8\\xff'"
 
 
 @pytest.mark.parametrize("name", ["000.js", "003-repaired.js"])
-def test_the_pages_with_axios(server: Running, name: str) -> None:
+def test_the_pages_with_axios(either: Running, name: str) -> None:
     node = shutil.which("node")
     if node is None or subprocess.run([node, "-e", "require('axios')"], capture_output=True).returncode:
         pytest.skip("node with axios is not installed: npm install axios, and NODE_PATH where it is")
-    assert "JFIF" in run([node, "-e", snippet(server, name)])
-    measured = snippet(server, name, log="console.log(response.status, response.headers['x-seed-value'])")
+    assert "JFIF" in run([node, "-e", snippet(either, name)])
+    measured = snippet(either, name, log="console.log(response.status, response.headers['x-seed-value'])")
     assert run([node, "-e", measured]).split() == ["200", "758143278" if name == "000.js" else "2313248373"]

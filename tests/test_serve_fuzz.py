@@ -51,13 +51,16 @@ METHODS = ["POST"] * 12 + ["GET", "GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTI
 
 
 def wrong_body(draw: random.Random) -> bytes:
-    kind = draw.randrange(8)
+    kind = draw.randrange(9)
     if kind == 0:
         return draw.randbytes(draw.randrange(200))
     if kind == 1:
         return b"[" * draw.randrange(1, 60_000)
     if kind == 2:
         return b'{"a":' * draw.randrange(1, 10_000)
+    if kind == 8:  # a form, whole or not: parts in parts, parts without a name, files
+        part = draw.choice([b"Content-Type:message/rfc822\r\n\r\n", b"Content-Disposition: form-data; name=prompt\r\n\r\na\r\n--x\r\n", b"Content-Disposition: form-data\r\n\r\n", b"Content-Disposition: form-data; name=prompt; filename=a\r\n\r\n\xff\r\n--x\r\n", b"Content-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\n"])  # fmt: skip
+        return b"--x\r\n" + part * draw.choice([1, 3, 70, 500]) + draw.choice([b"", b"--x--\r\n", b"\0"])
     body = {name: draw.choice(VALUES) for name in draw.sample(FIELDS, draw.randrange(len(FIELDS)))}
     if kind > 3:
         body["prompt"] = "a star"
@@ -78,6 +81,8 @@ def test_hand_made_requests(server: Running) -> None:
             else {"content-type": b"application/json"}
         )
         body = wrong_body(draw)
+        if body.startswith(b"--x"):
+            headers = {"content-type": b"multipart/form-data; boundary=x" + draw.choice([b"", b"; charset=idna"])}
         answer = server.http.request(method, path, content=body, headers=headers)
         statuses[answer.status_code] += 1
         assert answer.status_code < 500, (number, method, path, headers, body[:500], answer.text)

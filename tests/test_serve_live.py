@@ -1,13 +1,12 @@
-"""The live WebSocket: latest wins, previews, keys, limits, and the page in a real browser."""
+"""The live WebSocket: latest wins, previews, keys, limits."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,7 @@ def test_a_page_that_leaves_takes_its_picture_with_it(tmp_path: Path) -> None:
         ("[" * 30000, "the message is not JSON"),
         ("[]", "the message must be a JSON object with a type"),
         (b"\0\1", "messages must be text, got bytes"),
-        ('{"type": "x"}', "type: must be draw, stop or hello, got 'x'"),
+        ('{"type": "x"}', "type: must be draw, stop, ping or hello, got 'x'"),
         ('{"type": "draw"}', "prompt: must be text, got nothing"),
         ('{"type": "draw", "prompt": "a", "slot": ["a"]}', "slot: must be one of a, b, got \"['a']\""),
         ('{"type": "draw", "prompt": "a", "seed": NaN}', "the message is not JSON"),
@@ -223,7 +222,78 @@ def test_a_key_draws_as_often_as_it_may_whichever_way(tmp_path: Path) -> None:
                 assert until(socket, "picture")["id"] == i
             send(socket, type="draw", id=3, prompt="a")
             refused = until(socket, "error")
-            assert refused["id"] == 3 and refused["error"].startswith("more than 3 requests a minute; try again in ")
+            assert refused["id"] == 3 and refused["slot"] == "a" and 0 < refused["retry_s"] <= 20
+            assert refused["error"].startswith("more than 3 requests a minute; try again in ")
+
+
+def test_a_key_that_is_revoked_closes_its_page_at_the_next_picture(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with running(tmp_path / "data", api_keys=file) as server, live(server, ready=False) as socket:
+        send(socket, type="hello", key=key)
+        assert receive(socket)["type"] == "ready"
+        keys.revoke(file, "page")
+        time.sleep(1.1)
+        send(socket, type="draw", id=1, prompt="a")
+        assert receive(socket)["error"] == "Unauthorized. API key is invalid or may have expired."
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=REPLY_S)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 4401
+
+
+def test_sockets_without_a_key_take_no_room_from_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.live.NEWCOMERS", 2)
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    with contextlib.ExitStack() as open_now:
+        server = open_now.enter_context(running(tmp_path / "data", api_keys=file, sockets=1))
+        open_now.enter_context(live(server, ready=False))  # says nothing
+        page = open_now.enter_context(live(server, ready=False))
+        send(page, type="hello", key=key)
+        assert receive(page)["type"] == "ready"
+        open_now.enter_context(live(server, ready=False))
+        third = open_now.enter_context(live(server, ready=False))
+        assert receive(third)["error"] == "2 pages are just connecting; try again later"
+
+
+def test_one_line_of_log_for_each_drawing_and_each_socket(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+
+    def before(request: Any, index: int) -> None:
+        gate(request, index)
+        if request.prompt == "fail":
+            raise EngineError("the engine failed")
+
+    with (
+        caplog.at_level("INFO", "vega_edge.serve.requests"),
+        running(tmp_path, FakeDrawer(before_step=before)) as server,
+    ):
+        with live(server) as socket:
+            send(socket, type="draw", id=1, prompt="replaced", seed=1, num_inference_steps=9)
+            gate.wait()
+            send(socket, type="draw", id=2, prompt="fail", seed=2)
+            wait_until(lambda: server.service.worker.waiting == 1)
+            gate.let(2)
+            assert until(socket, "error")["slot"] == "a"
+            send(socket, type="draw", id=3, prompt="drawn", seed=3, num_inference_steps=1)
+            gate.let(1)
+            until(socket, "picture")
+        with pytest.raises(InvalidStatus), live(server, origin="http://evil.com"):  # type: ignore[arg-type]
+            pass
+        wait_until(lambda: caplog.text.count("WEBSOCKET") == 2)
+    lines = [json.loads(r.message) for r in caplog.records if '"path": "/live"' in r.message]
+    assert [(x["seed"], x["status"]) for x in lines if "seed" in x] == [(1, 499), (2, 500), (3, 200)]
+    assert {"time", "id", "client", "model", "queue_s", "draw_s"} <= set(lines[2]) and "prompt" not in lines[2]
+    closed, refused = [x for x in lines if "ms" in x]
+    assert (closed["status"], closed["method"]) == (1000, "WEBSOCKET")
+    why = "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"
+    assert (refused["status"], refused["error"]) == (403, why)
+
+
+def test_a_ping_is_answered(server: Running) -> None:
+    with live(server) as socket:
+        send(socket, type="ping")
+        assert receive(socket) == {"type": "pong"}
 
 
 def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
@@ -233,191 +303,3 @@ def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
             with pytest.raises(ConnectionClosed):
                 second.recv(timeout=REPLY_S)
         assert "vega_edge_live_sockets 1.0" in server.http.get("/metrics").text
-
-
-# The page, in Chromium
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def page_of(browser: Any) -> Iterator[Open]:
-    faults: list[str] = []
-    contexts = []
-
-    def open_page(server: Running, path: str = "/", **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((server.url, "blob:")) else None)
-        page.goto(server.url + path)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []  # no script error, and nothing was fetched from anywhere else
-
-
-def drawn(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
-    """Does something and waits for the picture that comes of it; what the caption says."""
-    before = page.evaluate("document.documentElement.dataset.shown || ''")
-    act()
-    page.wait_for_function("before => (document.documentElement.dataset.shown || '') !== before", arg=before)
-    page.wait_for_selector('#status[data-state="ready"]')
-    return {"caption": page.inner_text("#frame-a figcaption"), "alt": page.get_attribute("#frame-a img", "alt")}
-
-
-def test_the_page_draws_while_you_type(server: Running, page_of: Open) -> None:
-    page = page_of(server)
-    page.wait_for_selector('#status[data-state="ready"]')
-    got = drawn(page, lambda: page.type("#prompt", "a star"))
-    page.wait_for_function("() => document.querySelector('#frame-a img').alt === 'a star'")
-    assert page.evaluate("document.querySelector('#frame-a img').naturalWidth") == 128
-    assert got["caption"] == "LCM, 4 steps, seed 7, 128 × 128"
-    assert page.inner_text("#latency").endswith(("ms", "s")) and page.inner_text("#rate") != ""
-
-
-def test_the_page_works_by_keyboard_alone(server: Running, page_of: Open) -> None:
-    page = page_of(server)
-    page.wait_for_selector('#status[data-state="ready"]')
-    drawn(page, lambda: page.keyboard.type("a star"))  # the prompt has the focus
-    page.keyboard.press("Tab")
-    assert drawn(page, lambda: page.keyboard.type("5"))["caption"].startswith("LCM, 4 steps, seed ")
-    page.keyboard.press("Tab")
-    seed = page.input_value("#seed")
-    drawn(page, lambda: page.keyboard.press("Enter"))  # the dice
-    assert page.input_value("#seed") != seed
-    page.keyboard.press("Tab")
-    page.keyboard.press("Space")
-    assert page.get_attribute("#lock", "aria-pressed") == "false"
-    page.focus("#prompt")
-    seed = page.input_value("#seed")
-    drawn(page, lambda: page.keyboard.press("Enter"))  # not locked: another seed
-    assert page.input_value("#seed") != seed
-
-
-def test_every_control_has_a_name(server: Running, page_of: Open) -> None:
-    page = page_of(server)
-    page.wait_for_selector('#status[data-state="ready"]')
-    unnamed = page.evaluate(
-        """[...document.querySelectorAll('button, input:not([hidden]), select, textarea, a, summary')]
-        .filter(e => !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length)))
-        .map(e => e.outerHTML)"""
-    )
-    assert unnamed == []
-    assert page.get_attribute("#status", "role") == "status"
-
-
-def test_parameters_history_compare_and_download(server: Running, page_of: Open) -> None:
-    page = page_of(server, accept_downloads=True)
-    page.wait_for_selector('#status[data-state="ready"]')
-    drawn(page, lambda: page.fill("#prompt", "a red house"))
-    page.wait_for_selector("#history li")
-    page.select_option("#scheduler", "Euler a")
-    got = drawn(page, lambda: page.fill("#steps", "6"))
-    assert got["caption"] == "Euler a, 6 steps, seed 7, 128 × 128"
-    drawn(page, lambda: page.select_option("#size", "192x128"))
-    assert page.evaluate("document.querySelector('#frame-a img').naturalHeight") == 128
-    drawn(page, lambda: page.click("#history li:last-child button"))
-    assert (page.input_value("#steps"), page.input_value("#size"), page.input_value("#scheduler")) == (
-        "4",
-        "128x128",
-        "",
-    )
-    page.select_option("#compare", "seed")
-    page.wait_for_function("() => document.querySelector('#frame-b figcaption').textContent.includes('seed 8')")
-    page.select_option("#compare", "")
-    with page.expect_download() as download:
-        page.click("#download")
-    assert download.value.suggested_filename == "a-red-house-7.jpg"
-    image = Image.open(download.value.path())
-    comment = image.getexif().get_ifd(0x8769)[0x9286].removeprefix(b"UNICODE\0").decode("utf-16-be")
-    assert comment.startswith("a red house\nSteps: 4")
-
-
-def test_a_fault_is_said_plainly(server: Running, page_of: Open) -> None:
-    page = page_of(server)
-    page.wait_for_selector('#status[data-state="ready"]')
-    page.fill("#prompt", "fail")
-    page.wait_for_selector("figcaption.fault")
-    assert page.inner_text("#frame-a figcaption") == "the engine failed"
-    drawn(page, lambda: page.fill("#prompt", "a star"))
-
-
-def test_a_lost_connection_is_said_and_heals(tmp_path: Path, page_of: Open) -> None:
-    port = None
-    with running(tmp_path) as server:
-        port = server.service.settings.port
-        page = page_of(server)
-        page.wait_for_selector('#status[data-state="ready"]')
-        drawn(page, lambda: page.fill("#prompt", "a star"))
-    page.wait_for_selector('#status[data-state="lost"]')
-    assert page.inner_text("#status") == "Connection lost. Trying again…"
-    page.fill("#prompt", "typed while it was away")
-    with running(tmp_path, port=port):
-        page.wait_for_function("() => document.querySelector('#frame-a img').alt === 'typed while it was away'")
-
-
-def test_the_page_asks_for_a_key(tmp_path: Path, page_of: Open) -> None:
-    file = tmp_path / "keys.json"
-    key = keys.add(file, "page")
-    with running(tmp_path / "data", api_keys=file) as server:
-        page = page_of(server)
-        page.wait_for_selector("#key-dialog[open]")
-        page.fill("#key", "SG_wrong")
-        page.keyboard.press("Enter")
-        page.wait_for_function("() => document.querySelector('#key-fault').textContent.startsWith('Unauthorized')")
-        page.fill("#key", key)
-        page.keyboard.press("Enter")
-        page.wait_for_selector('#status[data-state="ready"]')
-        drawn(page, lambda: page.fill("#prompt", "a star"))
-
-
-def test_a_kiosk_draws_by_itself(server: Running, page_of: Open) -> None:
-    page = page_of(server, "/?kiosk", viewport={"width": 1080, "height": 1920})
-    page.wait_for_function("() => document.documentElement.dataset.shown", timeout=60000)
-    assert page.input_value("#prompt") != ""
-    assert not page.is_visible("#panel") and page.is_visible("#dice")
-    assert (
-        page.evaluate(
-            "Math.min(...[...document.querySelectorAll('#chips button, #dice')].map(b => b.getBoundingClientRect().height))"
-        )
-        >= 44
-    )
-
-
-@pytest.mark.parametrize(("width", "height"), [(360, 740), (1440, 900), (3840, 2160)])
-def test_nothing_sticks_out_from_phone_to_4k(server: Running, page_of: Open, width: int, height: int) -> None:
-    for scheme in ("dark", "light"):
-        page = page_of(server, viewport={"width": width, "height": height}, color_scheme=scheme)
-        page.wait_for_selector('#status[data-state="ready"]')
-        drawn(page, lambda page=page: page.fill("#prompt", "a star"))
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        box = page.locator("#frame-a .canvas").bounding_box()
-        assert box["width"] >= 0.25 * width and box["x"] >= 0 and box["y"] + box["height"] <= height
-
-
-def test_the_docs_are_there_without_a_network(server: Running, page_of: Open) -> None:
-    page = page_of(server, "/docs")
-    page.wait_for_selector("summary")
-    assert page.locator("summary code", has_text="/v1/segmind-vega").count() == 3
-    page.locator("summary").first.click()
-    time.sleep(0.1)

@@ -107,7 +107,7 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from ..serve.listener import Server, listen
+        from ..serve.listener import Server, addresses, listen
         from ..serve.service import build
     except ImportError as error:
         raise VegaEdgeError(f'the server needs {error.name}; pip install "vega-edge[serve]"') from error
@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
     _log_to_stderr(arguments.verbose)
     server = Server(build(settings))
     address = listen(settings.host, settings.port)
-    shown = "localhost" if settings.host in ("127.0.0.1", "::1") else settings.host
-    print(f"vega-edge: http://{shown}:{settings.port}/ is the live page, /docs the API; Ctrl+C stops", file=sys.stderr)
+    pages = ", ".join(addresses(address, settings.host))
+    print(f"vega-edge: the live page is at {pages}, the API at /docs; Ctrl+C stops", file=sys.stderr)
     server.run([address])
 
 

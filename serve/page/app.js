@@ -1,12 +1,15 @@
 // The page: what is typed is asked for, what comes is shown. The connection is in live.js, the strip in history.js,
-// reading and filling the controls in controls.js.
-import { $, asked, milliseconds, options, range, sizes, theme } from "./controls.js";
+// reading and filling the controls in controls.js, the pictures in frames.js.
+import { $, asked, choose, milliseconds, options, range, sizes, theme } from "./controls.js";
+import { download, newFrame } from "./frames.js";
 import { History } from "./history.js";
 import { runKiosk } from "./kiosk.js";
 import { Live } from "./live.js";
 
 const root = document.documentElement;
-const kiosk = new URLSearchParams(location.search).has("kiosk");
+const address = new URLSearchParams(location.search);
+const kiosk = address.has("kiosk");
+const SEND_EVERY_MS = 50; // at most, however fast somebody types or drags
 const SETTLED_MS = 700; // a picture that stays for so long goes into the history
 const IDEAS = {
   demo: ["a big red star on a blue background", "a yellow moon in the night sky", "a pink heart at sunset", "a green tree in a meadow", "a white house by the sea", "a purple diamond on stripes", "an orange circle above a blue square"],
@@ -19,6 +22,8 @@ let pending = {}; // what is being drawn, by id
 let typedAt = performance.now();
 let shownAt = [];
 let settle;
+let sentAt = -Infinity;
+let later; // the next time to draw, where that is not at once
 
 const history = new History($("history"), restore);
 const live = new Live({
@@ -28,24 +33,30 @@ const live = new Live({
   preview: (head, blob) => show(head, blob, false),
   waiting: (head) => pending[head.id] && state("drawing", head.ahead ? `Busy: ${head.ahead} before you` : "Busy: others are drawing"),
   fault: (message) => fault(message),
-  key: (text) => { state("fault", "A key is needed"); $("key-fault").textContent = text || ""; if (!$("key-dialog").open) $("key-dialog").showModal(); },
+  key: (text) => { state("fault", "A key is needed"); $("key-fault").textContent = text || ""; askForKey(); },
 });
-
-function newFrame(slot) {
-  const figure = $(`frame-${slot}`);
-  return { figure, image: figure.querySelector("img"), empty: figure.querySelector(".empty"), bar: figure.querySelector("i"), caption: figure.querySelector("figcaption"), canvas: figure.querySelector(".canvas") };
-}
 
 function state(name, text) {
   $("status").dataset.state = name;
   if ($("status").textContent !== text) $("status").textContent = text;
+  if (name === "lost" || name === "fault" || text.startsWith("Busy")) say(text);
+}
+
+// For screen readers: only what somebody who can't see the picture needs to hear.
+function say(text) {
+  $("said").textContent = text;
+}
+
+function askForKey() {
+  if (!$("key-dialog").open) $("key-dialog").showModal();
 }
 
 // Controls
 
 function setUp(message) {
   models = message.models;
-  const before = $("model").value || localStorage.getItem("model");
+  const shown = $("model").value; // empty after a reload, as all settings are
+  const before = shown || address.get("model") || localStorage.getItem("model");
   options($("model"), models.map((m) => [m.name, `${m.name} – ${m.title}`]));
   if (models.some((m) => m.name === before)) $("model").value = before;
   for (const list of ["scheduler", "compare-scheduler"]) {
@@ -54,7 +65,14 @@ function setUp(message) {
     $(list).value = message.schedulers.includes(chosen) ? chosen : list === "scheduler" ? "" : message.schedulers[0];
   }
   if (!models.length) return state("fault", "No model has a bundle here");
-  useModel(!before);
+  useModel($("model").value !== shown);
+  if (!shown) settingsOfAddress();
+}
+
+function settingsOfAddress() {
+  const unknown = ["model", "size", "steps", "scheduler"].filter((id) => address.has(id) && !choose(id, address.get(id)));
+  readouts();
+  if (unknown.length) state("fault", unknown.map((id) => `${id} in the address can't be ${address.get(id)}`).join("; "));
 }
 
 function useModel(fresh) {
@@ -103,17 +121,39 @@ function type(text) {
 function draw() {
   readouts();
   clearTimeout(settle);
-  if (!$("prompt").value.trim() || !$("size").value) return;
+  clearTimeout(later);
+  sentAt = performance.now();
+  if (!$("prompt").value.trim() || !$("size").value) return stop("Ready");
+  if (!$("compare").value) stopSlot("b");
+  say("");
   pending = {};
   for (const slot of $("compare").value ? ["a", "b"] : ["a"]) {
     const request = asked(slot);
     const id = live.draw({ ...request, slot, previews: $("previews").value });
     if (!id) return; // drawn when the connection is back
-    pending[id] = { request, since: typedAt };
+    pending[id] = { request, slot, since: typedAt };
     frames[slot].figure.classList.add("busy");
     frames[slot].bar.style.width = "0";
   }
   state("drawing", "Drawing…");
+}
+
+function drawSoon() {
+  clearTimeout(later);
+  later = setTimeout(draw, Math.max(0, sentAt + SEND_EVERY_MS - performance.now()));
+}
+
+function stopSlot(slot) {
+  const ids = Object.keys(pending).filter((id) => pending[id].slot === slot);
+  if (ids.length) live.stop(slot);
+  for (const id of ids) delete pending[id];
+  frames[slot].figure.classList.remove("busy");
+}
+
+function stop(text) {
+  const stopped = Object.keys(pending).length;
+  for (const slot of ["a", "b"]) stopSlot(slot);
+  if (stopped) state("ready", text);
 }
 
 async function show(head, blob, final) {
@@ -157,17 +197,21 @@ function finished(head, job, frame, blob) {
   if (!Object.keys(pending).length) state("ready", "Ready");
   $("download").disabled = false;
   root.dataset.shown = head.id; // for those who watch from outside
-  if (head.slot === "a") settle = setTimeout(() => { frame.kept = true; history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); }, SETTLED_MS);
+  if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say("Picture drawn"); }, SETTLED_MS);
 }
 
 function fault(message) {
-  const frame = frames[message.slot || "a"];
+  if (!pending[message.id]) return message.id ? undefined : state("fault", message.error); // a stale one is of no interest
+  const frame = frames[message.slot];
   frame.figure.classList.remove("busy");
-  if (message.id && !pending[message.id]) return;
   delete pending[message.id];
   frame.caption.classList.add("fault");
   frame.caption.textContent = message.error;
   state("fault", "Not drawn");
+  say(`Not drawn: ${message.error}`);
+  if (!message.retry_s) return;
+  clearTimeout(later);
+  later = setTimeout(draw, 1000 * message.retry_s);
 }
 
 function restore(request) {
@@ -189,37 +233,28 @@ function dice() {
   draw();
 }
 
-function download() {
-  for (const frame of Object.values(frames)) {
-    if (!frame.blob || frame.figure.hidden) continue;
-    const link = document.createElement("a");
-    const words = frame.image.alt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60);
-    link.href = URL.createObjectURL(frame.blob);
-    link.download = `${words || "picture"}-${frame.head.seed}.jpg`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  }
-}
-
 // What the user does
 
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("form").addEventListener("input", (event) => {
   typedAt = performance.now();
   if (event.target.id === "model") { localStorage.setItem("model", event.target.value); useModel(true); }
-  draw();
+  drawSoon();
 });
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Escape") { live.stop("a"); live.stop("b"); pending = {}; document.querySelectorAll(".busy").forEach((f) => f.classList.remove("busy")); state("ready", "Stopped"); }
+  if (event.key === "Escape") stop("Stopped");
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   if ($("lock").getAttribute("aria-pressed") === "true") { typedAt = performance.now(); draw(); } else dice();
 });
 $("dice").onclick = dice;
-$("download").onclick = download;
+$("download").onclick = () => download(Object.values(frames));
 $("lock").onclick = () => $("lock").setAttribute("aria-pressed", $("lock").getAttribute("aria-pressed") !== "true");
+$("kiosk").hidden = !root.requestFullscreen; // as on a phone of Apple's
 $("kiosk").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen()).catch(() => {});
 $("key-form").addEventListener("submit", () => live.useKey($("key").value.trim()));
+$("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // there is nothing without a key
+$("key-dialog").addEventListener("close", () => live.needsKey && askForKey());
 $("theme").onclick = () => theme({ auto: "dark", dark: "light", light: "auto" }[localStorage.getItem("theme") || "auto"]);
 
 theme(localStorage.getItem("theme") || "auto");
@@ -232,4 +267,4 @@ setInterval(() => {
 
 if (matchMedia("(max-width: 60rem)").matches) $("panel").open = false;
 
-if (kiosk) runKiosk({ live, draw, dice, type });
+if (kiosk) runKiosk({ live, draw, dice, type, busy: () => Object.keys(pending).length > 0 });

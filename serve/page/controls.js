@@ -7,6 +7,15 @@ export function options(select, pairs) {
   select.replaceChildren(...pairs.map(([value, text]) => new Option(text, value)));
 }
 
+// Whether the control takes that value.
+export function choose(id, value) {
+  const before = $(id).value;
+  $(id).value = value;
+  if ($(id).value === value) return true;
+  $(id).value = before;
+  return false;
+}
+
 export function range(id, schema, fresh) {
   $(id).min = schema.minimum ?? 1;
   $(id).max = schema.maximum ?? 100;

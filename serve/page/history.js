@@ -8,9 +8,10 @@ export class History {
     this.restore = restore;
   }
 
+  // Whether it is kept here, and with it the URL: the same picture again is not.
   add(url, parameters, label) {
     const last = this.list.firstElementChild;
-    if (last && last.dataset.key === this.keyOf(parameters)) return;
+    if (last && last.dataset.key === this.keyOf(parameters)) return false;
     const item = document.createElement("li");
     const button = document.createElement("button");
     const image = document.createElement("img");
@@ -29,6 +30,7 @@ export class History {
       URL.revokeObjectURL(this.list.lastElementChild.dataset.url);
       this.list.lastElementChild.remove();
     }
+    return true;
   }
 
   keyOf(parameters) {

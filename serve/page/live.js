@@ -2,6 +2,8 @@
 
 const FIRST_RETRY_MS = 500;
 const LAST_RETRY_MS = 5000;
+const PING_MS = 10000;
+const SILENCE_MS = 20000; // after a ping; then the connection is taken for lost
 const NEEDS_KEY = 4401;
 
 export class Live {
@@ -12,6 +14,8 @@ export class Live {
     this.nextId = 0;
     this.key = sessionStorage.getItem("key") || "";
     addEventListener("online", () => this.connect());
+    addEventListener("offline", () => this.drop());
+    setInterval(() => this.watch(), PING_MS);
     this.connect();
   }
 
@@ -22,14 +26,31 @@ export class Live {
     address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
     address.search = address.hash = "";
     const socket = (this.socket = new WebSocket(address));
+    this.pingedAt = performance.now();
     socket.binaryType = "arraybuffer";
     socket.onopen = () => socket.send(JSON.stringify({ type: "hello", key: this.key }));
-    socket.onmessage = (event) => (typeof event.data === "string" ? this.text(JSON.parse(event.data)) : this.binary(event.data));
+    socket.onmessage = (event) => (this.pingedAt = 0, typeof event.data === "string" ? this.text(JSON.parse(event.data)) : this.binary(event.data));
     socket.onclose = (event) => this.closed(event);
+  }
+
+  // A connection that broke without a word is not closed for minutes otherwise.
+  watch() {
+    if (this.pingedAt && performance.now() - this.pingedAt >= SILENCE_MS) return this.drop();
+    if (this.pingedAt || !this.open) return;
+    this.pingedAt = performance.now();
+    this.socket.send(JSON.stringify({ type: "ping" }));
+  }
+
+  drop() {
+    if (this.socket.readyState > WebSocket.OPEN) return;
+    this.socket.onclose = this.socket.onmessage = null;
+    this.socket.close();
+    this.closed({ code: 1006 });
   }
 
   useKey(key) {
     this.key = key;
+    this.needsKey = false;
     sessionStorage.setItem("key", key);
     this.connect();
   }
@@ -72,6 +93,7 @@ export class Live {
   closed(event) {
     this.ready = false;
     if (event.code === NEEDS_KEY) {
+      this.needsKey = true;
       this.on.key(this.key ? this.lastFault : "");
       return;
     }
