@@ -70,9 +70,9 @@ def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | Non
     there is no engine; what a graph does wrong is in its check's `fault`."""
     bundle = Bundle.open(path)
     if engine == "auto":
-        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")), device=device)
-    if bundle.manifest:
-        check_dtype(engine, bundle.manifest.dtype, bundle.manifest.weights)
+        size = sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*"))
+        engine = choose_engine(size, device=device, precision=bundle.precision)
+    check_dtype(engine, *bundle.precision)
     files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
     graphs = sorted(file.relative_to(bundle.path).as_posix() for file in bundle.path.glob("*/*.onnx"))
     if engine not in ("onnxruntime-cpu", "onnxruntime-cuda") or not has_attention():  # nobody else takes such nodes

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..errors import EngineError, UsageError, unknown
 from . import nvidia
+from .dtypes import refusal
 from .plan_choice import BuiltFor, lacking
 
 log = logging.getLogger(__name__)
@@ -54,14 +55,19 @@ _ON_CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 SMALL_BYTES = 100_000_000
 
 
-def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None) -> str:
+def choose_engine(
+    model_bytes: int | None = None,
+    built: BuiltFor | None = None,
+    device: str | None = None,
+    precision: tuple[str, str] | None = None,
+) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
     `model_bytes`: size of the model's graphs, where known. `built`: the model, since TensorRT runs what was built of it.
-    `device`: cpu, cuda or cuda:N; None for any. Choose once for all graphs of a model. Raises EngineError if no engine
-    can be used.
+    `device`: cpu, cuda or cuda:N; None for any. `precision`: dtype and weights of the model's manifest. Choose once for
+    all graphs of a model. Raises EngineError if no engine can be used.
     """
-    name, passed = best_engine(model_bytes, built, device)
+    name, passed = best_engine(model_bytes, built, device, precision)
     if not name:
         raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_install('cpu')}")
     log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
@@ -69,14 +75,20 @@ def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None,
 
 
 def best_engine(
-    model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None
+    model_bytes: int | None = None,
+    built: BuiltFor | None = None,
+    device: str | None = None,
+    precision: tuple[str, str] | None = None,
 ) -> tuple[str, list[str]]:
     """As `choose_engine`, without a log: the name, '' if there is none, and each that was passed over with its reason."""
     passed: list[str] = []
     small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
+    small = small and not (precision and refusal("onnxruntime-cpu", precision))
     gpu = gpu_index(device)
     for name in AUTO:
         missing = missing_here(name) or _wrong_device(name, device)
+        if missing is None and precision and (why := refusal(name, precision)):
+            missing = Missing(why, "")
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
         if missing is None and name in ("tensorrt-rtx", "tensorrt"):

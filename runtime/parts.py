@@ -9,10 +9,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..engines import Engine, check_engine, open_engine, takes_attention, trim_cache
+from ..engines import Engine, LazyWeights, check_engine, open_engine, takes_attention, trim_cache
 from ..errors import EngineError, UsageError, unknown
 from ..manifest import attention_form, part_of
 from ..models import bundles_folder
@@ -94,7 +95,9 @@ class Parts:
         return made
 
     def _open(self, file: str, path: Path) -> Engine:
-        weights = self.patches.of(part_of(file)) if self.patches else {}
+        weights, part = None, part_of(file)
+        if self.patches and part in self.patches.parts:
+            weights = LazyWeights(partial(self.patches.of, part))
         fused = attention_form(file)
         if self.bundle.has(fused) and takes_attention(self.engine):
             path = self.bundle.file(fused)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..bundle import Bundle
 from ..engines import BuiltFor, choose_engine
+from ..engines.dtypes import check_dtype
 from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder
@@ -113,7 +114,8 @@ class Pipeline:
         if engine == "auto":
             size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
             built = BuiltFor(bundle.path, unused_parts(bundle, vae), patches.of)
-            engine = choose_engine(size, built, device)
+            engine = choose_engine(size, built, device, bundle.precision)
+        check_dtype(engine, *bundle.precision)
         low = memory == "low"
         check_memory(bundle, engine, low)
         return cls(Parts(bundle, engine, patches, low, cache_folder(), device), vae)

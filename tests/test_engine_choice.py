@@ -238,3 +238,15 @@ def test_a_small_model_is_not_compiled(monkeypatch, tmp_path, caplog):
 def test_a_small_model_runs_on_openvino_where_that_is_all_there_is(monkeypatch, tmp_path):
     found(monkeypatch, tmp_path, openvino="cpu")
     assert engines.choose_engine(10_000_000) == "openvino"
+
+
+def test_auto_passes_over_what_the_precision_does_not_run_on(monkeypatch, tmp_path, caplog):
+    """onnxruntime has no bf16 convolution on a CPU; so a small model of it is not kept from OpenVINO either."""
+    found(monkeypatch, tmp_path, onnxruntime="cpu", openvino="cpu")
+    assert engines.choose_engine(10_000_000, precision=("bf16", "bf16")) == "openvino"
+    assert engines.choose_engine(10_000_000, precision=("fp16", "fp16")) == "onnxruntime-cpu"
+    found(monkeypatch, tmp_path, onnxruntime="cpu")
+    assert refused(engines.choose_engine, None, None, "cpu", ("bf16", "bf16")).endswith(
+        "; openvino (openvino is not installed); onnxruntime-cpu (onnxruntime has no bf16 convolution on a CPU); "
+        'pip install "vega-edge[cpu]"'
+    )

@@ -45,7 +45,7 @@ class CopyProgram:
     """y = x, by a copy on the device's stream: what a plan is to the part that decides."""
 
     def __init__(self, device):
-        self.device, self.profiles, self.scratch_bytes = device, [{}], 1 << 20
+        self.device, self.profiles = device, [{}]
         self.inputs = self.outputs = {"x": Spec(F32, (None, None))}
         self.outputs = {"y": Spec(F32, (None, None))}
 
@@ -58,7 +58,7 @@ class CopyProgram:
 
 class CopyContext:
     def __init__(self, device, shapes):
-        self.device, self.outputs = device, {"y": shapes["x"]}
+        self.device, self.outputs, self.scratch_bytes = device, {"y": shapes["x"]}, 1 << 20
 
     def bind(self, addresses, scratch):
         self.addresses = dict(addresses)

@@ -175,7 +175,7 @@ def test_auto_is_told_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     asked: list[tuple[BuiltFor, str | None]] = []
 
-    def choose(size: int, built: BuiltFor, device: str | None) -> str:
+    def choose(size: int, built: BuiltFor, device: str | None, precision: tuple[str, str]) -> str:
         asked.append((built, device))
         raise EngineError("that is all")
 

@@ -117,6 +117,43 @@ def test_after_a_move_the_first_run_warms_up_again():
     assert (bench.calls["launch"], bench.calls["capture"]) == (launched + 1, captured)
 
 
+def test_scratch_memory_is_that_of_the_largest_shape_met():
+    """Of the largest that could come it may be gigabytes, on boards that have eight."""
+    bench = Bench()
+    assert bench.device.memory == {}  # nothing is taken before the first run
+    for _ in range(3):
+        bench.run(x(1, 64))
+    assert bench.device.memory[bench.engine._scratch].size == 8
+    bench.run(x(4, 8))
+    assert bench.device.memory[bench.engine._scratch].size == 32
+    assert len(bench.device.memory) == 4
+    captured = bench.calls["capture"]
+    for i in range(3):
+        bench.run(x(1, 64, start=i))  # its graph knew the old place
+    assert bench.calls["capture"] == captured + 1
+    assert bench.device.memory[bench.engine._scratch].size == 32
+
+
+def test_no_room_for_more_scratch_memory_leaves_the_engine_working():
+    bench = Bench()
+    bench.run(x(4, 8))
+    bench.run(x(1, 8))
+    bench.engine._free_scratch()
+    allocate, bench.device.allocate = bench.device.allocate, refuse_allocation
+    bench.engine._unbind()
+    with pytest.raises(EngineError, match="^full$"):
+        bench.run(x(4, 8))
+    bench.device.allocate = allocate
+    bench.run(x(1, 8))
+    bench.run(x(4, 8))
+    bench.engine.close()
+    assert bench.device.memory == {}
+
+
+def refuse_allocation(size):
+    raise EngineError("full")
+
+
 def test_what_was_constant_is_sent_again_after_another_value():
     held, fixed, changing = Held(), constant([1, 2]), np.float32([3, 4])
     assert [held.changed({"x": array}) for array in (fixed, fixed, changing, fixed)] == [["x"], [], ["x"], ["x"]]
