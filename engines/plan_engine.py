@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from .device_io import Buffers, Device, sizes
+from .plan_range import Profile, Rebuild, Shape, choose_profile
 from .protocol import Spec
 
-Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> least, best, most
 _SHAPES = 4  # kept ready at once: guided or not, in two sizes
 _log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ class _Prepared:
 
 
 class PlanEngine:
-    """`rebuild`: the command that an error names where a shape lies outside. `graphs=False` captures nothing."""
+    """`rebuild`: what an error names where a shape lies outside. `graphs=False` captures nothing."""
 
-    def __init__(self, program: Program, device: Device, rebuild: str, graphs: bool = True) -> None:
+    def __init__(self, program: Program, device: Device, rebuild: Rebuild, graphs: bool = True) -> None:
         self.inputs, self.outputs = program.inputs, program.outputs
         self._program, self._device, self._rebuild, self._graphs = program, device, rebuild, graphs
         self._buffers = Buffers(device)
@@ -151,31 +150,3 @@ class PlanEngine:
         if prepared.graph is not None:
             self._device.destroy(prepared.graph)
             prepared.graph = None
-
-
-def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape], rebuild: str) -> int:
-    """The profile that takes these shapes and is tuned for the nearest. EngineError says what lies outside, and the cure."""
-    faults = [_outside(profile, shapes) for profile in profiles]
-    fitting = [i for i, fault in enumerate(faults) if not fault]
-    if not fitting and profiles:
-        raise EngineError(f"{faults[0]}; widen it: {rebuild}")
-    return min(fitting, key=lambda i: _distance(profiles[i], shapes), default=0)
-
-
-def _outside(profile: Profile, shapes: Mapping[str, Shape]) -> str:
-    for name, (least, _, most) in profile.items():
-        got = shapes[name]
-        for axis, (low, size, high) in enumerate(zip(least, got, most, strict=True)):
-            if not low <= size <= high:
-                shape = "x".join(map(str, got))
-                return f"input {name!r} is {shape}, but axis {axis} was built for {low} to {high}"
-    return ""
-
-
-def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> float:
-    """How far the shapes are from what the profile is tuned for, as a sum of ratios."""
-    return sum(
-        abs(float(np.log(size / wanted)))
-        for name, (_, best, _) in profile.items()
-        for size, wanted in zip(shapes[name], best, strict=True)
-    )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -46,7 +48,8 @@ class Plan:
 
     graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
     targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
-    every input with a free axis. flags: static, refit, stripped, weight-streaming. bytes and sha256 are of the file.
+    every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
+    pixels for each step of its inputs' height and width. bytes and sha256 are of the file.
     """
 
     file: str
@@ -63,11 +66,13 @@ class Plan:
     weights: str = ""
     loras: tuple[PlanLora, ...] = ()
     seconds: float = 0.0
+    unit_px: int = 1
 
     @property
     def key(self) -> str:
         """Hex; two plans share it only if one can stand for the other."""
-        unkeyed = ("file", "sha256", "bytes", "seconds", "loras")  # the LoRAs are in `weights`, by what they did
+        # the LoRAs are in `weights`, by what they did
+        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px", "loras")
         facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -109,22 +114,29 @@ class PlanStore:
             raise EngineError(f"{path}: {failure}; remove {self.folder} and build again") from failure
         return index.plans
 
-    def read(self, plan: Plan) -> bytes:
-        """The plan's bytes, checked against the manifest. Raises EngineError if they are missing or altered."""
+    def read(self, plan: Plan) -> memoryview:
+        """The plan's bytes, mapped from its file, as `check` found them."""
+        path = self.folder / plan.file
+        self.check(plan)
+        with open(path, "rb") as stream:
+            return memoryview(mmap.mmap(stream.fileno(), plan.bytes, access=mmap.ACCESS_READ))
+
+    def check(self, plan: Plan) -> None:
+        """Raises EngineError unless the file is there and what the manifest says. This process reads it once, unless it
+        changes: --memory low opens a plan again for each picture."""
         path = self.folder / plan.file
         try:
-            content = path.read_bytes()
+            state = path.stat()
+            if state.st_size < plan.bytes:
+                raise EngineError(f"{path} is truncated ({state.st_size} of {plan.bytes} bytes); {self._rebuild(plan)}")
+            got = _digest(path, state.st_size, state.st_mtime_ns, state.st_ino)
         except OSError as failure:
             raise EngineError(f"{path} can't be read ({failure.strerror}); {self._rebuild(plan)}") from failure
-        if len(content) < plan.bytes:
-            raise EngineError(f"{path} is truncated ({len(content)} of {plan.bytes} bytes); {self._rebuild(plan)}")
-        got = hashlib.sha256(content).hexdigest()
         if got != plan.sha256:
             raise EngineError(
                 f"{path} is not the engine that was built here (sha256 {got[:12]}, {INDEX} says {plan.sha256[:12]}) "
                 f"and is not loaded, because an engine is code; {self._rebuild(plan)}"
             )
-        return content
 
     def fault(self, plan: Plan) -> str:
         """Why the plan is of no use any more: its file is gone, or the bundle's graph is another now. '' if it is."""
@@ -233,6 +245,12 @@ def weights_hash(weights: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{name} {weights[name].dtype} {weights[name].shape}\n".encode())
         digest.update(weights[name].data)
     return digest.hexdigest() if weights else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, size: int, changed_ns: int, inode: int) -> str:
+    """Of a file in the state that it is in."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ class Spec(NamedTuple):
 
 class LazyWeights(Mapping[str, NDArray[Any]]):
     """Initializer -> its new values, made when one of them is first asked for: a backend that opens what it compiled of
-    them before never asks. Even `if weights` asks."""
+    them before never asks. There is at least one."""
 
     def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
         self._make = make
@@ -42,6 +42,9 @@ class LazyWeights(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._values())
+
+    def __bool__(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

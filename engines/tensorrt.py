@@ -16,10 +16,11 @@ import numpy as np
 from ..errors import EngineError
 from . import nvidia
 from .cuda import CudaDevice
-from .plan_choice import Here, choose_plan
-from .plan_engine import PlanEngine, Profile, Shape
+from .plan_choice import Chosen, Here, choose_plans
+from .plan_engine import PlanEngine
+from .plan_range import Profile, SeveralPlans, Shape
 from .plan_store import Plan, PlanStore
-from .protocol import Opening, Spec
+from .protocol import Engine, Opening, Spec
 from .rtx_cache import RuntimeCache
 
 _log = logging.getLogger(__name__)
@@ -27,11 +28,17 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
 
 
-def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
-    """`module`: tensorrt or tensorrt_rtx. The plan is one that `vega-edge build` made of this graph, for this GPU."""
+def open_graph(path: Path, module: str, how: Opening) -> Engine:
+    """`module`: tensorrt or tensorrt_rtx. The plans are those that `vega-edge build` made of this graph, for this GPU."""
     trt = import_module(module)
     store = PlanStore(path.parent.parent)
-    chosen = choose_plan(store, path, here(module, how.gpu), how.weights)
+    chosen = choose_plans(store, path, here(module, how.gpu), how.weights)
+    if len(chosen) == 1:
+        return _open_plan(trt, store, chosen[0], path, how)
+    return SeveralPlans([each.plan.profile for each in chosen], lambda i: _open_plan(trt, store, chosen[i], path, how))
+
+
+def _open_plan(trt: Any, store: PlanStore, chosen: Chosen, path: Path, how: Opening) -> PlanEngine:
     device = CudaDevice(how.gpu)
     try:
         program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
@@ -75,7 +82,7 @@ def capabilities(trt: Any) -> frozenset[str]:
 class _Program:
     """A deserialized plan. See `plan_engine.Program`."""
 
-    def __init__(self, trt: Any, plan: Plan, content: bytes, device: CudaDevice, cache: Path | None) -> None:
+    def __init__(self, trt: Any, plan: Plan, content: memoryview, device: CudaDevice, cache: Path | None) -> None:
         self._trt, self._device, self._said = trt, device, list[str]()
         self._logger = _logger(trt, self._said)
         self._runtime = trt.Runtime(self._logger)
@@ -147,7 +154,7 @@ class _Program:
     def _profile(self, index: int) -> Profile:
         free = [name for name, spec in self.inputs.items() if None in spec.shape]
         shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in free}
-        return {name: tuple(tuple(map(int, shape)) for shape in ranges) for name, ranges in shapes.items()}  # type: ignore[misc]
+        return {name: tuple(tuple(map(int, shape)) for shape in ranges) for name, ranges in shapes.items()}
 
 
 class _Context:

@@ -21,7 +21,7 @@ from ..errors import EngineError, UsageError, unknown
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
 from .trt_network import Job, Progress, build_plan, read_inputs
-from .trt_profiles import Sizes, latent_px, profile
+from .trt_profiles import Sizes, latent_px, profile, unit_px
 
 Weights = Mapping[str, NDArray[Any]]
 _QUANTIZED = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
@@ -94,7 +94,7 @@ def build_engines(
             file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
             version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
             profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
-            loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (),
+            loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
         )  # fmt: skip
         with store.lock(wanted.key):  # another process that wants the same plan waits, and then finds it
             there = _find(store, wanted)
@@ -132,15 +132,18 @@ def _find(store: PlanStore, wanted: Plan) -> Plan | None:
     for plan in store.plans():
         if plan.key == wanted.key:
             with contextlib.suppress(EngineError):  # missing or altered: built again
-                store.read(plan)
+                store.check(plan)
                 return plan
     return None
 
 
 def _check_flags(library: Library, options: BuildOptions) -> None:
     changeable = [flag for flag in options.flags if flag in ("refit", "stripped")]
-    if len(changeable) > 1:
-        raise UsageError("stripped engines are refittable ones without their weights: ask for --refit or --stripped")
+    if changeable and options.precision != "graph":
+        raise UsageError(
+            f"--{changeable[0]} puts in the weights of the bundle's graph, which are not {options.precision}: leave one of "
+            "the two out"
+        )
     if changeable and library.portable:
         try:
             nvidia.devices()

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..models import find_bundle
 from .decoder import Decoder
 from .init_image import ImageEncoder
 from .memory import check_memory
-from .parts import Parts, cache_folder, check_opening
+from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
 from .request import Limits, Request, alike, make_request
 from .schedulers import scheduler_named_in
@@ -113,7 +114,7 @@ class Pipeline:
         patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
         if engine == "auto":
             size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
-            built = BuiltFor(bundle.path, unused_parts(bundle, vae), patches.of)
+            built = BuiltFor(bundle.path, unused_parts(bundle, vae), partial(weights_of, patches))
             engine = choose_engine(size, built, device, bundle.precision)
         check_dtype(engine, *bundle.precision)
         low = memory == "low"

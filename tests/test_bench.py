@@ -24,10 +24,14 @@ def dtype_row(dtype: str, unet_bytes: int, right: float) -> meaning_dtypes.Dtype
 
 
 def test_dtypes_are_compared_with_fp32_and_fp16() -> None:
-    rows = meaning_dtypes.relate([dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 94.5), dtype_row("int8", 55, 93.0)])
+    rows = meaning_dtypes.relate(
+        [dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 94.5), dtype_row("int8", 55, 93.0)]
+    )
     assert [(r.unet_ratio, r.points_lost) for r in rows] == [(2, 0), (1, 0.5), (0.55, 2)]
     assert meaning_dtypes.shortfalls(rows) == []
-    rows = meaning_dtypes.relate([dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 92.9), dtype_row("int8", 56, 93.0)])
+    rows = meaning_dtypes.relate(
+        [dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 92.9), dtype_row("int8", 56, 93.0)]
+    )
     assert meaning_dtypes.shortfalls(rows) == [
         "fp16: 2.1 points lost, goal 2", "int8: the U-Net is 0.56 times fp16's, goal 0.55",
     ]  # fmt: skip

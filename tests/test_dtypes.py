@@ -46,7 +46,9 @@ def test_opening_a_bundle_refuses_the_pair_before_any_graph_is_read(tmp_path: Pa
     shutil.copytree(find_bundle("demo-vegart"), folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "dtype": "bf16", "weights": "bf16"}))
-    with pytest.raises(EngineError, match="^engine onnxruntime-cpu can't run a bundle of dtype bf16: onnxruntime has no"):
+    with pytest.raises(
+        EngineError, match=r"^engine onnxruntime-cpu can't run a bundle of dtype bf16: onnxruntime has no"
+    ):
         Pipeline.open(folder, "onnxruntime-cpu", verify=False)
 
 

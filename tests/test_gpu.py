@@ -17,6 +17,7 @@ from vega_edge import Pipeline, engines
 from vega_edge.bundle import Bundle
 from vega_edge.engines import Spec, nvidia
 from vega_edge.engines.plan_engine import PlanEngine
+from vega_edge.engines.plan_range import Rebuild
 from vega_edge.errors import EngineError
 from vega_edge.models import recipes
 
@@ -76,7 +77,7 @@ class CopyContext:
 
 
 def copier(device, **options):
-    return PlanEngine(CopyProgram(device), device, "", **options)
+    return PlanEngine(CopyProgram(device), device, Rebuild(""), **options)
 
 
 def random(*shape, seed=0):

@@ -35,6 +35,7 @@ from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
 from vega_edge.export.trt_profiles import (
     Range,
     Sizes,
+    Tiling,
     batch_range,
     bundle_sizes,
     check_multiple,
@@ -110,6 +111,32 @@ def test_other_parts_shapes():
     }
     assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES, 8) == {"input_ids": ((1, 77), (1, 77), (6, 77))}
     assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES.static(), 8) == {"input_ids": ((1, 77),) * 3}
+
+
+TILING = Tiling(512, 768, 1280)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sides"),
+    [
+        ((Range(512, 1024, 1536), Range(512, 768, 1024)), ((64, 64), (96, 128), (128, 160))),
+        ((Range(512, 512, 768), Range(512, 512, 768)), ((64, 64), (64, 64), (96, 96))),  # never a tile
+        ((Range(1024, 1024, 1024),) * 2, ((64, 64), (128, 128), (128, 128))),  # static: tiles with little memory
+        ((Range(384, 384, 384), Range(1024, 1024, 1024)), ((64, 48), (128, 48), (128, 48))),
+        ((Range(1024, 1536, 2048),) * 2, ((64, 64), (64, 64), (160, 160))),
+        ((Range(1536, 1536, 1536),) * 2, ((64, 64), (64, 64), (64, 64))),  # always tiles
+    ],
+)
+def test_a_decoder_gets_tiles_and_no_picture_that_is_tiled(sizes, sides):
+    inputs, tiled = {"latent_sample": (-1, 4, -1, -1)}, Sizes(*sizes, Range(2, 2, 4), tiling=TILING)
+    for part in ("vae_decoder", "tiny_vae_decoder"):
+        got = profile(part, inputs, tiled, 8)["latent_sample"]
+        assert tuple(shape[2:] for shape in got) == sides
+        assert [shape[0] for shape in got] == [1, 2, 4]  # a tile at a time
+    assert profile("unet", {"sample": (-1, 4, -1, -1)}, tiled, 8)["sample"][2][2:] == (
+        sizes[1].most // 8,
+        sizes[0].most // 8,
+    )
 
 
 def test_a_foreign_timestep_with_a_free_axis_is_one_number():
@@ -202,12 +229,24 @@ def test_tensorrt_before_11_is_asked_for_a_strongly_typed_network(graph):
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [((), []), (("refit",), ["REFIT"]), (("stripped", "static"), ["REFIT", "STRIP_PLAN"]), (("weight-streaming",), ["WEIGHT_STREAMING"])],
+    [
+        ((), []), (("refit",), ["REFIT"]), (("stripped", "static"), ["REFIT_IDENTICAL", "STRIP_PLAN"]),
+        (("refit", "stripped"), ["REFIT", "STRIP_PLAN"]), (("weight-streaming",), ["WEIGHT_STREAMING"]),
+    ],
 )  # fmt: skip
 def test_flags(graph, flags, told):
     fake = FakeTensorRT()
     build_plan(Job(Library("tensorrt", fake), graph, flags=flags))
     assert fake.told["flags"] == told
+    assert fake.told["preview"] == ("RESIZE", True)
+
+
+def test_older_libraries_lack_a_flag_and_a_feature(graph):
+    fake = FakeTensorRT()
+    del fake.BuilderFlag.REFIT_IDENTICAL, fake.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
+    build_plan(Job(Library("tensorrt", fake), graph, flags=("stripped",)))
+    assert fake.told["flags"] == ["REFIT", "STRIP_PLAN"]
+    assert "preview" not in fake.told
 
 
 def test_profiles_and_timings_are_handed_over(graph):
@@ -662,7 +701,7 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
         (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, tiny_vae_decoder, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
-        (["--refit", "--stripped"], "stripped engines are refittable ones without their weights: ask for --refit or --stripped"),
+        (["--stripped", "--precision", "int8"], "--stripped puts in the weights of the bundle's graph, which are not int8: leave one of the two out"),
     ],
 )  # fmt: skip
 def test_build_with_wrong_options(rtx, embedded, arguments, message, capsys):
