@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .engines import Engine, choose_engine, has_attention, open_engine
-from .engines.dtypes import check_dtype
+from .engines import Engine, check_dtype, choose_engine, has_attention, open_engine
 from .errors import BundleError, EngineError, VegaEdgeError
 from .manifest import plain_form
 

@@ -24,6 +24,7 @@ from .choice import (
     takes_attention,
 )
 from .compiled import trim as trim_cache
+from .dtypes import check_dtype
 from .plan_choice import BuiltFor
 from .protocol import Engine, LazyWeights, Opening, Spec, describe
 from .status import EngineStatus, available
@@ -37,6 +38,7 @@ __all__ = [
     "Spec",
     "available",
     "best_engine",
+    "check_dtype",
     "check_engine",
     "choose_engine",
     "gpu_index",

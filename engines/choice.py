@@ -1,4 +1,4 @@
-"""The engines by name, whether each can be had here, and which one `auto` takes. Imports no backend to find out."""
+"""The engines by name, whether each can be had here, and which one `auto` takes: a GPU's engine is tried for that."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..errors import EngineError, UsageError, unknown
 from . import nvidia
+from .checked import reason
 from .dtypes import refusal
 from .plan_choice import BuiltFor, lacking
 
@@ -91,6 +92,8 @@ def best_engine(
             missing = Missing(why, "")
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
+        if missing is None and not runs_on_cpu(name):
+            missing = _not_loaded(name)
         if missing is None and name in ("tensorrt-rtx", "tensorrt"):
             missing = _missing_plans(name, built, gpu)
         if missing is None:
@@ -167,12 +170,22 @@ def _missing_plans(name: str, built: BuiltFor | None, gpu: int) -> Missing | Non
     if built is None:
         return Missing("it runs engines built of a bundle, and none was named", "")
     backend = ENGINES[name]
+    module = importlib.import_module(f".{backend.module}", __package__)
     try:
-        module = importlib.import_module(f".{backend.module}", __package__)
         why = lacking(built, module.here(backend.setting, gpu))
-    except (EngineError, ImportError) as failure:
+    except EngineError as failure:
         why = str(failure)
     return Missing(why, "") if why else None
+
+
+def _not_loaded(name: str) -> Missing | None:
+    """Why a GPU's engine that is installed does not work after all. Imports it, and tries it."""
+    backend = ENGINES[name]
+    try:
+        importlib.import_module(f".{backend.module}", __package__).device(backend.setting)
+    except Exception as failure:  # a library that is installed in part raises anything: OSError, RuntimeError, ...
+        return Missing(reason(failure), "")
+    return None
 
 
 def _missing_gpu() -> Missing | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import EngineError
 from . import nvidia
-from .cuda import CudaDevice
+from .cuda import CudaDevice, load_runtime
 from .plan_choice import Chosen, Here, choose_plans
 from .plan_engine import PlanEngine
 from .plan_range import Profile, SeveralPlans, Shape
@@ -24,6 +24,7 @@ from .protocol import Engine, Opening, Spec
 from .rtx_cache import RuntimeCache
 
 _log = logging.getLogger(__name__)
+JETSON = Path("/etc/nv_tegra_release")  # of Jetson Linux
 # names of TensorRT's DataType members that numpy has too
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
 
@@ -58,12 +59,20 @@ def version(module: str) -> str:
 def device(module: str) -> str:
     """The GPUs, for people. Raises EngineError if the library can't use any of them."""
     trt, names = import_module(module), nvidia.devices()
+    load_runtime(_extra(module))
     known = capabilities(trt)
     found = [nvidia.compute_capability(i) for i in range(len(names))]
     if known and not set(found) & known:
         listed = ", ".join(f"{name} is {sm}" for name, sm in zip(names, found, strict=True))
         raise EngineError(f"{module.replace('_', '-')} runs on {', '.join(sorted(known))}, and {listed}; use tensorrt")
     return ", ".join(names)
+
+
+def _extra(module: str) -> str:
+    """What brings cuda-python, in the version that the library's CUDA is of."""
+    if module == "tensorrt":
+        return "jetson" if JETSON.is_file() else "tensorrt"
+    return module.replace("_", "-")
 
 
 def here(module: str, gpu: int) -> Here:

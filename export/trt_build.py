@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..engines import nvidia
+from ..engines.cuda import free_bytes
 from ..engines.plan_store import Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
 from ..errors import EngineError, UsageError, unknown
 from .trt_graph import Ranges, prepared
@@ -73,12 +74,12 @@ def build_engines(
     *,
     weights: Callable[[str], Weights] = lambda part: {},
     loras: Sequence[tuple[str, float]] = (),
-    ranges: Callable[[str], Ranges] = lambda graph: {},
+    ranges: Callable[[Path], Ranges] = lambda graph: {},
     progress: Callable[[str, float, str], None] = lambda graph, share, phase: None,
 ) -> list[BuiltEngine]:
     """Builds what is not there. `weights`: part -> initializers a LoRA changed; `loras`: (sha256, strength), for the list.
 
-    ranges: graph -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
+    ranges: a graph's file, which has the weights that the LoRA changed -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
     plans that were ready by then stay.
     """
     library = load_library(options.library)
@@ -101,7 +102,10 @@ def build_engines(
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
-            measured = ranges(graph) if precision == "fp8" else {}
+            measured = {}
+            if precision == "fp8":
+                with prepared(path, replaced, "graph", store.folder) as calibrated:  # with the LoRA's weights
+                    measured = ranges(calibrated)
             with prepared(path, replaced, precision, store.folder, measured) as source:
                 job = _job(store, wanted, library, source, options.gpu)
                 built.append(_build(store, wanted, job, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
@@ -111,7 +115,9 @@ def build_engines(
 def _job(store: PlanStore, wanted: Plan, library: Library, source: Path, gpu: int) -> Job:
     timing = _timing(store, wanted)
     known = timing.read_bytes() if timing.is_file() else b""
-    return Job(library, source, wanted.profile, wanted.targets, wanted.flags, known, gpu)
+    # TensorRT's own limit is all of the GPU's memory, which on a Jetson is what the builder itself runs in.
+    workspace = 0 if library.portable else free_bytes(gpu) // 2
+    return Job(library, source, wanted.profile, wanted.targets, wanted.flags, known, gpu, workspace)
 
 
 def _timing(store: PlanStore, wanted: Plan) -> Path:

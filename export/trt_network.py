@@ -34,6 +34,7 @@ class Job:
     flags: tuple[str, ...] = ()
     timing_cache: bytes = b""
     gpu: int = 0  # to build on, in CUDA's order
+    workspace_bytes: int = 0  # what kernels that are tried may take at most; 0 leaves it to the library
     said: list[str] = field(default_factory=list)  # errors that the library logged
 
 
@@ -102,6 +103,8 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
         config.set_flag(getattr(trt.BuilderFlag, name))
     if resizing := getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None):
         config.set_preview_feature(resizing, True)  # contexts then take memory for their own shape, not for the largest
+    if job.workspace_bytes:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     set_targets(job.library, config, job.targets)
     cache = _timing_cache(job, config)
     if job.profile:

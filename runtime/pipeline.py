@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engines import BuiltFor, choose_engine
-from ..engines.dtypes import check_dtype
+from ..engines import BuiltFor, check_dtype, choose_engine
 from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder

@@ -31,7 +31,7 @@ class FakeTensorRT(SimpleNamespace):
         creation = SimpleNamespace(**({"STRONGLY_TYPED": 1} if typed else {}))
         super().__init__(
             __version__=version, ILogger=ILogger, IProgressMonitor=IProgressMonitor, BuilderFlag=flags,
-            PreviewFeature=preview, NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
+            PreviewFeature=preview, MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"), NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
             parse=parse, steps=steps,
         )  # fmt: skip
         self.Builder = lambda logger: Builder(self, logger)

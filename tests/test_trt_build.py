@@ -24,7 +24,7 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import nvidia
 from vega_edge.engines.plan_choice import Here, choose_plan
-from vega_edge.engines.plan_store import PlanLora, PlanStore
+from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore
 from vega_edge.errors import EngineError, ExportError, UsageError
 from vega_edge.export import trt_build, trt_library, trt_network
 from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
@@ -241,6 +241,20 @@ def test_flags(graph, flags, told):
     assert fake.told["preview"] == ("RESIZE", True)
 
 
+def test_tensorrt_tries_kernels_in_half_of_the_memory_that_is_free(graph, monkeypatch):
+    fake = FakeTensorRT()
+    build_plan(Job(Library("tensorrt", fake), graph))
+    assert "limit" not in fake.told
+    monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 6_000_000_000)
+    store, wanted = (
+        PlanStore(graph.parent.parent),
+        Plan("", "", 0, "unet/model.onnx", "", "tensorrt", "10.3.0", ("sm_87",), {}),
+    )
+    build_plan(trt_build._job(store, wanted, Library("tensorrt", fake), graph, 0))
+    assert fake.told["limit"] == ("WORKSPACE", 3_000_000_000)
+    assert trt_build._job(store, wanted, RTX, graph, 0).workspace_bytes == 0
+
+
 def test_older_libraries_lack_a_flag_and_a_feature(graph):
     fake = FakeTensorRT()
     del fake.BuilderFlag.REFIT_IDENTICAL, fake.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
@@ -396,6 +410,15 @@ def test_int8_weights_stay_near_and_are_a_quarter(graph, tmp_path):
 def test_an_int8_column_of_zeros_has_a_scale():
     scale = int8_scale(np.float16([[0, 127], [0, -254]]))
     assert (scale.tolist(), scale.dtype) == ([1, 2], np.float16)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_int8_column_of_tiny_values_has_a_scale_that_is_not_zero(dtype):
+    """Its 127th part is less than half precision can hold."""
+    column = np.array([[1e-6], [-3e-6]], dtype)
+    scale = int8_scale(column)
+    assert scale.dtype == dtype and scale[0] >= 5.9e-8
+    assert np.isfinite(column / scale).all() and np.abs(column / scale).max() <= 127
 
 
 def test_fp8_is_of_both_sides(graph, tmp_path):

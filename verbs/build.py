@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=lambda graph: _ranges(bundle, graph),
-            progress=progress,
+            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), progress=progress,
+            ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
         )  # fmt: skip
     if arguments.json:
         print(json.dumps([{**dataclasses.asdict(each.plan), "built": each.seconds > 0} for each in built], indent=2))
@@ -115,12 +115,12 @@ def _gpu(device: str | None) -> int:
     return gpu_index(device)
 
 
-def _ranges(bundle: Bundle, graph: str) -> dict[str, float]:
+def _ranges(bundle: Bundle, graph: Path, loras: list[tuple[Path, float]]) -> dict[str, float]:
     """What fp8 is scaled by: the bundle itself draws a few pictures on the CPU, and its UNet is measured on the way."""
     from ..export.trt_calibrate import largest_values
     from ..runtime.calibration import unet_feeds
 
-    return largest_values(bundle.file(graph), unet_feeds(bundle.path))
+    return largest_values(graph, unet_feeds(bundle.path, loras))
 
 
 def _hashes(loras: list[tuple[Path, float]]) -> list[tuple[str, float]]:
