@@ -16,6 +16,7 @@ from .checked import CheckedEngine, reason
 from .choice import (
     ENGINES,
     best_engine,
+    built_shapes,
     check_engine,
     choose_engine,
     gpu_index,
@@ -25,7 +26,7 @@ from .choice import (
 )
 from .compiled import trim as trim_cache
 from .dtypes import check_dtype
-from .plan_choice import BuiltFor
+from .plan_choice import BuiltFor, built_graphs
 from .protocol import Engine, LazyWeights, Opening, Spec, describe
 from .status import EngineStatus, available
 
@@ -38,6 +39,8 @@ __all__ = [
     "Spec",
     "available",
     "best_engine",
+    "built_graphs",
+    "built_shapes",
     "check_dtype",
     "check_engine",
     "choose_engine",

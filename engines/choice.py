@@ -14,7 +14,8 @@ from ..errors import EngineError, UsageError, unknown
 from . import nvidia
 from .checked import reason
 from .dtypes import refusal
-from .plan_choice import BuiltFor, lacking
+from .plan_choice import BuiltFor, choose_plan, lacking
+from .plan_store import PlanStore
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,18 @@ def check_engine(name: str, device: str | None = None) -> None:
         raise UsageError(f"engine {name}: {wrong.why}; leave --device out, or choose another engine")
     if missing := missing_here(name):
         raise EngineError(f"engine {name}: {missing.why}; {missing.cure}")
+
+
+def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Input -> the shape that the engine built of `graph` is tuned for; {} for engines that take a graph as it is.
+
+    EngineError where none has been built that can be used here."""
+    if name not in ("tensorrt-rtx", "tensorrt"):
+        return {}
+    backend = ENGINES[name]
+    here = importlib.import_module(f".{backend.module}", __package__).here(backend.setting, gpu_index(device))
+    plan = choose_plan(PlanStore(graph.parent.parent), graph, here, {}).plan
+    return {name: best for name, (_, best, _) in plan.profile.items()}
 
 
 def runs_on_cpu(name: str) -> bool:

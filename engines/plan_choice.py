@@ -89,8 +89,13 @@ def lacking(wanted: BuiltFor, here: Here) -> str:
 def needed_graphs(bundle: Path) -> list[Path]:
     """Those that text to picture needs, with previews; the tiny decoder makes these wherever there is one."""
     parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "tiny_vae_decoder")
-    found = (next((bundle / part / g for g in _GRAPHS if (bundle / part / g).is_file()), None) for part in parts)
-    return [graph for graph in found if graph is not None]
+    return [graph for graph in built_graphs(bundle) if graph.parent.name in parts]
+
+
+def built_graphs(bundle: Path) -> list[Path]:
+    """Of each part the one that a build makes an engine of, which is what a pipeline runs."""
+    found = {file.parent: file for name in reversed(_GRAPHS) for file in bundle.glob(f"*/{name}")}
+    return [found[folder] for folder in sorted(found)]
 
 
 def build_command(bundle: Path, library: str, part: str, lora: bool = False) -> str:

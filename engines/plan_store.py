@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -138,10 +139,13 @@ class PlanStore:
                 f"and is not loaded, because an engine is code; {self._rebuild(plan)}"
             )
 
-    def fault(self, plan: Plan) -> str:
-        """Why the plan is of no use any more: its file is gone, or the bundle's graph is another now. '' if it is."""
+    def fault(self, plan: Plan, installed: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Why the plan is of no use any more: its file is gone, the bundle's graph is another now, or its library is
+        `installed` (name -> version) in another version. '' if it is of use."""
         if not (self.folder / plan.file).is_file():
             return "its file is missing"
+        if installed.get(plan.library, plan.version) != plan.version:
+            return f"of {plan.library} {plan.version}, and {installed[plan.library]} is installed"
         graph = self.bundle / plan.graph
         if not graph.is_file():
             return f"the bundle has no {plan.graph}"
@@ -170,8 +174,9 @@ class PlanStore:
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
-    def stray(self) -> list[Path]:
-        """What a build left when it was killed, and plans that the manifest does not list.
+    def stray(self, installed: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
+        """What a build left when it was killed, plans that the manifest does not list, locks that nobody took for a day,
+        and timings of libraries that are `installed` (name -> version) in another version now.
 
         Not files of the last minutes, which another process may be about to name or to list, nor folders of the last
         day, in which one may build.
@@ -179,7 +184,11 @@ class PlanStore:
         listed, now = {plan.file for plan in self.plans()}, time.time()
         files = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
         old = [path for path in files if now - path.stat().st_mtime > _STRAY_AFTER_S]
-        old += [p for p in self.folder.glob(f"{BUILD_PREFIX}*") if now - p.stat().st_mtime > _BUILD_AFTER_S]
+        dated = (*self.folder.glob(f"{BUILD_PREFIX}*"), *self.folder.glob(".*.lock"))
+        old += [p for p in dated if now - p.stat().st_mtime > _BUILD_AFTER_S and p.name != f".{INDEX}.lock"]
+        if "tensorrt" in installed:  # TensorRT-RTX has no timings
+            current = f"tensorrt-{installed['tensorrt']}-"
+            old += [p for p in self.folder.glob("tensorrt-*.timing") if not p.name.startswith(current)]
         return sorted(old)
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, choose_pl
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
 from vega_edge.manifest import Manifest, Part, Source
+from vega_edge.verbs import engines as verbs_engines
 
 pytest.importorskip("filelock")
 RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
@@ -366,3 +367,33 @@ def test_a_part_that_the_manifest_does_not_list_is_read(bundle):
     first = graph_hash(graph)
     graph.write_bytes(b"two")
     assert len(first) == 64 and graph_hash(graph) != first
+
+
+def test_gc_removes_what_an_update_left(store, bundle, monkeypatch, capsys):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", lambda: {"tensorrt-rtx": "1.7", "tensorrt": "10.3.0"})
+    kept = store.add(plan(bundle), b"plan", 0)
+    old = store.add(plan(bundle, version="1.6"), b"plan", 0)
+    files = {
+        "tensorrt-10.3.0-sm_87.timing": 0, "tensorrt-8.6.1-sm_87.timing": 0, ".0123.lock": 90_000, ".4567.lock": 3600,
+        f".{INDEX}.lock": 90_000,
+    }  # fmt: skip
+    for name, age_s in files.items():
+        (store.folder / name).touch()
+        os.utime(store.folder / name, (time.time() - age_s,) * 2)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    assert capsys.readouterr().out.splitlines() == [old.file, ".0123.lock", "tensorrt-8.6.1-sm_87.timing"]
+    assert store.plans() == (kept,)
+    assert {path.name for path in store.folder.iterdir()} == {
+        INDEX, kept.file, "tensorrt-10.3.0-sm_87.timing", ".4567.lock", f".{INDEX}.lock",
+    }  # fmt: skip
+
+
+def test_gc_keeps_plans_of_a_library_that_is_not_here(store, bundle, monkeypatch, capsys):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    added = store.add(plan(bundle, version="1.6"), b"plan", 0)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    assert store.plans() == (added,)

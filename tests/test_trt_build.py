@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -489,6 +490,30 @@ def test_a_cast_that_others_use_too_stays(half_stored, tmp_path):
 def test_calibration_takes_the_largest_of_all_inputs(graph):
     feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
     assert largest_values(graph, feeds) == {"x": 5}
+
+
+def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
+    """What the LoRA makes larger would be cut off at the scale that was measured without it."""
+    new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
+    bundle = SimpleNamespace(
+        path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
+        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+    )  # fmt: skip
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 0)
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_89")
+    measured = []
+
+    def ranges(path):
+        measured.append(read_weights(path)["w"].read())
+        return {"x": 4.0}
+
+    options = BuildOptions("tensorrt", SIZES, precision="fp8")
+    for replaced in ({}, {"w": new}):
+        build_engines(bundle, options, weights=lambda part, replaced=replaced: replaced, ranges=ranges)
+    assert len(measured) == 2
+    np.testing.assert_array_equal(measured[0], read_weights(graph)["w"].read())
+    np.testing.assert_array_equal(measured[1], new)
 
 
 def test_calibration_on_what_is_not_finite(graph):
