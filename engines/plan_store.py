@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import mmap
@@ -19,14 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from numpy.typing import NDArray
 
 from .. import records
 from ..errors import EngineError
-from ..manifest import MANIFEST, Manifest
 from ..whole_file import PART, writing
+from .plan_hash import file_hash, graph_hash, weights_hash
+
+__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of", "weights_hash"]
 
 INDEX, FORMAT = "engines.json", 1
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
@@ -130,7 +128,7 @@ class PlanStore:
             state = path.stat()
             if state.st_size < plan.bytes:
                 raise EngineError(f"{path} is truncated ({state.st_size} of {plan.bytes} bytes); {self._rebuild(plan)}")
-            got = _digest(path, state.st_size, state.st_mtime_ns, state.st_ino)
+            got = file_hash(path, state)
         except OSError as failure:
             raise EngineError(f"{path} can't be read ({failure.strerror}); {self._rebuild(plan)}") from failure
         if got != plan.sha256:
@@ -229,45 +227,6 @@ class PlanStore:
 
 def part_of(graph: str) -> str:
     return graph.split("/")[0]
-
-
-def graph_hash(graph: Path) -> str:
-    """Of a bundle's graph and the files its weights are in: by its manifest where it has one, else by reading them."""
-    folder = graph.parent
-    manifest = folder.parent / MANIFEST
-    listed: Mapping[str, Any] = {}
-    if manifest.is_file():
-        parts = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).parts
-        listed = parts[folder.name].files if folder.name in parts else {}
-    names = [graph.name, *sorted(p.name for p in folder.iterdir() if p.suffix not in (".onnx", ".json"))]
-    digest = hashlib.sha256()
-    for name in names:
-        entry = listed.get(f"{folder.name}/{name}")
-        digest.update(f"{name} {entry.sha256 if entry else _sha256(folder / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def weights_hash(weights: Mapping[str, NDArray[Any]]) -> str:
-    """Of replaced initializers; '' for none."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {weights[name].shape}\n".encode())
-        digest.update(weights[name].data)
-    return digest.hexdigest() if weights else ""
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    """Of a file in the state that it is in."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_names(plans: tuple[Plan, ...]) -> None:

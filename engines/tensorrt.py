@@ -181,16 +181,18 @@ class _Context:
         if unknown := context.infer_shapes():
             raise EngineError(f"the shapes leave {', '.join(unknown)} open")
         self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in program.outputs}
-        # TensorRT 10.3 has it; without RUNTIME_ACTIVATION_RESIZE_10_10 in the plan it answers for the largest shape
-        self._sized = hasattr(context, "update_device_memory_size_for_shapes")
-        self.scratch_bytes = int(
-            context.update_device_memory_size_for_shapes() if self._sized else program.scratch_bytes
+        # The size of these shapes is for device_memory alone: set_device_memory wants the largest shape's. Without
+        # RUNTIME_ACTIVATION_RESIZE_10_10 in the plan it is the largest shape's too.
+        self._sized = hasattr(context, "update_device_memory_size_for_shapes") and hasattr(
+            type(context), "device_memory"
         )
+        largest = program.scratch_bytes
+        self.scratch_bytes = int(context.update_device_memory_size_for_shapes()) if self._sized else largest
         device.synchronize()
 
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None:
-        if scratch and self._sized and hasattr(type(self._context), "device_memory"):
-            self._context.device_memory = scratch  # set_device_memory wants the largest shape's size
+        if scratch and (self._sized or not hasattr(self._context, "set_device_memory")):
+            self._context.device_memory = scratch
         elif scratch:
             self._context.set_device_memory(scratch, self.scratch_bytes)
         for name, address in addresses.items():

@@ -113,6 +113,13 @@ class SizedContext(Context):
         self.trt.told.append("scratch")
 
 
+class LaterContext(Context):
+    """As one without the older way to hand memory over."""
+
+    def update_device_memory_size_for_shapes(self):
+        raise AssertionError("of no use without device_memory")
+
+
 class FakeRuntime(SimpleNamespace):
     """`told`: in order, what was asked of contexts and refitters. `missing`: weights that the plan wants and no file has."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vega_edge.bundle import describe_files, write_manifest
-from vega_edge.engines import LazyWeights, plan_store
+from vega_edge.engines import LazyWeights, plan_hash
 from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, choose_plans, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
@@ -272,7 +272,7 @@ def test_an_unchanged_plan_is_read_once(store, bundle, monkeypatch):
     """With little memory a network is opened again for each picture."""
     added, read = store.add(plan(bundle), b"plan", 0), []
     monkeypatch.setattr(
-        plan_store, "_sha256", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
+        plan_hash, "_sha256", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
     )
     for _ in range(3):
         assert store.read(added) == b"plan"

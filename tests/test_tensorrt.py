@@ -14,7 +14,7 @@ from vega_edge.engines.protocol import Opening
 from vega_edge.errors import EngineError
 
 from .fake_device import FakeDevice
-from .fake_runtime import Context, FakeRuntime
+from .fake_runtime import Context, FakeRuntime, LaterContext
 
 pytest.importorskip("filelock")
 RANGES = {"x": ((1, 4), (1, 4), (8, 4))}
@@ -104,7 +104,7 @@ def test_tensorrt_has_no_such_cache(start, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [(None, [200, 300]), (Context, [1_000_000])])
+@pytest.mark.parametrize(("kind", "sizes"), [(None, [200, 300]), (Context, [1_000_000]), (LaterContext, [1_000_000])])
 def test_scratch_memory_is_asked_for_each_shape_where_the_library_tells(start, kind, sizes):
     """Else it is the largest shape's."""
     trt = FakeRuntime() if kind is None else FakeRuntime(kind)
