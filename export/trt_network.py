@@ -101,8 +101,9 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
     config.progress_monitor = monitor
     for name in builder_flags(trt, job.flags):
         config.set_flag(getattr(trt.BuilderFlag, name))
-    if resizing := getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None):
-        config.set_preview_feature(resizing, True)  # contexts then take memory for their own shape, not for the largest
+    resizing = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+    if resizing is not None:  # contexts then take memory for their own shape, not for the largest
+        config.set_preview_feature(resizing, True)
     if job.workspace_bytes:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     set_targets(job.library, config, job.targets)
