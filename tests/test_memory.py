@@ -276,3 +276,15 @@ def test_the_key_is_the_contents(tmp_path: Path) -> None:
         for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))
     }
     assert len(others) == 4
+
+
+def test_generate_closes_its_pipeline_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends write what they compiled, and free a GPU's memory, when they are closed."""
+    from vega_edge.cli import main
+
+    closed: list[str] = []
+    monkeypatch.setattr(Pipeline, "close", lambda self: closed.append(self.name))
+    command = ["generate", "a star", "--engine", "onnxruntime-cpu", "--size", "64x64", "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--steps", "1"]) == 0
+    assert main([*command, "--steps", "0"]) == 2
+    assert closed == ["demo-vegart"] * 2
