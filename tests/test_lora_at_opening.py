@@ -90,19 +90,3 @@ def test_generate_with_a_lora(made: dict[str, Path], tmp_path: Path, capsys: pyt
     assert "Model: demo-vega + style:0.5," in Image.open(tmp_path / "a.png").info["parameters"]
     assert cli.main([*command, "--overwrite", "--lora", str(tmp_path / "none.safetensors")]) == 1
     assert capsys.readouterr().err.startswith(f"vega-edge: LoRA {tmp_path / 'none.safetensors'} is not a file")
-
-
-def test_weights_are_patched_only_where_nothing_was_prepared_of_them(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With low memory every network is opened anew for each picture."""
-    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
-    patched: list[str] = []
-    plain = Patches.of
-    monkeypatch.setattr(Patches, "of", lambda self, part: patched.append(part) or plain(self, part))
-    pipe = Pipeline.open(made["plain"], "onnxruntime-cpu", loras=[(made["lora"], STRENGTH)], memory="low", verify=False)
-    first = pipe(PROMPT, **OPTIONS).latents
-    assert patched == ["unet"]
-    assert np.array_equal(pipe(PROMPT, **OPTIONS).latents, first)
-    assert patched == ["unet"]
-    pipe.close()

@@ -20,6 +20,7 @@ from vega_edge.models import find_bundle
 from vega_edge.runtime import decoder, memory, parts, pipeline
 from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts, cache_folder
+from vega_edge.runtime.patches import Patches
 from vega_edge.runtime.pipeline import Pipeline
 from vega_edge.runtime.tiles import decode_in_tiles
 
@@ -288,3 +289,27 @@ def test_generate_closes_its_pipeline_whatever_happens(tmp_path: Path, monkeypat
     assert main([*command, "--steps", "1"]) == 0
     assert main([*command, "--steps", "0"]) == 2
     assert closed == ["demo-vegart"] * 2
+
+
+def test_a_loras_weights_are_made_only_where_nothing_was_prepared_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little memory every network is opened anew for each picture."""
+    pytest.importorskip("safetensors")
+    from vega_edge.bench.lora import random_lora
+
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    random_lora(Bundle.open(find_bundle("demo-vegart"), verify=False), tmp_path / "lora.safetensors", rank=1)
+    made: list[str] = []
+    plain = Patches.of
+    monkeypatch.setattr(Patches, "of", lambda self, part: made.append(part) or plain(self, part))
+    loras = [(tmp_path / "lora.safetensors", 4.0)]
+    pipe = Pipeline.open("demo-vegart", "onnxruntime-cpu", loras=loras, memory="low", verify=False)
+    options = {"steps": 1, "seed": 1, "width": 64, "height": 64}
+    first = pipe(STAR, **options).latents
+    assert made == ["unet"]
+    assert np.array_equal(pipe(STAR, **options).latents, first)
+    assert made == ["unet"]
+    pipe.close()
+    without = Pipeline.open("demo-vegart", "onnxruntime-cpu", verify=False)(STAR, **options).latents
+    assert made == ["unet"] and not np.allclose(without, first, rtol=1e-2)
