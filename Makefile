@@ -1,6 +1,7 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
 # make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
-# exports by optimum-onnx open here and ours there, in an environment of its own.
+# exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, with
+# onnxruntime-gpu or tensorrt installed into .venv-test.
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
 BIN := Scripts
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := bin
 endif
 
-.PHONY: demo test test-full test-interop check clean
+.PHONY: demo test test-full test-interop test-gpu check clean
 
 demo: .venv/demo-installed
 	.venv/$(BIN)/python -m vega_edge.demo.sheet demo.png
@@ -21,6 +22,9 @@ test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
 	.venv-test/$(BIN)/python -m pytest tests/test_full_engines.py
+
+test-gpu: .venv-test/installed
+	.venv-test/$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
 test-interop: .venv-test/installed

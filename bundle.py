@@ -56,6 +56,11 @@ class Bundle:
         # model_index.json also names parts that the folder lacks, and facts that are no parts.
         return tuple(sorted(part for part in self.model_index if (self.path / part).is_dir()))
 
+    @property
+    def precision(self) -> tuple[str, str]:
+        """(dtype, weights) as the manifest says; ('', '') where there is none."""
+        return (self.manifest.dtype, self.manifest.weights) if self.manifest else ("", "")
+
     def has(self, file: str) -> bool:
         """Is `file`, such as "vae_decoder/pixels.onnx", part of the bundle?"""
         if self.manifest is not None:

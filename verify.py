@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .engines import Engine, choose_engine, has_attention, open_engine
-from .engines.dtypes import check_dtype
+from .engines import Engine, built_graphs, built_shapes, check_dtype, choose_engine, has_attention, open_engine
 from .errors import BundleError, EngineError, VegaEdgeError
 from .manifest import plain_form
 
@@ -70,11 +69,13 @@ def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | Non
     there is no engine; what a graph does wrong is in its check's `fault`."""
     bundle = Bundle.open(path)
     if engine == "auto":
-        engine = choose_engine(sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*")), device=device)
-    if bundle.manifest:
-        check_dtype(engine, bundle.manifest.dtype, bundle.manifest.weights)
+        size = sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*"))
+        engine = choose_engine(size, device=device, precision=bundle.precision)
+    check_dtype(engine, *bundle.precision)
     files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
-    graphs = sorted(file.relative_to(bundle.path).as_posix() for file in bundle.path.glob("*/*.onnx"))
+    # Of some parts no engine of TensorRT is built but of the graph that a pipeline runs.
+    files_run = built_graphs(bundle.path) if engine.startswith("tensorrt") else bundle.path.glob("*/*.onnx")
+    graphs = sorted(file.relative_to(bundle.path).as_posix() for file in files_run)
     if engine not in ("onnxruntime-cpu", "onnxruntime-cuda") or not has_attention():  # nobody else takes such nodes
         graphs = [graph for graph in graphs if graph == plain_form(graph)]
     checks = tuple(_check(bundle, graph, engine, device) for graph in graphs)
@@ -88,7 +89,7 @@ def _check(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check
     fault = ""
     try:
         with contextlib.closing(open_engine(bundle.path / graph, engine, device=device)) as opened:
-            fault = _fault(opened, _smoke(bundle, graph))
+            fault = _fault(opened, _smoke(bundle, graph, built_shapes(bundle.path / graph, engine, device)))
     except VegaEdgeError as failure:
         fault = str(failure)
     size = sum(file.stat().st_size for file in _files(bundle.path / graph))
@@ -110,31 +111,36 @@ def _fault(engine: Engine, smoke: _Smoke) -> str:
     return f"{broken[0]} is not finite" if broken else ""
 
 
-def _smoke(bundle: Bundle, graph: str) -> _Smoke:
+def _smoke(bundle: Bundle, graph: str, built: Mapping[str, Shape]) -> _Smoke:
+    """`built`: the shapes that an engine is tuned for; where it takes any, one small picture."""
     part, _, file = plain_form(graph).partition("/")
     random = np.random.default_rng(0)
     if part.startswith("text_encoder"):
         config = bundle.config(part)
         # 0 to 76 are ids in any vocabulary; the largest id ends a text for CLIP's pooling
-        ids = np.minimum(np.arange(TOKENS), int(config["vocab_size"]) - 1)[None].astype(np.int64)
-        return _Smoke({"input_ids": ids}, {"last_hidden_state": (1, TOKENS, int(config["hidden_size"]))})
+        count = built.get("input_ids", (1,))[0]
+        ids = np.tile(np.minimum(np.arange(TOKENS), int(config["vocab_size"]) - 1).astype(np.int64), (count, 1))
+        return _Smoke({"input_ids": ids}, {"last_hidden_state": (count, TOKENS, int(config["hidden_size"]))})
     unet = bundle.config("unet")
     side = 2 * 2 ** (len(unet["block_out_channels"]) - 1)
     channels = int(unet["in_channels"])
-    latents = random.standard_normal((1, channels, side, side))
+    n, _, high, wide = next((shape for shape in built.values() if len(shape) == 4), (1, 0, side, side))
     if part == "unet":
-        return _Smoke(_unet_feeds(unet, latents, random), {"out_sample": (1, int(unet["out_channels"]), side, side)})
+        latents = random.standard_normal((n, channels, high, wide))
+        return _Smoke(_unet_feeds(unet, latents, random), {"out_sample": (n, int(unet["out_channels"]), high, wide)})
     if part not in ("vae_encoder", "vae_decoder", "tiny_vae_decoder"):
         raise BundleError(f"{graph} is of no part that is known: it can't be run")
     config = bundle.config(part)
     levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    pixels = side * 2 ** (len(levels) - 1)
+    scale = 2 ** (len(levels) - 1)
     if part == "vae_encoder":
-        picture = random.uniform(-1, 1, (1, 3, pixels, pixels))
-        return _Smoke({"sample": picture}, {"latent_parameters": (1, 2 * channels, side, side)})
+        high, wide = (high // scale, wide // scale) if built else (high, wide)  # what it was built for is in pixels
+        picture = random.uniform(-1, 1, (n, 3, high * scale, wide * scale))
+        return _Smoke({"sample": picture}, {"latent_parameters": (n, 2 * channels, high, wide)})
+    feeds = {"latent_sample": random.standard_normal((n, channels, high, wide))}
     if file == "pixels.onnx":
-        return _Smoke({"latent_sample": latents}, {"pixels": (1, pixels, pixels, 3)})
-    return _Smoke({"latent_sample": latents}, {"sample": (1, 3, pixels, pixels)})
+        return _Smoke(feeds, {"pixels": (n, high * scale, wide * scale, 3)})
+    return _Smoke(feeds, {"sample": (n, 3, high * scale, wide * scale)})
 
 
 def _unet_feeds(unet: Mapping[str, Any], latents: NDArray[Any], random: np.random.Generator) -> dict[str, NDArray[Any]]:
@@ -142,12 +148,12 @@ def _unet_feeds(unet: Mapping[str, Any], latents: NDArray[Any], random: np.rando
     feeds = {
         "sample": latents,
         "timestep": np.array([500.0]),
-        "encoder_hidden_states": random.standard_normal((1, TOKENS, int(unet["cross_attention_dim"]))),
+        "encoder_hidden_states": random.standard_normal((len(latents), TOKENS, int(unet["cross_attention_dim"]))),
     }
     if unet.get("addition_embed_type") == "text_time":
         width = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
-        feeds["text_embeds"] = random.standard_normal((1, width))
-        feeds["time_ids"] = np.array([[512.0, 512, 0, 0, 512, 512]])
+        feeds["text_embeds"] = random.standard_normal((len(latents), width))
+        feeds["time_ids"] = np.tile([512.0, 512, 0, 0, 512, 512], (len(latents), 1))
     return feeds
 
 

@@ -3,9 +3,11 @@
     python -m vega_edge.bench.gpu BUNDLE [BUNDLE ...] -o bench/results/gpu.json
 
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
-trained ones. The peers are built from the bundle's configurations, so that both sides are the same networks: fp16,
-channels_last, the decoder in the precision that ours has; compiled means max-autotune, which includes CUDA graphs.
-Bundles for onnxruntime-cuda: export them with --attention. `--device cpu` runs the same on a CPU, to try the program itself.
+trained ones. Every side walks with Euler, one evaluation of the U-Net a step. The peers are built from the bundle's
+configurations, so that both sides are the same networks: fp16, channels_last, the decoder in the precision that ours has;
+compiled means max-autotune, which includes CUDA graphs. Bundles for onnxruntime-cuda: export them with --attention.
+Exit status 1 where a goal of the project is missed. `--device cpu` runs the same on a CPU, to try the program itself, and
+judges nothing.
 """
 
 from __future__ import annotations
@@ -21,25 +23,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import Pipeline
 from ..bundle import Bundle
 from ..engines import EngineStatus, available
 from ..engines.checked import CheckedEngine
 from ..errors import EngineError
 from ..models import find_bundle
-from .gpu_peers import Peer, flops, matmul_peak, peer, pipeline_flops
-from .machine import facts, markdown
+from .gpu_peers import flops, free_bytes, matmul_peak, peer, pipeline_flops
+from .gpu_report import PEERS, shortfalls, summary, table
+from .machine import facts
 
 PROMPT = "a big red star on a blue background"
-PEERS = ("eager", "compiled")
 _FIRST = """
-import sys, time
+import contextlib, sys, time
 start = time.perf_counter()
 from vega_edge import Pipeline
-Pipeline.open(sys.argv[1], sys.argv[2], device=sys.argv[3])({prompt!r})
-print(time.perf_counter() - start)
+with contextlib.closing(Pipeline.open(sys.argv[1], sys.argv[2], device=sys.argv[3])) as pipe:
+    pipe({prompt!r})
+    print(time.perf_counter() - start)
 """.replace("{prompt!r}", repr(PROMPT))
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu; default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], metavar="N")
+    parser.add_argument("--steps", type=int, help="of every side; default: the bundle's own")
     parser.add_argument("--runs", type=int, default=20, help="of each side; default: %(default)s")
     parser.add_argument("--warm", type=int, default=3, help="rounds that don't count; default: %(default)s")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
@@ -64,39 +66,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
+    if arguments.device != "cpu" and (missed := shortfalls(rows)):
+        raise SystemExit("\n".join(missed))
 
 
 def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
     """One row for each batch: ours and each peer's numbers, and the ratios of their medians."""
     bundle, device = Bundle.open(folder), arguments.device
-    free = _free_bytes(device)
-    pipe = Pipeline.open(folder, arguments.engine, device=device)
-    work = {part: flops(bundle, part, pipe.defaults) for part in ("text", "denoise", "decode")}
-    rows = []
-    memory = {}
-    for batch in arguments.batches:
-        _ours(pipe, 0, batch)
-        memory["ours"] = free - _free_bytes(device)
-        sides: dict[str, Callable[[int], dict[str, float]]] = {"ours": lambda seed, n=batch: _ours(pipe, seed, n)}  # type: ignore[misc]
-        with contextlib.ExitStack() as stack:
-            for name in arguments.peers:
-                before = _free_bytes(device)
-                sides[name] = stack.enter_context(_peer(bundle, pipe, name, device, batch))
-                sides[name](0)
-                memory[name] = before - _free_bytes(device)
-            times = turns(sides, arguments.runs, arguments.warm)
-        row = {"model": pipe.name, "engine": pipe.engine, "batch": batch, **_settings(pipe)}
-        total = pipeline_flops(work, pipe.defaults, batch)
-        row["sides"] = {name: summary(taken, batch, total, peak) for name, taken in times.items()}
-        ours = row["sides"]["ours"]["p50_s"]
-        row["ratios"] = {name: round(row["sides"][name]["p50_s"] / ours, 3) for name in arguments.peers}
-        row["device_bytes"] = dict(memory)
-        rows.append(row)
-    pipe.close()
+    free = free_bytes(device)
+    with contextlib.closing(Pipeline.open(folder, arguments.engine, device=device)) as pipe:
+        settings = {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")}
+        settings["steps"] = arguments.steps or settings["steps"]
+        work = {part: flops(bundle, part, settings) for part in ("text", "denoise", "decode")}
+        memory = {}
+        for batch in arguments.batches:  # before there is any peer, whose allocator keeps what it once had
+            draw_ours(pipe, settings, 0, batch)
+            memory[batch] = free - free_bytes(device)
+        rows = []
+        for batch in arguments.batches:
+            row = {"model": pipe.name, "engine": pipe.engine, "batch": batch, **settings}
+            times, taken_bytes = _beside(bundle, pipe, settings, batch, arguments)
+            total = pipeline_flops(work, settings, batch)
+            row["sides"] = {name: summary(taken, batch, total, peak) for name, taken in times.items()}
+            ours = row["sides"]["ours"]["p50_s"]
+            row["ratios"] = {name: round(row["sides"][name]["p50_s"] / ours, 3) for name in arguments.peers}
+            row["device_bytes"] = {"ours": memory[batch], **taken_bytes}
+            rows.append(row)
     seconds = first_picture(folder, arguments.engine, device)
-    for row in rows:
-        row["first_picture_s"] = seconds
-    return rows
+    return [{**row, "first_picture_s": seconds} for row in rows]
+
+
+def _beside(
+    bundle: Bundle, pipe: Pipeline, settings: dict[str, Any], batch: int, arguments: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, int]]:
+    """Times of ours and of each peer, and the bytes that each peer takes on the device."""
+    sides: dict[str, Callable[[int], dict[str, float]]] = {"ours": lambda seed: draw_ours(pipe, settings, seed, batch)}
+    memory = {}
+    with contextlib.ExitStack() as stack:
+        for name in arguments.peers:
+            before = free_bytes(arguments.device)
+            made = peer(bundle, settings, arguments.device, compiled=name == "compiled", batch=batch)
+            stack.callback(made.close)
+            sides[name] = made
+            made(0)
+            memory[name] = before - free_bytes(arguments.device)
+            check_calls(name, made.calls, settings["steps"])
+        return turns(sides, arguments.runs, arguments.warm), memory
+
+
+def check_calls(side: str, calls: int, steps: int) -> None:
+    """Exits unless a picture took one evaluation of the U-Net a step: sides that do different work can't be compared."""
+    if calls != steps:
+        raise SystemExit(f"{side} ran its U-Net {calls} times for {steps} steps; nothing was compared")
 
 
 def turns(
@@ -114,54 +135,36 @@ def turns(
     return taken
 
 
-def summary(taken: list[dict[str, float]], batch: int, work: float, peak: float) -> dict[str, Any]:
-    """Medians and 95th percentiles in seconds; TFLOP/s of the work that the networks are, and its share of the peak."""
-
-    def quantile(name: str, q: float) -> float:
-        return round(float(np.quantile([each[name] for each in taken], q)), 5)
-
-    parts = {name: {"p50_s": quantile(name, 0.5), "p95_s": quantile(name, 0.95)} for name in taken[0] if name != "all"}
-    median = quantile("all", 0.5)
-    return {
-        "p50_s": median, "p95_s": quantile("all", 0.95), "pictures_per_s": round(batch / median, 3),
-        "tflops": round(work / median / 1e12, 2), "share_of_peak": round(work / median / peak, 3), "parts": parts,
-    }  # fmt: skip
-
-
-def _ours(pipe: Pipeline, seed: int, batch: int) -> dict[str, float]:
-    with engine_seconds() as inside:
+def draw_ours(pipe: Pipeline, settings: dict[str, Any], seed: int, batch: int) -> dict[str, float]:
+    """With one evaluation of the U-Net a step, as the peers; each time another prompt, since texts are remembered."""
+    with engine_calls() as inside:
         start = time.perf_counter()
-        result = pipe(PROMPT, seed=seed, samples=batch)
+        result = pipe(
+            f"{PROMPT}, number {seed}", seed=seed, samples=batch, scheduler="Euler", family="diffusers",
+            steps=settings["steps"],
+        )  # fmt: skip
         total = time.perf_counter() - start
-    return {**result.timings, "outside the engines": total - sum(inside)}
+    check_calls("ours", sum(is_unet for is_unet, _ in inside), settings["steps"])
+    return {**result.timings, "outside the engines": total - sum(seconds for _, seconds in inside)}
 
 
 @contextlib.contextmanager
-def engine_seconds() -> Iterator[list[float]]:
-    """Collects how long each call of an engine takes, while it is open."""
-    run, seconds = CheckedEngine.run, list[float]()
+def engine_calls() -> Iterator[list[tuple[bool, float]]]:
+    """Collects (is it the U-Net's, seconds) of each call of an engine, while it is open."""
+    run, calls = CheckedEngine.run, list[tuple[bool, float]]()
 
     def timed(self: CheckedEngine, feeds: Any) -> Any:
         start = time.perf_counter()
         try:
             return run(self, feeds)
         finally:
-            seconds.append(time.perf_counter() - start)
+            calls.append(("timestep" in self.inputs, time.perf_counter() - start))
 
     CheckedEngine.run = timed  # type: ignore[method-assign]
     try:
-        yield seconds
+        yield calls
     finally:
         CheckedEngine.run = run  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _peer(bundle: Bundle, pipe: Pipeline, name: str, device: str, batch: int) -> Iterator[Peer]:
-    made = peer(bundle, pipe.defaults, device, compiled=name == "compiled", batch=batch, prompt=PROMPT)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def first_picture(folder: Path, engine: str, device: str) -> float:
@@ -172,44 +175,6 @@ def first_picture(folder: Path, engine: str, device: str) -> float:
         if done.returncode:
             raise SystemExit(f"the first picture failed: {done.stderr.strip().splitlines()[-1]}")
     return round(float(done.stdout), 3)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    head = [
-        "model",
-        "engine",
-        "batch",
-        "ours p50 / p95 s",
-        "pictures/s",
-        "TFLOP/s (of peak)",
-        "outside",
-        "first",
-        *PEERS,
-    ]
-    body = []
-    for row in rows:
-        ours = row["sides"]["ours"]
-        outside = ours["parts"]["outside the engines"]["p50_s"] / ours["p50_s"]
-        peers = [f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else "-" for name in PEERS]
-        body.append([
-            row["model"], row["engine"], row["batch"], f"{ours['p50_s']:.3f} / {ours['p95_s']:.3f}", ours["pictures_per_s"],
-            f"{ours['tflops']} ({ours['share_of_peak']:.0%})", f"{outside:.1%}", f"{row['first_picture_s']} s", *peers,
-        ])  # fmt: skip
-    return markdown(head, body)
-
-
-def _settings(pipe: Pipeline) -> dict[str, Any]:
-    return {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")}
-
-
-def _free_bytes(device: str) -> int:
-    """Of the whole GPU; 0 on a CPU, where it would mean something else."""
-    if device == "cpu":
-        return 0
-    from ..engines.cuda import CudaDevice
-
-    with contextlib.closing(CudaDevice(int(device.partition(":")[2] or 0))) as gpu:
-        return gpu.memory()[0]
 
 
 def _gpu(device: str) -> dict[str, Any]:
@@ -223,7 +188,16 @@ def _gpu(device: str) -> dict[str, Any]:
         with contextlib.suppress(EngineError):
             found |= {"name": nvidia.devices()[index], "capability": nvidia.compute_capability(index)}
             found["driver_cuda"] = ".".join(map(str, nvidia.driver_cuda()))
+        found["driver"] = _driver_version(index)
     return found
+
+
+def _driver_version(index: int) -> str:
+    """'570.86.15', or '' where nvidia-smi is not there to say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Weights are random: for time they need not be trained, and a bundle has none tha
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,8 @@ TOKENS = 77
 
 
 class Peer:
-    """Draws one batch with the loop that diffusers' pipelines run; __call__ returns the seconds of each stage.
+    """Draws one batch with the loop that diffusers' pipelines run; __call__ returns the seconds of each stage. `calls`: of
+    the U-Net, for the last batch.
 
     The scheduler is not what is compared: Euler's update stands for any. Text, networks and decoder are diffusers' own.
     """
@@ -33,6 +35,7 @@ class Peer:
         self._scale = 2 ** (len(networks["vae"].config.block_out_channels) - 1) if "vae" in networks else _LATENT_PX
         unet = networks["unet"]
         self._dtype = next(unet.parameters()).dtype
+        self.calls = 0
         self._ids = torch.randint(0, networks["text_encoder"].config.vocab_size, (1, TOKENS), device=self._device)
 
     def __call__(self, seed: int) -> dict[str, float]:
@@ -54,6 +57,8 @@ class Peer:
 
     def close(self) -> None:
         self._networks = {}
+        torch._dynamo.reset()  # compiled code refers to the weights
+        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -87,6 +92,7 @@ class Peer:
         return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
     def _denoise(self, feeds: Mapping[str, Any], seed: int) -> torch.Tensor:
+        self.calls = 0
         generator = torch.Generator(self._device).manual_seed(seed)
         channels, (height, width) = self._networks["unet"].config.in_channels, self._size
         shape = (self._batch, channels, height // self._scale, width // self._scale)
@@ -95,6 +101,7 @@ class Peer:
             t = torch.full((1,), 999.0 - step, device=self._device)
             given = torch.cat((x, x)) if self._guided else x
             given = given.contiguous(memory_format=torch.channels_last)
+            self.calls += 1
             out = self._networks["forward"](given, t, **feeds, return_dict=False)[0]
             if self._guided:
                 away, toward = out.chunk(2)
@@ -103,23 +110,34 @@ class Peer:
         return x
 
 
-def peer(
-    bundle: Bundle, defaults: Mapping[str, Any], device: str, *, compiled: bool, batch: int, prompt: str
-) -> Peer:  # fmt: skip
-    del prompt  # ids of 77 tokens take the same time whatever they say
+def peer(bundle: Bundle, defaults: Mapping[str, Any], device: str, *, compiled: bool, batch: int) -> Peer:
     half = torch.float16 if device != "cpu" else torch.float32
     networks = {name: network.to(device, half).eval() for name, network in networks_of(bundle).items()}
-    if bundle.config("vae_decoder").get("force_upcast", False):
-        networks["vae"] = networks["vae"].to(torch.float32)  # as ours: see export/parts.py, decoder_precision
+    if device != "cpu":
+        networks["vae"] = networks["vae"].to(decoder_dtype(bundle))
     for name in ("unet", "vae"):
         networks[name] = networks[name].to(memory_format=torch.channels_last)
     forward, decode = networks["unet"], networks["vae"].decode
     if compiled:
-        forward = torch.compile(forward, mode="max-autotune", fullgraph=True)
-        decode = torch.compile(decode, mode="max-autotune", fullgraph=True)
+        # dynamic=False: else the second batch's size makes it compile for any, slower
+        forward = torch.compile(forward, mode="max-autotune", fullgraph=True, dynamic=False)
+        decode = torch.compile(decode, mode="max-autotune", fullgraph=True, dynamic=False)
     return Peer(
         {**networks, "forward": forward, "decode": lambda z: decode(z, return_dict=False)}, defaults, device, batch
     )
+
+
+def decoder_dtype(bundle: Bundle) -> torch.dtype:
+    """What our bundle's decoder computes in, by its manifest; fp16 where there is none. The peer's does too."""
+    if bundle.manifest is None:
+        return torch.float16
+    told = bundle.manifest.parts["vae_decoder"].dtype or bundle.manifest.dtype
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(told, torch.float16)
+
+
+def free_bytes(device: str) -> int:
+    """Of the whole GPU; 0 on a CPU, where it would mean something else."""
+    return 0 if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
 def networks_of(bundle: Bundle) -> dict[str, Any]:

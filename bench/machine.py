@@ -14,7 +14,10 @@ from typing import Any
 
 from ..doctor import cpu_name
 
-PACKAGES = ("numpy", "onnxruntime", "openvino", "tokenizers", "torch", "diffusers", "transformers")
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-python", "tokenizers", "torch",
+    "diffusers", "transformers",
+)  # fmt: skip
 
 
 def facts(commit: bool = True) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Do the embedded models draw what they are told? Their own pictures, read by the checker.
 
     python -m vega_edge.bench.meaning -o bench/results/meaning.json
+    python -m vega_edge.bench.meaning --dtypes -o bench/results/dtypes.json      # fp32, fp16, bf16 and int8 side by side
 
 draws with the exported bundles (see `vega-edge export`) and prints the table of `demo/README.md`. Exit status 1 where a
 goal is missed, or where the base without its LoRA is not clearly worse than with it.
@@ -189,8 +190,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="prompts a row")
     parser.add_argument("--engine", default="onnxruntime-cpu")
     parser.add_argument("--only", default="", help="rows whose bundle is this one; the others in the file stay")
+    parser.add_argument(
+        "--dtypes",
+        metavar="MODEL",
+        nargs="?",
+        const="demo-vega",
+        help="compare dtypes of this model instead, demo-vega or demo-vegart, exporting each; default: demo-vega",
+    )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.dtypes:
+        _compare_dtypes(arguments)
+        return
     teacher: dict[str, list[NDArray[np.uint8]]] = {}
     rows = []
     one, two = ceiling(arguments.count)
@@ -215,6 +226,19 @@ def main() -> None:
         }
         arguments.output.write_text(json.dumps(told, indent=1) + "\n")
     if missed := shortfalls(rows):
+        sys.exit("\n".join(missed))
+
+
+def _compare_dtypes(arguments: argparse.Namespace) -> None:
+    from . import meaning_dtypes as dtypes
+
+    if arguments.dtypes not in dtypes.MODELS:
+        sys.exit(f"--dtypes must be one of {', '.join(dtypes.MODELS)}, not {arguments.dtypes!r}")
+    rows = dtypes.compare(arguments.dtypes, arguments.count, arguments.engine)
+    print(dtypes.table(rows))
+    if arguments.output:
+        arguments.output.write_text(json.dumps({**facts(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    if missed := dtypes.shortfalls(rows):
         sys.exit("\n".join(missed))
 
 

@@ -10,7 +10,7 @@ RUN python -m venv /opt/vega-edge \
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/vega-edge /opt/vega-edge
-RUN useradd --uid 1000 --create-home vega && install -d -o vega -g vega /data/engines
+RUN useradd --uid 1000 --create-home vega && install -d -o vega -g vega /data /data/engines
 ENV PATH=/opt/vega-edge/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     VEGA_EDGE_HOME=/data \

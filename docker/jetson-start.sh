@@ -1,6 +1,6 @@
 #!/bin/sh
 # jetson-start MODEL [serve's options]: builds MODEL's engines where they are missing, then serves it.
-# VEGA_EDGE_BUILD: more of build's options, such as "--static --size 512 --stripped".
+# VEGA_EDGE_BUILD: more of build's options, such as "--static --stripped".
 set -eu
 model=$1
 shift

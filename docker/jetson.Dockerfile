@@ -14,7 +14,7 @@ COPY . /src
 RUN python3 -m venv --system-site-packages /opt/vega-edge \
     && /opt/vega-edge/bin/pip install --no-cache-dir "/src[jetson,serve]" \
     && install -m 755 /src/docker/jetson-start.sh /usr/local/bin/jetson-start && rm -rf /src \
-    && useradd --uid 1000 --create-home --groups video vega && install -d -o vega -g vega /data/engines
+    && useradd --uid 1000 --create-home --groups video vega && install -d -o vega -g vega /data /data/engines
 ENV PATH=/opt/vega-edge/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     VEGA_EDGE_HOME=/data \

@@ -9,13 +9,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..errors import EngineError, UsageError
+from ..errors import CheckpointError, EngineError, UsageError
 from ..onnx_file import numpy_dtype, read_weights
 from . import compiled
 from .checked import CheckedEngine, reason
 from .choice import (
     ENGINES,
     best_engine,
+    built_shapes,
     check_engine,
     choose_engine,
     gpu_index,
@@ -24,8 +25,9 @@ from .choice import (
     takes_attention,
 )
 from .compiled import trim as trim_cache
-from .plan_choice import BuiltFor
-from .protocol import Engine, Opening, Spec, describe
+from .dtypes import check_dtype
+from .plan_choice import BuiltFor, built_graphs
+from .protocol import Engine, LazyWeights, Opening, Spec, describe
 from .status import EngineStatus, available
 
 __all__ = [
@@ -33,9 +35,13 @@ __all__ = [
     "BuiltFor",
     "Engine",
     "EngineStatus",
+    "LazyWeights",
     "Spec",
     "available",
     "best_engine",
+    "built_graphs",
+    "built_shapes",
+    "check_dtype",
     "check_engine",
     "choose_engine",
     "gpu_index",
@@ -72,8 +78,11 @@ def open_engine(
     check_engine(engine, device)
     if not path.is_file():
         raise EngineError(f"engine {engine} can't open {path}: there is no such file")
-    weights = weights or {}
-    _check_weights(path, weights)
+    if isinstance(weights, LazyWeights):
+        given = weights
+        weights = LazyWeights(lambda: _checked(path, given))
+    else:
+        weights = _checked(path, weights or {})
     backend = ENGINES[engine]
     try:
         module = import_module(f".{backend.module}", __package__)
@@ -85,13 +94,15 @@ def open_engine(
         )
         how = Opening(threads, kept, weights, low_memory, gpu_index(device))
         opened: Engine = module.open_graph(path, backend.setting, how)
+    except CheckpointError:  # of weights that are made only now
+        raise
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure
     return CheckedEngine(opened, engine, path)
 
 
-def _check_weights(path: Path, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Backends differ in what they say, or do, about an initializer that is not there or of another shape."""
+def _checked(path: Path, weights: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """`weights`. Backends differ in what they say, or do, about an initializer that is not there or of another shape."""
     places = read_weights(path) if weights else {}
     for name, array in weights.items():
         if name not in places:
@@ -100,3 +111,4 @@ def _check_weights(path: Path, weights: Mapping[str, NDArray[Any]]) -> None:
         if (array.dtype, array.shape) != (want, places[name].shape) or not array.flags.c_contiguous:
             expected = describe(want, places[name].shape)
             raise EngineError(f"{path}: initializer {name!r} is {expected}, got {describe(array.dtype, array.shape)}")
+    return weights

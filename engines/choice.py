@@ -1,4 +1,4 @@
-"""The engines by name, whether each can be had here, and which one `auto` takes. Imports no backend to find out."""
+"""The engines by name, whether each can be had here, and which one `auto` takes: a GPU's engine is tried for that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from ..errors import EngineError, UsageError, unknown
 from . import nvidia
-from .plan_choice import BuiltFor, lacking
+from .checked import reason
+from .dtypes import refusal
+from .plan_choice import BuiltFor, choose_plan, lacking
+from .plan_store import PlanStore
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +57,19 @@ _ON_CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 SMALL_BYTES = 100_000_000
 
 
-def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None) -> str:
+def choose_engine(
+    model_bytes: int | None = None,
+    built: BuiltFor | None = None,
+    device: str | None = None,
+    precision: tuple[str, str] | None = None,
+) -> str:
     """The engine that `auto` stands for here, logged in one line with the reason for each that was passed over.
 
     `model_bytes`: size of the model's graphs, where known. `built`: the model, since TensorRT runs what was built of it.
-    `device`: cpu, cuda or cuda:N; None for any. Choose once for all graphs of a model. Raises EngineError if no engine
-    can be used.
+    `device`: cpu, cuda or cuda:N; None for any. `precision`: dtype and weights of the model's manifest. Choose once for
+    all graphs of a model. Raises EngineError if no engine can be used.
     """
-    name, passed = best_engine(model_bytes, built, device)
+    name, passed = best_engine(model_bytes, built, device, precision)
     if not name:
         raise EngineError(f"no engine can be used: {'; '.join(passed)}; {install_line('cpu')}")
     log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
@@ -69,16 +77,24 @@ def choose_engine(model_bytes: int | None = None, built: BuiltFor | None = None,
 
 
 def best_engine(
-    model_bytes: int | None = None, built: BuiltFor | None = None, device: str | None = None
+    model_bytes: int | None = None,
+    built: BuiltFor | None = None,
+    device: str | None = None,
+    precision: tuple[str, str] | None = None,
 ) -> tuple[str, list[str]]:
     """As `choose_engine`, without a log: the name, '' if there is none, and each that was passed over with its reason."""
     passed: list[str] = []
     small = model_bytes is not None and model_bytes < SMALL_BYTES and missing_here("onnxruntime-cpu") is None
+    small = small and not (precision and refusal("onnxruntime-cpu", precision))
     gpu = gpu_index(device)
     for name in AUTO:
         missing = missing_here(name) or _wrong_device(name, device)
+        if missing is None and precision and (why := refusal(name, precision)):
+            missing = Missing(why, "")
         if missing is None and name == "openvino" and small:
             missing = Missing("it would compile for longer than a model this small takes to run", "")
+        if missing is None and not runs_on_cpu(name):
+            missing = _not_loaded(name)
         if missing is None and name in ("tensorrt-rtx", "tensorrt"):
             missing = _missing_plans(name, built, gpu)
         if missing is None:
@@ -107,6 +123,18 @@ def check_engine(name: str, device: str | None = None) -> None:
         raise UsageError(f"engine {name}: {wrong.why}; leave --device out, or choose another engine")
     if missing := missing_here(name):
         raise EngineError(f"engine {name}: {missing.why}; {missing.cure}")
+
+
+def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Input -> the shape that the engine built of `graph` is tuned for; {} for engines that take a graph as it is.
+
+    EngineError where none has been built that can be used here."""
+    if name not in ("tensorrt-rtx", "tensorrt"):
+        return {}
+    backend = ENGINES[name]
+    here = importlib.import_module(f".{backend.module}", __package__).here(backend.setting, gpu_index(device))
+    plan = choose_plan(PlanStore(graph.parent.parent), graph, here, {}).plan
+    return {name: best for name, (_, best, _) in plan.profile.items()}
 
 
 def runs_on_cpu(name: str) -> bool:
@@ -155,12 +183,22 @@ def _missing_plans(name: str, built: BuiltFor | None, gpu: int) -> Missing | Non
     if built is None:
         return Missing("it runs engines built of a bundle, and none was named", "")
     backend = ENGINES[name]
+    module = importlib.import_module(f".{backend.module}", __package__)
     try:
-        module = importlib.import_module(f".{backend.module}", __package__)
         why = lacking(built, module.here(backend.setting, gpu))
-    except (EngineError, ImportError) as failure:
+    except EngineError as failure:
         why = str(failure)
     return Missing(why, "") if why else None
+
+
+def _not_loaded(name: str) -> Missing | None:
+    """Why a GPU's engine that is installed does not work after all. Imports it, and tries it."""
+    backend = ENGINES[name]
+    try:
+        importlib.import_module(f".{backend.module}", __package__).device(backend.setting)
+    except Exception as failure:  # a library that is installed in part raises anything: OSError, RuntimeError, ...
+        return Missing(reason(failure), "")
+    return None
 
 
 def _missing_gpu() -> Missing | None:

@@ -105,12 +105,17 @@ class CudaDevice:
 
     def _no_memory(self, size: int) -> str:
         code, free, total = self._cuda.cudaMemGetInfo()
-        left = "" if int(code) else f": {free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
-        wanted = f" for {size / 1e6:.0f} MB" if size else ""
-        return (
-            f"GPU {self.index} has too little memory{wanted}{left}; close what else uses it (see nvidia-smi), draw "
-            "smaller or fewer pictures, or use --memory low"
-        )
+        return nvidia.no_memory(self.index, size, None if int(code) else (free, total))
+
+
+def free_bytes(index: int) -> int:
+    """Of GPU `index`; on a Jetson, of the memory that CPU and GPU share."""
+    select(index)
+    cuda = load_runtime()
+    code, free, _ = cuda.cudaMemGetInfo()
+    if int(code):
+        raise EngineError(describe(cuda, code))
+    return int(free)
 
 
 def select(index: int) -> None:
@@ -121,14 +126,12 @@ def select(index: int) -> None:
         raise EngineError(describe(cuda, code))
 
 
-def load_runtime() -> Any:
-    """CUDA's runtime API from cuda-python. EngineError if it is missing, or newer than the driver."""
+def load_runtime(extra: str = "tensorrt-rtx") -> Any:
+    """CUDA's runtime API from cuda-python. EngineError if it is missing, which vega-edge[extra] brings."""
     try:
         from cuda.bindings import runtime  # type: ignore[import, unused-ignore]
     except ImportError as failure:
-        raise EngineError(
-            f'cuda-python can\'t be imported ({failure}); pip install "vega-edge[tensorrt-rtx]"'
-        ) from failure
+        raise EngineError(f'cuda-python can\'t be imported ({failure}); pip install "vega-edge[{extra}]"') from failure
     return runtime
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import EngineError
-from .choice import ENGINES
 
 # (dtype, weights) as a manifest says them, and what an export in it is for
 PRECISIONS: Mapping[tuple[str, str], str] = {
@@ -38,13 +37,19 @@ TABLE: Mapping[str, Mapping[tuple[str, str], str]] = {
 }
 
 
+def refusal(engine: str, precision: tuple[str, str]) -> str:
+    """Why `engine` can't run what was exported as `precision` = (dtype, weights); '' if it can, or nobody tried."""
+    said = TABLE.get(engine, {}).get(precision, YES)
+    return "" if said in (YES, UNTRIED) else said
+
+
 def check_dtype(engine: str, dtype: str, weights: str) -> None:
     """Raises EngineError, naming engine and precision, if `engine` can't run what was exported so.
 
     An engine that the table does not name is not judged.
     """
-    why = TABLE.get(engine, {}).get((dtype, weights), YES)
-    if why in (YES, UNTRIED):
+    why = refusal(engine, (dtype, weights))
+    if not why:
         return
     able = [name for name, row in TABLE.items() if row[dtype, weights] == YES]
     raise EngineError(
@@ -53,12 +58,11 @@ def check_dtype(engine: str, dtype: str, weights: str) -> None:
 
 
 def render() -> str:
-    """The table as Markdown."""
-    engines = [name for name in ENGINES if name in TABLE]
-    head = ["`--dtype`", "`--weights`", "for", *(f"`{name}`" for name in engines)]
+    """The table as Markdown, engines in the order of `choice.ENGINES`."""
+    head = ["`--dtype`", "`--weights`", "for", *(f"`{name}`" for name in TABLE)]
     rows = [head, ["---"] * len(head)]
     for (dtype, weights), purpose in PRECISIONS.items():
-        cells = [TABLE[name][dtype, weights] for name in engines]
+        cells = [TABLE[name][dtype, weights] for name in TABLE]
         rows.append([dtype, weights, purpose, *(c if c in (YES, UNTRIED) else f"no: {c}" for c in cells)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

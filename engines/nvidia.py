@@ -52,6 +52,16 @@ def driver_cuda() -> tuple[int, int]:
     return version.value // 1000, version.value % 1000 // 10
 
 
+def no_memory(gpu: int, wanted: int = 0, left: tuple[int, int] | None = None) -> str:
+    """What to say where GPU `gpu` had no `wanted` bytes (0: not known) to give; `left`: bytes free and in all."""
+    room = f": {left[0] / 1e9:.1f} of {left[1] / 1e9:.1f} GB are free" if left else ""
+    amount = f" for {wanted / 1e6:.0f} MB" if wanted else ""
+    return (
+        f"GPU {gpu} has too little memory{amount}{room}; close what else uses it (see nvidia-smi), draw smaller or fewer "
+        "pictures, or use --memory low"
+    )
+
+
 def _numbered(names: list[str]) -> list[str]:
     return [f"cuda:{index} ({name})" for index, name in enumerate(names)]
 

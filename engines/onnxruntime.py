@@ -20,6 +20,11 @@ from .compiled import used
 from .protocol import Opening, Spec
 
 CUDA = "CUDAExecutionProvider"
+# y = -x, float32[1], opset 18: what a provider must be able to open
+_ONE_NODE = (
+    b'\x08\x08:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
+)
 BFLOAT16 = 16  # TensorProto.DataType
 # How an optimized graph is saved: keys of onnxruntime_session_options_config_keys.h
 _SAVED = {
@@ -83,10 +88,31 @@ def _options(how: Opening) -> Any:
 def _session(graph: Path | bytes, provider: str, options: Any) -> Any:
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
     session = ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
-    got = session.get_providers()
-    if got[0] != provider:
-        raise EngineError(f"asked for {provider}, got {got[0]}")
+    check_provider(session, provider)
     return session
+
+
+def check_provider(session: Any, provider: str) -> None:
+    """onnxruntime opens a graph on the CPU, with a warning only, where a provider's libraries can't be loaded."""
+    got = session.get_providers()
+    if got[0] == provider:
+        return
+    libraries, cure = "CUDA's or cuDNN's", 'pip install "vega-edge[cuda]" brings them'
+    if provider.startswith("Tensorrt"):
+        libraries, cure = "TensorRT's", "install TensorRT from NVIDIA, or use onnxruntime-cuda"
+    raise EngineError(
+        f"asked for {provider}, got {got[0]}: {libraries} libraries are missing, or are not of the version that onnxruntime "
+        f"{ort.__version__} wants; {cure}"
+    )
+
+
+def try_provider(provider: str, settings: dict[str, Any]) -> None:
+    """Opens one node with `provider`. Raises EngineError, or what onnxruntime raises, if that can't be done."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    check_provider(
+        ort.InferenceSession(_ONE_NODE, options, providers=[(provider, settings)], enable_fallback=0), provider
+    )
 
 
 def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:

@@ -6,9 +6,11 @@ graph of it. Feeds that can't change are sent once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ import onnxruntime as ort  # type: ignore[import, unused-ignore]
 from numpy.typing import NDArray
 
 from ..errors import EngineError
+from ..manifest import MANIFEST, Manifest
+from ..onnx_file import read_weights
+from . import nvidia
 from . import onnxruntime as common
 from .device_io import Held
 from .onnxruntime import CUDA
@@ -25,6 +30,7 @@ from .protocol import Opening
 TENSORRT = "TensorrtExecutionProvider"
 _SHAPES = 4  # kept bound at once
 _NO_GRAPH = "-1"  # onnxruntime's gpu_graph_id for a run that is not captured
+_NO_MEMORY = ("Failed to allocate memory", "out of memory")
 _log = logging.getLogger(__name__)
 version = common.version
 
@@ -63,7 +69,8 @@ class BoundEngine:
                 binding.bind_output(name, "cuda", self._gpu)
         captured = self._captures and bool(bound.outputs)
         options.add_run_config_entry("gpu_graph_id", bound.graph_id if captured else _NO_GRAPH)
-        self._session.run_with_iobinding(binding, options)
+        with memory_cure(self._gpu):
+            self._session.run_with_iobinding(binding, options)
         if not bound.outputs:
             bound.outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
         return {name: value.numpy() for name, value in bound.outputs.items()}
@@ -77,9 +84,13 @@ class BoundEngine:
         if key not in self._bound:
             if len(self._bound) >= _SHAPES:
                 self._bound.popitem(last=False)
-            self._count += 1  # never an id that was used before: its graph has other addresses
-            values = {n: ort.OrtValue.ortvalue_from_numpy(a, "cuda", self._gpu) for n, a in feeds.items()}
-            self._bound[key] = _Bound(str(self._count), values)
+            self._count += 1
+            # Never an id that was used before: its graph has other addresses. And onnxruntime keeps every graph until the
+            # session ends, so that shapes which come after the first few run without one.
+            graph_id = str(self._count) if self._count <= _SHAPES else _NO_GRAPH
+            with memory_cure(self._gpu):
+                values = {n: ort.OrtValue.ortvalue_from_numpy(a, "cuda", self._gpu) for n, a in feeds.items()}
+            self._bound[key] = _Bound(graph_id, values)
         self._bound.move_to_end(key)
         return self._bound[key]
 
@@ -87,9 +98,8 @@ class BoundEngine:
 def open_graph(path: Path, provider: str, how: Opening) -> BoundEngine:
     common._require(CUDA)
     if provider == TENSORRT:
-        return BoundEngine(
-            _session(path, how, [(TENSORRT, _tensorrt(how)), (CUDA, {"device_id": how.gpu})]), how.gpu, False
-        )
+        providers = [(TENSORRT, _tensorrt(path, how)), (CUDA, {"device_id": how.gpu})]
+        return BoundEngine(_session(path, how, providers), how.gpu, captures=False)
     settings = {"device_id": how.gpu, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     try:
         session = _session(path, how, [(CUDA, {**settings, "enable_cuda_graph": 1})])
@@ -102,10 +112,24 @@ def open_graph(path: Path, provider: str, how: Opening) -> BoundEngine:
 
 
 def device(provider: str) -> str:
-    """Raises EngineError if this build of onnxruntime has no such provider."""
+    """Raises EngineError if this build of onnxruntime has no such provider, or can't load what it needs."""
     common._require(CUDA)
     common._require(provider)
+    common.try_provider(provider, {})
     return "GPU"
+
+
+@contextlib.contextmanager
+def memory_cure(gpu: int) -> Iterator[None]:
+    """Raises EngineError with the cure for what onnxruntime says about memory; anything else passes."""
+    try:
+        yield
+    except Exception as failure:
+        text = str(failure)
+        if not any(sign in text for sign in _NO_MEMORY):
+            raise
+        size = re.search(r"buffer of size (\d+)", text)
+        raise EngineError(nvidia.no_memory(gpu, int(size[1]) if size else 0)) from failure
 
 
 def _session(path: Path, how: Opening, providers: list[tuple[str, dict[str, Any]]]) -> Any:
@@ -113,16 +137,19 @@ def _session(path: Path, how: Opening, providers: list[tuple[str, dict[str, Any]
     options.enable_mem_reuse = True  # what it saves of a GPU's memory has not been measured
     graph = common._replace_weights(path, options, how.weights)
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
-    session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
-    got, wanted = session.get_providers(), providers[0][0]
-    if got[0] != wanted:
-        raise EngineError(f"asked for {wanted}, got {got[0]}")
+    with memory_cure(how.gpu):
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+    common.check_provider(session, providers[0][0])
     return session
 
 
-def _tensorrt(how: Opening) -> dict[str, Any]:
-    """Engines and timings are kept, so that the minutes they take are spent once."""
-    settings: dict[str, Any] = {"device_id": how.gpu, "trt_cuda_graph_enable": True}
+def _tensorrt(path: Path, how: Opening) -> dict[str, Any]:
+    """Engines and timings are kept, so that the minutes they take are spent once. Half precision is used where the graph
+    asks for it: without these switches the provider computes in fp32."""
+    dtype = _arithmetic(path)
+    settings: dict[str, Any] = {
+        "device_id": how.gpu, "trt_fp16_enable": dtype == "fp16", "trt_bf16_enable": dtype == "bf16"
+    }  # fmt: skip
     if how.cache is not None:
         how.cache.mkdir(parents=True, exist_ok=True)
         settings |= {
@@ -130,3 +157,15 @@ def _tensorrt(how: Opening) -> dict[str, Any]:
             "trt_timing_cache_enable": True, "trt_timing_cache_path": str(how.cache),
         }  # fmt: skip
     return settings
+
+
+def _arithmetic(path: Path) -> str:
+    """What the graph computes in: fp32, fp16, bf16 or int8, as the bundle's manifest says; without one, as the smallest
+    float type of its weights."""
+    manifest = path.parent.parent / MANIFEST
+    if manifest.is_file():
+        told = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest)
+        part = told.parts.get(path.parent.name)
+        return str((part and part.dtype) or told.dtype)
+    kinds = {weight.dtype for weight in read_weights(path).values()}
+    return next((kind for kind in ("fp16", "bf16") if kind in kinds), "fp32")

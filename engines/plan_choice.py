@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import EngineError
+from .plan_range import Rebuild
 from .plan_store import Plan, PlanStore, graph_hash, part_of, weights_hash
 
 _PORTABLE = "ampere+"
@@ -29,30 +30,36 @@ class Here:
 
 @dataclass(frozen=True)
 class Chosen:
-    """`refit`: the replaced weights go in after loading. `rebuild`: the command that built it."""
+    """`refit`: the replaced weights go in after loading. `rebuild`: what builds it for other shapes."""
 
     plan: Plan
     refit: bool
-    rebuild: str
+    rebuild: Rebuild
 
 
 def choose_plan(store: PlanStore, graph: Path, here: Here, weights: Mapping[str, NDArray[Any]]) -> Chosen:
-    """The plan of `graph` built last among those that fit. EngineError says why none does, and what to run."""
-    name, current, replaced = f"{graph.parent.name}/{graph.name}", graph_hash(graph), weights_hash(weights)
+    """The first of `choose_plans`."""
+    return choose_plans(store, graph, here, weights)[0]
+
+
+def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str, NDArray[Any]]) -> list[Chosen]:
+    """The plans of `graph` that fit, the one built last first. EngineError says why none does, and what to run.
+
+    `weights` that are made when they are looked at are not, where no plan of the graph could run anyway.
+    """
+    name = f"{graph.parent.name}/{graph.name}"
     command = build_command(store.bundle, here.library, part_of(name), lora=bool(weights))
-    fitting, faults = [], []
-    for plan in store.plans():
-        if plan.graph == name and plan.library == here.library:
-            fault = _fault(plan, current, here) or _weights_fault(plan, replaced)
-            if fault:
-                faults.append(fault)
-            else:
-                fitting.append(plan)
+    there = [plan for plan in store.plans() if plan.graph == name and plan.library == here.library]
+    current = graph_hash(graph) if there else ""
+    faults = [_fault(plan, current, here) for plan in there]
+    replaced = "" if all(faults) else weights_hash(weights)
+    faults = [fault or _weights_fault(plan, replaced) for plan, fault in zip(there, faults, strict=True)]
+    fitting = [plan for plan, fault in zip(there, faults, strict=True) if not fault]
     if not fitting:
         why = f"the one there is {faults[0]}" if faults else "none has been built"
         raise EngineError(f"no engine of {name} can be used here: {why}; run: {command}")
-    plan = max(fitting, key=lambda plan: (plan.weights == replaced, _built_at(store, plan)))
-    return Chosen(plan, plan.weights != replaced, command)
+    fitting.sort(key=lambda plan: (plan.weights == replaced, _built_at(store, plan)), reverse=True)
+    return [Chosen(plan, plan.weights != replaced, Rebuild(command, plan.unit_px)) for plan in fitting]
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,13 @@ def lacking(wanted: BuiltFor, here: Here) -> str:
 def needed_graphs(bundle: Path) -> list[Path]:
     """Those that text to picture needs, with previews; the tiny decoder makes these wherever there is one."""
     parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "tiny_vae_decoder")
-    found = (next((bundle / part / g for g in _GRAPHS if (bundle / part / g).is_file()), None) for part in parts)
-    return [graph for graph in found if graph is not None]
+    return [graph for graph in built_graphs(bundle) if graph.parent.name in parts]
+
+
+def built_graphs(bundle: Path) -> list[Path]:
+    """Of each part the one that a build makes an engine of, which is what a pipeline runs."""
+    found = {file.parent: file for name in reversed(_GRAPHS) for file in bundle.glob(f"*/{name}")}
+    return [found[folder] for folder in sorted(found)]
 
 
 def build_command(bundle: Path, library: str, part: str, lora: bool = False) -> str:
@@ -111,7 +123,7 @@ def _weights_fault(plan: Plan, replaced: str) -> str:
     """A plan that can be refitted takes any weights, if it was built of the bundle's own."""
     if plan.weights == replaced:
         return ""
-    if not plan.weights and {"refit", "stripped"} & set(plan.flags):
+    if not plan.weights and "refit" in plan.flags:
         return ""
     return "built with another LoRA" if plan.weights else "built without this LoRA"
 

@@ -17,26 +17,28 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from .device_io import Buffers, Device, sizes
+from .plan_range import Profile, Rebuild, Shape, choose_profile
 from .protocol import Spec
 
-Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> least, best, most
 _SHAPES = 4  # kept ready at once: guided or not, in two sizes
 _log = logging.getLogger(__name__)
 
 
 class Context(Protocol):
-    """A plan ready to run with one set of shapes."""
+    """A plan ready to run with one set of shapes. `scratch_bytes`: of the memory that it works in, which all contexts of
+    a plan share, since only one runs at a time."""
 
     @property
     def outputs(self) -> Mapping[str, Shape]: ...
+    @property
+    def scratch_bytes(self) -> int: ...
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None: ...
     def enqueue(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Program(Protocol):
-    """A loaded plan. `scratch_bytes`: of the memory that its contexts share, since only one runs at a time."""
+    """A loaded plan."""
 
     @property
     def inputs(self) -> Mapping[str, Spec]: ...
@@ -44,8 +46,6 @@ class Program(Protocol):
     def outputs(self) -> Mapping[str, Spec]: ...
     @property
     def profiles(self) -> Sequence[Profile]: ...
-    @property
-    def scratch_bytes(self) -> int: ...
     def context(self, profile: int, shapes: Mapping[str, Shape]) -> Context: ...
     def close(self) -> None: ...
 
@@ -59,13 +59,13 @@ class _Prepared:
 
 
 class PlanEngine:
-    """`rebuild`: the command that an error names where a shape lies outside. `graphs=False` captures nothing."""
+    """`rebuild`: what an error names where a shape lies outside. `graphs=False` captures nothing."""
 
-    def __init__(self, program: Program, device: Device, rebuild: str, graphs: bool = True) -> None:
+    def __init__(self, program: Program, device: Device, rebuild: Rebuild, graphs: bool = True) -> None:
         self.inputs, self.outputs = program.inputs, program.outputs
         self._program, self._device, self._rebuild, self._graphs = program, device, rebuild, graphs
         self._buffers = Buffers(device)
-        self._scratch = device.allocate(program.scratch_bytes) if program.scratch_bytes else 0
+        self._scratch, self._scratch_bytes = 0, 0
         self._prepared: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -75,6 +75,7 @@ class PlanEngine:
         needed = {name: int(np.prod(shape)) * dtype.itemsize for name, (dtype, shape) in given.items()}
         if self._buffers.reserve({**sizes(feeds.items()), **needed}):
             self._unbind()
+        self._make_scratch(prepared.context.scratch_bytes)
         self._buffers.upload(feeds)
         self._execute(prepared)
         return self._buffers.download(given)
@@ -85,8 +86,7 @@ class PlanEngine:
         while self._prepared:
             self._drop(self._prepared.popitem()[1])
         self._buffers.close()
-        if self._scratch:
-            self._device.free(self._scratch)
+        self._free_scratch()
         self._program.close()
         self._device.close()
 
@@ -100,6 +100,21 @@ class PlanEngine:
             self._prepared[key] = _Prepared(self._program.context(profile, shapes))
         self._prepared.move_to_end(key)
         return self._prepared[key]
+
+    def _make_scratch(self, size: int) -> None:
+        """For the largest shape met so far: memory for the largest that could come may be gigabytes more."""
+        if size <= self._scratch_bytes:
+            return
+        self._unbind()
+        self._free_scratch()  # first: both at once may not fit
+        self._scratch = self._device.allocate(size)
+        self._scratch_bytes = size
+
+    def _free_scratch(self) -> None:
+        scratch, self._scratch, self._scratch_bytes = self._scratch, 0, 0
+        if scratch:
+            self._device.synchronize()
+            self._device.free(scratch)
 
     def _execute(self, prepared: _Prepared) -> None:
         """The first run warms up: the library compiles and allocates then, which a capture may not contain."""
@@ -135,31 +150,3 @@ class PlanEngine:
         if prepared.graph is not None:
             self._device.destroy(prepared.graph)
             prepared.graph = None
-
-
-def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape], rebuild: str) -> int:
-    """The profile that takes these shapes and is tuned for the nearest. EngineError says what lies outside, and the cure."""
-    faults = [_outside(profile, shapes) for profile in profiles]
-    fitting = [i for i, fault in enumerate(faults) if not fault]
-    if not fitting and profiles:
-        raise EngineError(f"{faults[0]}; widen it: {rebuild}")
-    return min(fitting, key=lambda i: _distance(profiles[i], shapes), default=0)
-
-
-def _outside(profile: Profile, shapes: Mapping[str, Shape]) -> str:
-    for name, (least, _, most) in profile.items():
-        got = shapes[name]
-        for axis, (low, size, high) in enumerate(zip(least, got, most, strict=True)):
-            if not low <= size <= high:
-                shape = "x".join(map(str, got))
-                return f"input {name!r} is {shape}, but axis {axis} was built for {low} to {high}"
-    return ""
-
-
-def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> float:
-    """How far the shapes are from what the profile is tuned for, as a sum of ratios."""
-    return sum(
-        abs(float(np.log(size / wanted)))
-        for name, (_, best, _) in profile.items()
-        for size, wanted in zip(shapes[name], best, strict=True)
-    )

@@ -11,19 +11,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from types import MappingProxyType
 
 from .. import records
 from ..errors import EngineError
-from ..manifest import MANIFEST, Manifest
 from ..whole_file import PART, writing
+from .plan_hash import file_hash, graph_hash, weights_hash
+
+__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of", "weights_hash"]
 
 INDEX, FORMAT = "engines.json", 1
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
@@ -46,7 +47,8 @@ class Plan:
 
     graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
     targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
-    every input with a free axis. flags: static, refit, stripped, weight-streaming. bytes and sha256 are of the file.
+    every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
+    pixels for each step of its inputs' height and width. bytes and sha256 are of the file.
     """
 
     file: str
@@ -63,11 +65,13 @@ class Plan:
     weights: str = ""
     loras: tuple[PlanLora, ...] = ()
     seconds: float = 0.0
+    unit_px: int = 1
 
     @property
     def key(self) -> str:
         """Hex; two plans share it only if one can stand for the other."""
-        unkeyed = ("file", "sha256", "bytes", "seconds", "loras")  # the LoRAs are in `weights`, by what they did
+        # the LoRAs are in `weights`, by what they did
+        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px", "loras")
         facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -109,27 +113,37 @@ class PlanStore:
             raise EngineError(f"{path}: {failure}; remove {self.folder} and build again") from failure
         return index.plans
 
-    def read(self, plan: Plan) -> bytes:
-        """The plan's bytes, checked against the manifest. Raises EngineError if they are missing or altered."""
+    def read(self, plan: Plan) -> memoryview:
+        """The plan's bytes, mapped from its file, as `check` found them."""
+        path = self.folder / plan.file
+        self.check(plan)
+        with open(path, "rb") as stream:
+            return memoryview(mmap.mmap(stream.fileno(), plan.bytes, access=mmap.ACCESS_READ))
+
+    def check(self, plan: Plan) -> None:
+        """Raises EngineError unless the file is there and what the manifest says. This process reads it once, unless it
+        changes: --memory low opens a plan again for each picture."""
         path = self.folder / plan.file
         try:
-            content = path.read_bytes()
+            state = path.stat()
+            if state.st_size < plan.bytes:
+                raise EngineError(f"{path} is truncated ({state.st_size} of {plan.bytes} bytes); {self._rebuild(plan)}")
+            got = file_hash(path, state)
         except OSError as failure:
             raise EngineError(f"{path} can't be read ({failure.strerror}); {self._rebuild(plan)}") from failure
-        if len(content) < plan.bytes:
-            raise EngineError(f"{path} is truncated ({len(content)} of {plan.bytes} bytes); {self._rebuild(plan)}")
-        got = hashlib.sha256(content).hexdigest()
         if got != plan.sha256:
             raise EngineError(
                 f"{path} is not the engine that was built here (sha256 {got[:12]}, {INDEX} says {plan.sha256[:12]}) "
                 f"and is not loaded, because an engine is code; {self._rebuild(plan)}"
             )
-        return content
 
-    def fault(self, plan: Plan) -> str:
-        """Why the plan is of no use any more: its file is gone, or the bundle's graph is another now. '' if it is."""
+    def fault(self, plan: Plan, installed: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Why the plan is of no use any more: its file is gone, the bundle's graph is another now, or its library is
+        `installed` (name -> version) in another version. '' if it is of use."""
         if not (self.folder / plan.file).is_file():
             return "its file is missing"
+        if installed.get(plan.library, plan.version) != plan.version:
+            return f"of {plan.library} {plan.version}, and {installed[plan.library]} is installed"
         graph = self.bundle / plan.graph
         if not graph.is_file():
             return f"the bundle has no {plan.graph}"
@@ -158,8 +172,9 @@ class PlanStore:
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
-    def stray(self) -> list[Path]:
-        """What a build left when it was killed, and plans that the manifest does not list.
+    def stray(self, installed: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
+        """What a build left when it was killed, plans that the manifest does not list, locks that nobody took for a day,
+        and timings of libraries that are `installed` (name -> version) in another version now.
 
         Not files of the last minutes, which another process may be about to name or to list, nor folders of the last
         day, in which one may build.
@@ -167,7 +182,11 @@ class PlanStore:
         listed, now = {plan.file for plan in self.plans()}, time.time()
         files = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
         old = [path for path in files if now - path.stat().st_mtime > _STRAY_AFTER_S]
-        old += [p for p in self.folder.glob(f"{BUILD_PREFIX}*") if now - p.stat().st_mtime > _BUILD_AFTER_S]
+        dated = (*self.folder.glob(f"{BUILD_PREFIX}*"), *self.folder.glob(".*.lock"))
+        old += [p for p in dated if now - p.stat().st_mtime > _BUILD_AFTER_S and p.name != f".{INDEX}.lock"]
+        if "tensorrt" in installed:  # TensorRT-RTX has no timings
+            current = f"tensorrt-{installed['tensorrt']}-"
+            old += [p for p in self.folder.glob("tensorrt-*.timing") if not p.name.startswith(current)]
         return sorted(old)
 
     @contextlib.contextmanager
@@ -208,39 +227,6 @@ class PlanStore:
 
 def part_of(graph: str) -> str:
     return graph.split("/")[0]
-
-
-def graph_hash(graph: Path) -> str:
-    """Of a bundle's graph and the files its weights are in: by its manifest where it has one, else by reading them."""
-    folder = graph.parent
-    manifest = folder.parent / MANIFEST
-    listed: Mapping[str, Any] = {}
-    if manifest.is_file():
-        parts = Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).parts
-        listed = parts[folder.name].files if folder.name in parts else {}
-    names = [graph.name, *sorted(p.name for p in folder.iterdir() if p.suffix not in (".onnx", ".json"))]
-    digest = hashlib.sha256()
-    for name in names:
-        entry = listed.get(f"{folder.name}/{name}")
-        digest.update(f"{name} {entry.sha256 if entry else _sha256(folder / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def weights_hash(weights: Mapping[str, NDArray[Any]]) -> str:
-    """Of replaced initializers; '' for none."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {weights[name].shape}\n".encode())
-        digest.update(weights[name].data)
-    return digest.hexdigest() if weights else ""
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_names(plans: tuple[Plan, ...]) -> None:

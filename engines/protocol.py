@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,13 +21,39 @@ class Spec(NamedTuple):
         return describe(self.dtype, self.shape)
 
 
+class LazyWeights(Mapping[str, NDArray[Any]]):
+    """Initializer -> its new values, made when one of them is first asked for: a backend that opens what it compiled of
+    them before never asks. There is at least one."""
+
+    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
+        self._make = make
+        self._made: Mapping[str, NDArray[Any]] | None = None
+
+    def _values(self) -> Mapping[str, NDArray[Any]]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._values()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def __bool__(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True)
 class Opening:
     """How a backend opens a graph. `threads`: of the CPU, 0 leaves the number to it. `cache`: the folder that belongs
     to this graph with these weights on this backend alone, for what was compiled; may not exist yet; None for no cache.
 
     `weights`: instead of the graph's initializers of these names; of their shape and of the dtype they are stored in
-    (uint16 holds the bits of a bfloat16). Held by reference. `low_memory`: slower, with fewer copies of the weights.
+    (uint16 holds the bits of a bfloat16). Held by reference; may be `LazyWeights`. `low_memory`: slower, with fewer copies of the weights.
     `gpu`: which of the GPUs, in CUDA's order, for backends that use one.
     """
 

@@ -14,29 +14,37 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
-from ..whole_file import writing
 from . import nvidia
-from .cuda import CudaDevice
-from .plan_choice import Here, choose_plan
-from .plan_engine import PlanEngine, Profile, Shape
+from .cuda import CudaDevice, load_runtime
+from .plan_choice import Chosen, Here, choose_plans
+from .plan_engine import PlanEngine
+from .plan_range import Profile, SeveralPlans, Shape
 from .plan_store import Plan, PlanStore
-from .protocol import Opening, Spec
+from .protocol import Engine, Opening, Spec
+from .rtx_cache import RuntimeCache
 
 _log = logging.getLogger(__name__)
+JETSON = Path("/etc/nv_tegra_release")  # of Jetson Linux
 # names of TensorRT's DataType members that numpy has too
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
 
 
-def open_graph(path: Path, module: str, how: Opening) -> PlanEngine:
-    """`module`: tensorrt or tensorrt_rtx. The plan is one that `vega-edge build` made of this graph, for this GPU."""
+def open_graph(path: Path, module: str, how: Opening) -> Engine:
+    """`module`: tensorrt or tensorrt_rtx. The plans are those that `vega-edge build` made of this graph, for this GPU."""
     trt = import_module(module)
     store = PlanStore(path.parent.parent)
-    chosen = choose_plan(store, path, here(module, how.gpu), how.weights)
+    chosen = choose_plans(store, path, here(module, how.gpu), how.weights)
+    if len(chosen) == 1:
+        return _open_plan(trt, store, chosen[0], path, how)
+    return SeveralPlans([each.plan.profile for each in chosen], lambda i: _open_plan(trt, store, chosen[i], path, how))
+
+
+def _open_plan(trt: Any, store: PlanStore, chosen: Chosen, path: Path, how: Opening) -> PlanEngine:
     device = CudaDevice(how.gpu)
     try:
         program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
-        if chosen.refit or "stripped" in chosen.plan.flags:
-            program.refit(path if "stripped" in chosen.plan.flags else None, how.weights if chosen.refit else {})
+        if chosen.refit or "stripped" in chosen.plan.flags:  # one that was built with a LoRA has lost that too
+            program.refit(path, how.weights)
         return PlanEngine(program, device, chosen.rebuild)
     except BaseException:
         device.close()
@@ -51,12 +59,20 @@ def version(module: str) -> str:
 def device(module: str) -> str:
     """The GPUs, for people. Raises EngineError if the library can't use any of them."""
     trt, names = import_module(module), nvidia.devices()
+    load_runtime(_extra(module))
     known = capabilities(trt)
     found = [nvidia.compute_capability(i) for i in range(len(names))]
     if known and not set(found) & known:
         listed = ", ".join(f"{name} is {sm}" for name, sm in zip(names, found, strict=True))
         raise EngineError(f"{module.replace('_', '-')} runs on {', '.join(sorted(known))}, and {listed}; use tensorrt")
     return ", ".join(names)
+
+
+def _extra(module: str) -> str:
+    """What brings cuda-python, in the version that the library's CUDA is of."""
+    if module == "tensorrt":
+        return "jetson" if JETSON.is_file() else "tensorrt"
+    return module.replace("_", "-")
 
 
 def here(module: str, gpu: int) -> Here:
@@ -75,7 +91,7 @@ def capabilities(trt: Any) -> frozenset[str]:
 class _Program:
     """A deserialized plan. See `plan_engine.Program`."""
 
-    def __init__(self, trt: Any, plan: Plan, content: bytes, device: CudaDevice, cache: Path | None) -> None:
+    def __init__(self, trt: Any, plan: Plan, content: memoryview, device: CudaDevice, cache: Path | None) -> None:
         self._trt, self._device, self._said = trt, device, list[str]()
         self._logger = _logger(trt, self._said)
         self._runtime = trt.Runtime(self._logger)
@@ -90,10 +106,11 @@ class _Program:
         self.outputs = {name: self._spec(name) for name in names if name not in inputs}
         self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
         self._managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._cache = _RuntimeCache(trt, self._engine, cache, nvidia.devices()[device.index])
+        self._cache = RuntimeCache(trt, self._engine, cache, nvidia.devices()[device.index])
 
     @property
     def scratch_bytes(self) -> int:
+        """Of the largest shape."""
         name = "device_memory_size_v2" if hasattr(self._engine, "device_memory_size_v2") else "device_memory_size"
         return int(getattr(self._engine, name))
 
@@ -104,11 +121,12 @@ class _Program:
             raise EngineError(f"no room to run it: {_why(self._said)}; draw smaller or fewer pictures")
         return _Context(context, self._device, profile, shapes, self)
 
-    def refit(self, graph: Path | None, weights: Mapping[str, Any]) -> None:
-        """All weights from the bundle's `graph`, if given; then those replaced."""
+    def refit(self, graph: Path, weights: Mapping[str, Any]) -> None:
+        """All weights from the bundle's `graph`, then those replaced: the library combines weights, and takes one of them
+        only with the others."""
         trt = self._trt
         refitter = trt.Refitter(self._engine, self._logger)
-        if graph is not None and not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
+        if not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
             raise EngineError(
                 f"{graph.parent.name}/{graph.name} does not fit the engine built of it: {_why(self._said)}"
             )
@@ -127,10 +145,11 @@ class _Program:
         return _why(self._said)
 
     def compiled(self) -> None:
-        """A context ran for the first time, and may have compiled kernels."""
-        self._cache.grew()
+        """A context ran for the first time, and may have compiled kernels: kept now, as nobody may come to close it."""
+        self._cache.save()
 
     def close(self) -> None:
+        self._cache.save()
         self._cache.close()
         self._engine = self._runtime = None  # the library frees what nothing refers to, in this order
 
@@ -144,7 +163,7 @@ class _Program:
     def _profile(self, index: int) -> Profile:
         free = [name for name, spec in self.inputs.items() if None in spec.shape]
         shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in free}
-        return {name: tuple(tuple(map(int, shape)) for shape in ranges) for name, ranges in shapes.items()}  # type: ignore[misc]
+        return {name: tuple(tuple(map(int, shape)) for shape in ranges) for name, ranges in shapes.items()}
 
 
 class _Context:
@@ -162,13 +181,20 @@ class _Context:
         if unknown := context.infer_shapes():
             raise EngineError(f"the shapes leave {', '.join(unknown)} open")
         self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in program.outputs}
+        # The size of these shapes is for device_memory alone: set_device_memory wants the largest shape's. Without
+        # RUNTIME_ACTIVATION_RESIZE_10_10 in the plan it is the largest shape's too.
+        self._sized = hasattr(context, "update_device_memory_size_for_shapes") and hasattr(
+            type(context), "device_memory"
+        )
+        largest = program.scratch_bytes
+        self.scratch_bytes = int(context.update_device_memory_size_for_shapes()) if self._sized else largest
         device.synchronize()
 
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None:
-        if scratch and hasattr(self._context, "set_device_memory"):
-            self._context.set_device_memory(scratch, self._program.scratch_bytes)
-        elif scratch:  # TensorRT 10.3
+        if scratch and (self._sized or not hasattr(self._context, "set_device_memory")):
             self._context.device_memory = scratch
+        elif scratch:
+            self._context.set_device_memory(scratch, self.scratch_bytes)
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
@@ -181,49 +207,6 @@ class _Context:
 
     def close(self) -> None:
         self._context = None
-
-
-class _RuntimeCache:
-    """Kernels that TensorRT-RTX compiled for this GPU, kept on disk; TensorRT has none to keep.
-
-    A cache of another driver, GPU or version is refused by the library and made anew.
-    """
-
-    def __init__(self, trt: Any, engine: Any, folder: Path | None, gpu: str) -> None:
-        self._trt, self._engine = trt, engine
-        self._file = folder / f"{gpu.replace(' ', '-').replace('/', '-')}.rtxcache" if folder is not None else None
-        self._cache: Any = None
-        self._changed = False
-
-    def config(self, strategy: Any) -> Any:
-        """For a new context; None where the library has no such thing."""
-        if not hasattr(self._trt, "IRuntimeCache"):
-            return None
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        # Compiled for its shape at once, so that a graph is never captured around a stand-in kernel.
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED  # plan_engine.py captures
-        if self._cache is None:
-            self._cache = config.create_runtime_cache()
-            if self._file is not None and self._file.is_file() and not self._cache.deserialize(self._file.read_bytes()):
-                _log.info("%s is of another driver or version; it is made anew", self._file)
-        config.set_runtime_cache(self._cache)
-        return config
-
-    def grew(self) -> None:
-        self._changed = self._cache is not None
-
-    def close(self) -> None:
-        """Written when the engine closes, whole or not at all; without it the next start only takes longer."""
-        if self._changed and self._file is not None:
-            try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with writing(self._file) as stream:
-                    stream.write(memoryview(self._cache.serialize()))
-            except OSError as failure:
-                _log.warning("%s can't be kept (%s): the next start compiles again", self._file, failure.strerror)
-        self._cache = self._engine = None
 
 
 def _logger(trt: Any, said: list[str]) -> Any:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..engines import nvidia
+from ..engines.cuda import free_bytes
 from ..engines.plan_store import Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
 from ..errors import EngineError, UsageError, unknown
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
 from .trt_network import Job, Progress, build_plan, read_inputs
-from .trt_profiles import Sizes, latent_px, profile
+from .trt_profiles import Sizes, latent_px, profile, unit_px
 
 Weights = Mapping[str, NDArray[Any]]
 _QUANTIZED = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
@@ -73,12 +74,12 @@ def build_engines(
     *,
     weights: Callable[[str], Weights] = lambda part: {},
     loras: Sequence[tuple[str, float]] = (),
-    ranges: Callable[[str], Ranges] = lambda graph: {},
+    ranges: Callable[[Path], Ranges] = lambda graph: {},
     progress: Callable[[str, float, str], None] = lambda graph, share, phase: None,
 ) -> list[BuiltEngine]:
     """Builds what is not there. `weights`: part -> initializers a LoRA changed; `loras`: (sha256, strength), for the list.
 
-    ranges: graph -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
+    ranges: a graph's file, which has the weights that the LoRA changed -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
     plans that were ready by then stay.
     """
     library = load_library(options.library)
@@ -94,14 +95,17 @@ def build_engines(
             file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
             version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
             profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
-            loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (),
+            loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
         )  # fmt: skip
         with store.lock(wanted.key):  # another process that wants the same plan waits, and then finds it
             there = _find(store, wanted)
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
-            measured = ranges(graph) if precision == "fp8" else {}
+            measured = {}
+            if precision == "fp8":
+                with prepared(path, replaced, "graph", store.folder) as calibrated:  # with the LoRA's weights
+                    measured = ranges(calibrated)
             with prepared(path, replaced, precision, store.folder, measured) as source:
                 job = _job(store, wanted, library, source, options.gpu)
                 built.append(_build(store, wanted, job, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
@@ -111,7 +115,9 @@ def build_engines(
 def _job(store: PlanStore, wanted: Plan, library: Library, source: Path, gpu: int) -> Job:
     timing = _timing(store, wanted)
     known = timing.read_bytes() if timing.is_file() else b""
-    return Job(library, source, wanted.profile, wanted.targets, wanted.flags, known, gpu)
+    # TensorRT's own limit is all of the GPU's memory, which on a Jetson is what the builder itself runs in.
+    workspace = 0 if library.portable else free_bytes(gpu) // 2
+    return Job(library, source, wanted.profile, wanted.targets, wanted.flags, known, gpu, workspace)
 
 
 def _timing(store: PlanStore, wanted: Plan) -> Path:
@@ -132,15 +138,18 @@ def _find(store: PlanStore, wanted: Plan) -> Plan | None:
     for plan in store.plans():
         if plan.key == wanted.key:
             with contextlib.suppress(EngineError):  # missing or altered: built again
-                store.read(plan)
+                store.check(plan)
                 return plan
     return None
 
 
 def _check_flags(library: Library, options: BuildOptions) -> None:
     changeable = [flag for flag in options.flags if flag in ("refit", "stripped")]
-    if len(changeable) > 1:
-        raise UsageError("stripped engines are refittable ones without their weights: ask for --refit or --stripped")
+    if changeable and options.precision != "graph":
+        raise UsageError(
+            f"--{changeable[0]} puts in the weights of the bundle's graph, which are not {options.precision}: leave one of "
+            "the two out"
+        )
     if changeable and library.portable:
         try:
             nvidia.devices()

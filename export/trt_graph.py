@@ -23,6 +23,7 @@ from ..errors import EngineError, ExportError
 from ..onnx_file import read_weights
 
 _LEAST_ELEMENTS = 4096  # of a matrix that is worth fewer bits
+_LEAST_SCALE = 6e-8  # fp16's least number above 0, to which half precision would round it
 _INT8_MOST, _E4M3_MOST = 127.0, 448.0
 _OPSET = 19  # the first whose QuantizeLinear has fp8
 Ranges = Mapping[str, float]  # tensor -> largest absolute value seen
@@ -162,9 +163,10 @@ def _int8(node: Any, values: NDArray[Any], ranges: Ranges) -> tuple[list[Any], l
 
 
 def int8_scale(matrix: NDArray[Any]) -> NDArray[Any]:
-    """One for each column, such that its largest value is 127; in the matrix's dtype."""
+    """One for each column, such that its largest value is 127; in the matrix's dtype, where it is never 0."""
     largest = np.abs(matrix.astype(np.float32)).max(0) / _INT8_MOST
-    return np.where(largest > 0, largest, 1).astype(matrix.dtype)
+    scale = np.where(largest > 0, largest, 1).astype(matrix.dtype)
+    return np.maximum(scale, matrix.dtype.type(_LEAST_SCALE))
 
 
 def _fp8(node: Any, values: NDArray[Any], ranges: Ranges) -> tuple[list[Any], list[Any]]:

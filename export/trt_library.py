@@ -43,7 +43,7 @@ def load_library(name: str) -> Library:
         module = import_module(name.replace("-", "_"))
     except ModuleNotFoundError as failure:
         raise EngineError(f"{name} is not installed here; {cures[name]}") from failure
-    except (ImportError, OSError) as failure:
+    except (ImportError, OSError, RuntimeError) as failure:  # its own libraries are missing
         raise EngineError(f"{name} is installed but can't be imported: {failure}") from failure
     return Library(name, module)
 

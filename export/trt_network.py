@@ -20,12 +20,6 @@ from .trt_library import Library, cure, set_targets
 
 Progress = Callable[[float, str], None]  # (share done, 0 to 1; phase)
 Profile = Mapping[str, tuple[tuple[int, ...], ...]]
-_FLAGS = {
-    "refit": ("REFIT",),
-    "stripped": ("REFIT", "STRIP_PLAN"),
-    "weight-streaming": ("WEIGHT_STREAMING",),
-    "static": (),
-}
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +34,7 @@ class Job:
     flags: tuple[str, ...] = ()
     timing_cache: bytes = b""
     gpu: int = 0  # to build on, in CUDA's order
+    workspace_bytes: int = 0  # what kernels that are tried may take at most; 0 leaves it to the library
     said: list[str] = field(default_factory=list)  # errors that the library logged
 
 
@@ -104,8 +99,13 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
     builder, network, parser = _parse(job)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    for name in sorted({name for flag in job.flags for name in _FLAGS[flag]}):
+    for name in builder_flags(trt, job.flags):
         config.set_flag(getattr(trt.BuilderFlag, name))
+    resizing = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+    if resizing is not None:  # contexts then take memory for their own shape, not for the largest
+        config.set_preview_feature(resizing, True)
+    if job.workspace_bytes:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     set_targets(job.library, config, job.targets)
     cache = _timing_cache(job, config)
     if job.profile:
@@ -122,6 +122,19 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
         raise EngineError(f"{_where(job)}: {job.library.name} can't build it: {why}; {cure(job.said, job.targets)}")
     del parser  # the network reads its weights until here
     return BuiltPlan(memoryview(plan), bytes(memoryview(cache.serialize())) if cache is not None else b"")
+
+
+def builder_flags(trt: Any, flags: tuple[str, ...]) -> list[str]:
+    """The library's names. A stripped plan gets back the weights that it was built with, and is as fast as one that has
+    them, unless it is to take others too."""
+    found = {"REFIT"} if "refit" in flags else set()
+    if "stripped" in flags:
+        found |= {"STRIP_PLAN", "REFIT_IDENTICAL" if hasattr(trt.BuilderFlag, "REFIT_IDENTICAL") else "REFIT"}
+    if "refit" in flags:
+        found.discard("REFIT_IDENTICAL")
+    if "weight-streaming" in flags:
+        found.add("WEIGHT_STREAMING")
+    return sorted(found)
 
 
 def _parse(job: Job) -> tuple[Any, Any, Any]:

@@ -7,7 +7,7 @@ Knows no TensorRT. An axis is told by its place, not by its name, so that other 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..bundle import Bundle
@@ -30,19 +30,50 @@ _TOKENS = Range(TOKENS, TOKENS, MOST_TOKENS)
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How the runtime decodes large pictures: in tiles of `side` px, from some side above `from_px` on with little
+    memory, above `always_px` in any case."""
+
+    side: int
+    from_px: int
+    always_px: int
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """What an engine must take: picture sides in px, pictures at once, and whether guidance doubles the UNet's batch."""
+    """What an engine must take: picture sides in px, pictures at once, and whether guidance doubles the UNet's batch.
+
+    tiling: None where decoders get every picture whole.
+    """
 
     width: Range
     height: Range
     batch: Range
     guided: Range = _GUIDED  # evaluations of the UNet for each picture
     tokens: Range = _TOKENS
+    tiling: Tiling | None = None
 
     def static(self) -> Sizes:
         """The best of everything, and nothing else."""
         fixed = (Range(r.best, r.best, r.best) for r in (self.width, self.height, self.batch, self.guided, self.tokens))
-        return Sizes(*fixed)
+        return Sizes(*fixed, self.tiling)
+
+    def side(self, axis: int) -> Range:
+        """Of axis 2, height, or 3, width."""
+        return self.height if axis == 2 else self.width
+
+    def decoded(self) -> Sizes:
+        """What a decoder gets of these: no side above the one from which tiles are used, and tiles."""
+        if self.tiling is None or max(self.width.most, self.height.most) <= self.tiling.from_px:
+            return self
+        tile, whole = self.tiling.side, self.tiling.always_px
+        if max(self.width.least, self.height.least) > whole:  # never a whole picture
+            whole = tile
+        width, height = (
+            Range(min(r.least, tile), r.best if r.best <= whole else tile, min(r.most, whole))
+            for r in (self.width, self.height)
+        )
+        return replace(self, width=width, height=height)
 
 
 def bundle_sizes(bundle: Bundle) -> Sizes:
@@ -84,9 +115,13 @@ def _range(part: str, rank: int, axis: int, size: int, sizes: Sizes, scale: int)
         return _batch(part, rank, sizes)
     if rank == 3:
         return sizes.tokens
-    side = sizes.height if axis == 2 else sizes.width
-    unit = 1 if part in _PIXELS else scale
-    return Range(*(px // unit for px in side))
+    side = (sizes.decoded() if part.endswith("vae_decoder") else sizes).side(axis)
+    return Range(*(px // unit_px(part, scale) for px in side))
+
+
+def unit_px(part: str, scale: int) -> int:
+    """Pixels for each step of an input's height and width."""
+    return 1 if part in _PIXELS else scale
 
 
 def _batch(part: str, rank: int, sizes: Sizes) -> Range:
@@ -96,6 +131,8 @@ def _batch(part: str, rank: int, sizes: Sizes) -> Range:
         return Range(*(n * each for n, each in zip(sizes.batch, sizes.guided, strict=True)))
     if part.startswith("text_encoder"):  # the prompt and the negative one, in pieces if they are long
         return Range(1, 1, 1 if sizes.tokens.most == TOKENS else 2 * MOST_TOKENS // TOKENS)
+    if part.endswith("vae_decoder"):  # tiles, and pictures with little memory, are decoded one at a time
+        return sizes.batch._replace(least=1)
     return sizes.batch
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ class _Recorder:
         self._engine.close()
 
 
-def unet_feeds(bundle: Path) -> Iterator[Feeds]:
-    """The UNet's inputs at every step of a picture for each of a few prompts, the empty one among them."""
-    with contextlib.closing(Pipeline.open(bundle, "onnxruntime-cpu")) as pipe:
+def unet_feeds(bundle: Path, loras: Sequence[tuple[Path, float]] = ()) -> Iterator[Feeds]:
+    """The UNet's inputs at every step of a picture for each of a few prompts, the empty one among them. loras: as
+    `Pipeline.open` takes them."""
+    with contextlib.closing(Pipeline.open(bundle, "onnxruntime-cpu", loras=loras)) as pipe:
         fed: list[Feeds] = []
         with pipe._unet.running() as engine:
             pipe._unet._engine = _Recorder(engine, fed)

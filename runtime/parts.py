@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import Engine, check_engine, open_engine, takes_attention, trim_cache
+from ..engines import Engine, LazyWeights, check_engine, open_engine, takes_attention, trim_cache
 from ..errors import EngineError, UsageError, unknown
 from ..manifest import attention_form, part_of
 from ..models import bundles_folder
@@ -94,7 +98,7 @@ class Parts:
         return made
 
     def _open(self, file: str, path: Path) -> Engine:
-        weights = self.patches.of(part_of(file)) if self.patches else {}
+        weights = weights_of(self.patches, part_of(file)) if self.patches else {}
         fused = attention_form(file)
         if self.bundle.has(fused) and takes_attention(self.engine):
             path = self.bundle.file(fused)
@@ -118,6 +122,11 @@ class Parts:
     def close(self) -> None:
         for part in self._made:
             part.close()
+
+
+def weights_of(patches: Patches, part: str) -> Mapping[str, NDArray[Any]]:
+    """What the LoRAs make of a part's weights, when somebody looks; {} for a part that they do not touch."""
+    return LazyWeights(partial(patches.of, part)) if part in patches.parts else {}
 
 
 def cache_folder() -> Path | None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engines import BuiltFor, choose_engine
+from ..engines import BuiltFor, check_dtype, choose_engine
 from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder
 from .init_image import ImageEncoder
 from .memory import check_memory
-from .parts import Parts, cache_folder, check_opening
+from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
 from .request import Limits, Request, alike, make_request
 from .schedulers import scheduler_named_in
@@ -112,8 +113,9 @@ class Pipeline:
         patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
         if engine == "auto":
             size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
-            built = BuiltFor(bundle.path, unused_parts(bundle, vae), patches.of)
-            engine = choose_engine(size, built, device)
+            built = BuiltFor(bundle.path, unused_parts(bundle, vae), partial(weights_of, patches))
+            engine = choose_engine(size, built, device, bundle.precision)
+        check_dtype(engine, *bundle.precision)
         low = memory == "low"
         check_memory(bundle, engine, low)
         return cls(Parts(bundle, engine, patches, low, cache_folder(), device), vae)

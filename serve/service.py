@@ -105,6 +105,11 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
         if name not in entries:
             raise UsageError(f"--preload: unknown model {name!r}; there are: {', '.join(sorted(entries))}")
         entries[name].require_ready()
+    for name in settings.loras:
+        if name not in recipes:
+            raise UsageError(f"--lora: unknown model {name!r}; there are: {', '.join(sorted(recipes))}")
+    if missing := [file for loras in settings.loras.values() for file, _ in loras if not file.is_file()]:
+        raise UsageError(f"--lora: {missing[0]} is not a file")
     residents = Residents(
         open_model or (lambda name: open_pipeline(name, settings)),
         lambda name: _bytes_of(name, settings.memory == "low"),
@@ -121,7 +126,10 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
 
 
 def open_pipeline(model: str, settings: Settings) -> Drawer:
-    return Pipeline.open(model, settings.engine, memory=settings.memory, vae=settings.vae, device=settings.device)
+    return Pipeline.open(
+        model, settings.engine, memory=settings.memory, vae=settings.vae, device=settings.device,
+        loras=settings.loras.get(model, ()),
+    )  # fmt: skip
 
 
 def _bytes_of(model: str, low_memory: bool) -> int:

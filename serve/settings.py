@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +30,8 @@ _RANGES: Mapping[str, tuple[str, int, int]] = {  # the flag, the least and the m
 
 @dataclass(frozen=True)
 class Settings:
-    """data: where jobs and pictures live. engine, device, memory, vae: of `Pipeline.open`, for every model. aliases:
-    slug -> a model's name. rate: requests and live drawings a minute for each key, 0 for no limit. job_s: device time
+    """data: where jobs and pictures live. engine, device, memory, vae: of `Pipeline.open`, for every model. loras: of
+    it too, by the model's name. aliases: slug -> a model's name. rate: requests and live drawings a minute for each key, 0 for no limit. job_s: device time
     for one job. grace_s: for the running picture when stopping. keep_s: how long a finished job and its pictures are
     kept. hosts: names, beside addresses and localhost, by which the server is called.
     """
@@ -43,6 +43,7 @@ class Settings:
     device: str | None = None
     memory: str = "normal"
     vae: str = "full"
+    loras: Mapping[str, Sequence[tuple[Path, float]]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     limits: str = "local"
     api_keys: Path | None = None

@@ -86,10 +86,10 @@ class FakeDevice:
 
 
 class FakeProgram:
-    """y = 2 x + b, x float32[batch, n], b float32[1]; scratch memory that its contexts write to."""
+    """y = 2 x + b, x float32[batch, n], b float32[1]; scratch memory, 8 bytes a row, that its contexts write to."""
 
     def __init__(self, device, profiles):
-        self.device, self.profiles, self.scratch_bytes = device, profiles, 8
+        self.device, self.profiles = device, profiles
         self.inputs = {"x": Spec(F32, (None, None)), "b": Spec(F32, (1,))}
         self.outputs = {"y": Spec(F32, (None, None))}
         self.contexts, self.opened, self.closed = [], 0, False
@@ -108,7 +108,7 @@ class FakeProgram:
 class FakeContext:
     def __init__(self, program, profile, shapes):
         self.program, self.profile, self.shapes = program, profile, shapes
-        self.outputs = {"y": shapes["x"]}
+        self.outputs, self.scratch_bytes = {"y": shapes["x"]}, 8 * shapes["x"][0]
         self.addresses = None
 
     def bind(self, addresses, scratch):
@@ -120,7 +120,8 @@ class FakeContext:
         def work():
             count = int(np.prod(shape))
             x = memory[at["x"]].view(F32)[:count]
-            memory[self.scratch][:] = 1
+            memory[self.scratch][: self.scratch_bytes] = 1
+            assert memory[self.scratch].size >= self.scratch_bytes
             memory[at["y"]].view(F32)[:count] = 2 * x + memory[at["b"]].view(F32)[0]
 
         self.program.device.launch(work)

@@ -24,11 +24,14 @@ class FakeTensorRT(SimpleNamespace):
     """`plan`: what a build gives, None for failure; `errors`: what the library then logs; `parse`: (node, operator, why)."""
 
     def __init__(self, version="10.3.0", plan=b"plan", errors=(), parse=None, typed=True, steps=((0, 2), (1, 2))):
-        flags = SimpleNamespace(REFIT="REFIT", STRIP_PLAN="STRIP_PLAN", WEIGHT_STREAMING="WEIGHT_STREAMING")
+        flags = SimpleNamespace(
+            **{name: name for name in ("REFIT", "REFIT_IDENTICAL", "STRIP_PLAN", "WEIGHT_STREAMING")}
+        )
+        preview = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="RESIZE")
         creation = SimpleNamespace(**({"STRONGLY_TYPED": 1} if typed else {}))
         super().__init__(
             __version__=version, ILogger=ILogger, IProgressMonitor=IProgressMonitor, BuilderFlag=flags,
-            NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
+            PreviewFeature=preview, MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"), NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
             parse=parse, steps=steps,
         )  # fmt: skip
         self.Builder = lambda logger: Builder(self, logger)
@@ -70,6 +73,12 @@ class Config:
 
     def set_flag(self, flag):
         self.trt.told["flags"].append(flag)
+
+    def set_preview_feature(self, feature, on):
+        self.trt.told["preview"] = feature, on
+
+    def set_memory_pool_limit(self, pool, size):
+        self.trt.told["limit"] = pool, size
 
     def add_optimization_profile(self, profile):
         pass

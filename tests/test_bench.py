@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vega_edge.bench import export, full_size, meaning, memory, parity, process, samplers, schedulers
+from vega_edge.bench import (
+    export,
+    full_size,
+    meaning,
+    meaning_dtypes,
+    memory,
+    parity,
+    process,
+    samplers,
+    schedulers,
+)  # fmt: skip
 
 GOOD = meaning.Row("demo-vegart, LCM, 4 steps", "seen", 400, 97, 96, 98, 93.0, 90, 0.85, 20.0, 0.1)
 CONTROL = meaning.Row(
@@ -17,6 +27,24 @@ def test_meaning_says_which_goal_is_missed() -> None:
     assert meaning.shortfalls([replace(GOOD, all=89.9), CONTROL]) == [
         "demo-vegart, LCM, 4 steps, seen: 89.9 %, goal 90"
     ]
+
+
+def dtype_row(dtype: str, unet_bytes: int, right: float) -> meaning_dtypes.DtypeRow:
+    return meaning_dtypes.DtypeRow(dtype, "onnxruntime-cpu", unet_bytes, 0, 0, replace(GOOD, title=dtype, all=right))
+
+
+def test_dtypes_are_compared_with_fp32_and_fp16() -> None:
+    rows = meaning_dtypes.relate(
+        [dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 94.5), dtype_row("int8", 55, 93.0)]
+    )
+    assert [(r.unet_ratio, r.points_lost) for r in rows] == [(2, 0), (1, 0.5), (0.55, 2)]
+    assert meaning_dtypes.shortfalls(rows) == []
+    rows = meaning_dtypes.relate(
+        [dtype_row("fp32", 200, 95.0), dtype_row("fp16", 100, 92.9), dtype_row("int8", 56, 93.0)]
+    )
+    assert meaning_dtypes.shortfalls(rows) == [
+        "fp16: 2.1 points lost, goal 2", "int8: the U-Net is 0.56 times fp16's, goal 0.55",
+    ]  # fmt: skip
 
 
 def test_meaning_wants_the_control_clearly_worse_on_every_measure() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from vega_edge import Pipeline
 from vega_edge.bundle import Bundle
 from vega_edge.models import recipes
 
 pytest.importorskip("torch")
 from vega_edge.bench import gpu
-from vega_edge.bench.gpu_peers import flops, pipeline_flops
+from vega_edge.bench.gpu_peers import decoder_dtype, flops, pipeline_flops
+from vega_edge.bench.gpu_report import shortfalls, summary
 
 
 def test_on_a_cpu(tmp_path, capsys):
@@ -33,6 +36,45 @@ def test_on_a_cpu(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| demo-vegart | onnxruntime-cpu |") == 1
 
 
+def test_both_sides_take_the_same_steps_and_other_words_each_time(monkeypatch):
+    pipe = Pipeline.open(recipes()["demo-vegart"].bundle_path, "onnxruntime-cpu", verify=False)
+    settings, prompts = {"steps": 2}, []
+    request = pipe.request
+    monkeypatch.setattr(pipe, "request", lambda prompt, **o: prompts.append(prompt) or request(prompt, **o))
+    parts = [gpu.draw_ours(pipe, settings, seed, 1) for seed in range(2)]
+    assert len(set(prompts)) == 2
+    assert all(part["text"] > 0 for part in parts)
+    with pytest.raises(SystemExit, match="ours ran its U-Net 2 times for 3 steps; nothing was compared"):
+        gpu.check_calls("ours", 2, 3)
+    pipe.close()
+
+
+def test_the_peers_decoder_has_our_precision():
+    bundle = Bundle.open(recipes()["demo-vegart"].bundle_path, verify=False)
+    for whole, part, wanted in (("fp16", None, "float16"), ("fp16", "fp32", "float32"), ("bf16", None, "bfloat16")):
+        parts = {"vae_decoder": dataclasses.replace(bundle.manifest.parts["vae_decoder"], dtype=part)}
+        manifest = dataclasses.replace(bundle.manifest, dtype=whole, parts=parts)
+        assert str(decoder_dtype(dataclasses.replace(bundle, manifest=manifest))) == f"torch.{wanted}"
+
+
+def test_goals_are_judged_at_batch_1():
+    ours = {"p50_s": 1.0, "parts": {"outside the engines": {"p50_s": 0.02}}}
+    row = {
+        "model": "m",
+        "batch": 1,
+        "ratios": {"eager": 1.6, "compiled": 1.2},
+        "sides": {"ours": ours},
+        "first_picture_s": 1.9,
+    }
+    assert shortfalls([row]) == []
+    slow = {"p50_s": 1.0, "parts": {"outside the engines": {"p50_s": 0.04}}}
+    worse = {**row, "ratios": {"eager": 1.4, "compiled": 1.05}, "sides": {"ours": slow}, "first_picture_s": 2.5}
+    assert shortfalls([row, worse, {**worse, "batch": 4}]) == [
+        "m: 1.40x eager, goal 1.5x", "m: 1.05x compiled, goal 1.1x", "m: 4.0% of the time outside the engines, goal 3%",
+        "m: first picture after 2.5 s, goal 2 s",
+    ]  # fmt: skip
+
+
 def test_turns_alternate_and_leave_the_warm_up_out():
     calls = []
     taken = gpu.turns({name: lambda seed, n=name: calls.append(n) or {} for name in "ab"}, runs=2, warm=1)
@@ -42,7 +84,7 @@ def test_turns_alternate_and_leave_the_warm_up_out():
 
 def test_summary():
     taken = [{"denoise": d, "all": a} for d, a in ((1, 2), (2, 4), (3, 6))]
-    got = gpu.summary(taken, batch=2, work=8e12, peak=4e12)
+    got = summary(taken, batch=2, work=8e12, peak=4e12)
     assert (got["p50_s"], got["pictures_per_s"], got["tflops"], got["share_of_peak"]) == (4, 0.5, 2, 0.5)
     assert got["parts"] == {"denoise": {"p50_s": 2, "p95_s": 2.9}}
 

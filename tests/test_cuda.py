@@ -122,7 +122,10 @@ TENSORRT_NAMES = {
     "get_tensor_dtype get_tensor_shape get_tensor_profile_shape create_runtime_config weight_streaming_budget_v2 "
     "get_weight_streaming_automatic_budget device_memory_size_v2",
     "IExecutionContext": "set_optimization_profile_async set_input_shape infer_shapes get_tensor_shape "
-    "set_device_memory set_tensor_address execute_async_v3",
+    "set_device_memory set_tensor_address execute_async_v3 update_device_memory_size_for_shapes device_memory",
+    "IBuilderConfig": "set_preview_feature",
+    "PreviewFeature": "RUNTIME_ACTIVATION_RESIZE_10_10",
+    "BuilderFlag": "REFIT REFIT_IDENTICAL STRIP_PLAN WEIGHT_STREAMING",
     "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy "
     "cuda_graph_strategy create_runtime_cache set_runtime_cache",
     "IRuntimeCache": "serialize deserialize",

@@ -68,6 +68,16 @@ def test_what_any_image_should_have(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_user_may_write_to_the_volume(path):
+    """`install -d` gives its owner to the folders that it names, not to those that it makes on the way."""
+    found = instructions(path)
+    runs = " && ".join(arguments for name, arguments in found if name == "RUN")
+    (made,) = re.findall(r"install -d -o vega -g vega ([^&]*)", runs)
+    told = " ".join(arguments for name, arguments in found if name == "ENV")
+    assert {"/data", *re.findall(r"=(/data\S*)", told)} == set(made.split())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_hadolint(path):
     hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
@@ -115,3 +125,13 @@ def test_the_kiosks_unit_says_what_serve_understands():
     assert model in recipes()
     parsed = parser().parse_args(["serve", "--engine", "tensorrt", "--preload", model, *options])
     assert (parsed.memory, parsed.vae) == ("low", "tiny")
+
+
+def test_the_kiosk_builds_what_its_page_asks_for():
+    """A static engine takes one size: the recipe's own, which the page shows first, unless --size says another."""
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8")
+    builds = [*re.findall(r"build segmind-vegart (.*)", text), *re.findall(r"VEGA_EDGE_BUILD=([^\"]*)", text)]
+    assert len(builds) == 2
+    for options in builds:
+        assert "--static" in options and "--size" not in options
+    assert "sudo chown -R 1000:1000 /opt/kiosk" in text  # USER of the image

@@ -102,6 +102,7 @@ NO_DRIVER = f"there is no NVIDIA driver ({nvidia.LIBRARY} can't be loaded)"
 def test_auto(monkeypatch, tmp_path, caplog, packages, gpus, chosen, passed):
     found(monkeypatch, tmp_path, **packages)
     monkeypatch.setattr(nvidia.ctypes, "CDLL", (lambda library: Driver(gpus)) if gpus else no_driver)
+    monkeypatch.setattr(choice, "_not_loaded", lambda name: None)  # all is well with what is installed
     with caplog.at_level(logging.INFO, "vega_edge"):
         assert engines.choose_engine() == chosen
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -178,6 +179,7 @@ def test_tensorrt_rtx_does_not_ask_for_tensorrt(monkeypatch, tmp_path, graph):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails
     monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_89")
+    monkeypatch.setattr(tensorrt, "load_runtime", lambda extra: None)
     assert engines.EngineStatus("tensorrt-rtx", True, "1.7", "RTX 4090") in engines.available()
     told = []
 
@@ -238,3 +240,53 @@ def test_a_small_model_is_not_compiled(monkeypatch, tmp_path, caplog):
 def test_a_small_model_runs_on_openvino_where_that_is_all_there_is(monkeypatch, tmp_path):
     found(monkeypatch, tmp_path, openvino="cpu")
     assert engines.choose_engine(10_000_000) == "openvino"
+
+
+def test_auto_passes_over_what_the_precision_does_not_run_on(monkeypatch, tmp_path, caplog):
+    """onnxruntime has no bf16 convolution on a CPU; so a small model of it is not kept from OpenVINO either."""
+    found(monkeypatch, tmp_path, onnxruntime="cpu", openvino="cpu")
+    assert engines.choose_engine(10_000_000, precision=("bf16", "bf16")) == "openvino"
+    assert engines.choose_engine(10_000_000, precision=("fp16", "fp16")) == "onnxruntime-cpu"
+    found(monkeypatch, tmp_path, onnxruntime="cpu")
+    assert refused(engines.choose_engine, None, None, "cpu", ("bf16", "bf16")).endswith(
+        "; openvino (openvino is not installed); onnxruntime-cpu (onnxruntime has no bf16 convolution on a CPU); "
+        'pip install "vega-edge[cpu]"'
+    )
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError("libnvinfer.so.10: cannot open shared object file"), RuntimeError("in part")]
+)
+def test_auto_passes_over_a_library_that_is_installed_in_part(monkeypatch, tmp_path, failure):
+    from vega_edge.engines import tensorrt
+
+    def fail(module):
+        raise failure
+
+    found(monkeypatch, tmp_path, tensorrt="cpu", onnxruntime="cpu")
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda library: Driver(["RTX 4090"]))
+    monkeypatch.setattr(tensorrt, "import_module", fail)
+    name, passed = engines.best_engine()
+    assert (name, passed[1]) == ("onnxruntime-cpu", f"tensorrt ({failure})")
+
+
+@pytest.mark.parametrize(
+    ("name", "jetson", "extra"),
+    [("tensorrt-rtx", False, "tensorrt-rtx"), ("tensorrt", False, "tensorrt"), ("tensorrt", True, "jetson")],
+)
+def test_doctor_says_what_brings_cuda_python(monkeypatch, tmp_path, name, jetson, extra):
+    from vega_edge.engines import tensorrt
+
+    package = name.replace("-", "_")
+    found(monkeypatch, tmp_path, **{package: "cpu"})
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda library: Driver(["RTX 4090"]))
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(__version__="1.7"))
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    (tmp_path / "release").touch()
+    monkeypatch.setattr(tensorrt, "JETSON", tmp_path / ("release" if jetson else "none"))
+    state = next(state for state in engines.available() if state.name == name)
+    assert not state.ok
+    assert state.why_not.startswith("cuda-python can't be imported (")
+    assert state.why_not.endswith(f'); pip install "vega-edge[{extra}]"')
+    assert engines.best_engine()[1][("tensorrt-rtx", "tensorrt").index(name)] == f"{name} ({state.why_not})"

@@ -7,6 +7,7 @@ engine library that this GPU is one of.
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import threading
 
@@ -17,6 +18,7 @@ from vega_edge import Pipeline, engines
 from vega_edge.bundle import Bundle
 from vega_edge.engines import Spec, nvidia
 from vega_edge.engines.plan_engine import PlanEngine
+from vega_edge.engines.plan_range import Rebuild
 from vega_edge.errors import EngineError
 from vega_edge.models import recipes
 
@@ -45,7 +47,7 @@ class CopyProgram:
     """y = x, by a copy on the device's stream: what a plan is to the part that decides."""
 
     def __init__(self, device):
-        self.device, self.profiles, self.scratch_bytes = device, [{}], 1 << 20
+        self.device, self.profiles = device, [{}]
         self.inputs = self.outputs = {"x": Spec(F32, (None, None))}
         self.outputs = {"y": Spec(F32, (None, None))}
 
@@ -58,7 +60,7 @@ class CopyProgram:
 
 class CopyContext:
     def __init__(self, device, shapes):
-        self.device, self.outputs = device, {"y": shapes["x"]}
+        self.device, self.outputs, self.scratch_bytes = device, {"y": shapes["x"]}, 1 << 20
 
     def bind(self, addresses, scratch):
         self.addresses = dict(addresses)
@@ -76,7 +78,7 @@ class CopyContext:
 
 
 def copier(device, **options):
-    return PlanEngine(CopyProgram(device), device, "", **options)
+    return PlanEngine(CopyProgram(device), device, Rebuild(""), **options)
 
 
 def random(*shape, seed=0):
@@ -246,3 +248,69 @@ def test_500_pictures_in_constant_memory(engine_name, bundle, device):
         pipe("a star", steps=1, seed=seed)
     assert abs(device.memory()[0] - before) < 16 << 20
     pipe.close()
+
+
+def unet_feeds(spec, seed=0):
+    """Feeds of one 128x128 picture for the embedded UNet."""
+    rng = np.random.default_rng(seed)
+    shapes = {"sample": (1, 4, 16, 16), "timestep": (1,), "encoder_hidden_states": (1, 77, None)}
+    found = {}
+    for name, (dtype, shape) in spec.items():
+        wanted = shapes.get(name, (1, None))
+        filled = [size if isinstance(size, int) else wanted[axis] for axis, size in enumerate(shape)]
+        found[name] = rng.standard_normal(filled).astype(dtype)
+    return {**found, "timestep": np.full_like(found["timestep"], 500)}
+
+
+def captured(engine):
+    """How many CUDA graphs a plan's engine has; None where the backend captures by itself."""
+    inner = engine._engine
+    first = inner._open[0] if hasattr(inner, "_open") else inner
+    prepared = getattr(first, "_prepared", None)
+    return prepared and sum(each.graph is not None for each in prepared.values())
+
+
+def test_a_cuda_graph_changes_nothing(engine_name, bundle):
+    """The first run of a shape has none, the second captures one, the third replays it."""
+    engine = engines.open_engine(bundle / "unet" / "model.onnx", engine_name)
+    with contextlib.closing(engine):
+        feeds, other = unet_feeds(engine.inputs), unet_feeds(engine.inputs, seed=1)
+        without = engine.run(feeds)["out_sample"]
+        assert captured(engine) in (0, None)
+        engine.run(other)
+        replayed = engine.run(feeds)["out_sample"]
+        assert captured(engine) in (1, None)
+    limit = (
+        TOLERANCES[engine_name] / 100 * np.abs(without).max()
+    )  # the same kernels; some sum in another order each time
+    assert np.abs(replayed - without).max() <= limit
+
+
+def test_two_pipelines_at_once(engine_name, bundle):
+    want, got = latents(bundle, engine_name), {}
+
+    def draw(index):
+        got[index] = [latents(bundle, engine_name) for _ in range(5)]
+
+    threads = [threading.Thread(target=draw, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [0, 1]
+    for each in (*got[0], *got[1]):
+        assert np.abs(each - want).max() <= TOLERANCES[engine_name] / 10 * np.abs(want).max()
+
+
+def test_all_of_it_is_freed_at_close(engine_name, bundle, device):
+    latents(bundle, engine_name)  # what a library takes once and keeps, such as CUDA's own modules
+    gc.collect()
+    before = device.memory()[0]
+    pipe = Pipeline.open(bundle, engine_name)
+    pipe("a star", steps=1, samples=4)
+    during = device.memory()[0]
+    pipe.close()
+    del pipe
+    gc.collect()
+    assert before - during > 8 << 20  # the embedded model's weights and buffers
+    assert before - device.memory()[0] < 4 << 20

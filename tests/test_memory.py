@@ -20,6 +20,7 @@ from vega_edge.models import find_bundle
 from vega_edge.runtime import decoder, memory, parts, pipeline
 from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts, cache_folder
+from vega_edge.runtime.patches import Patches
 from vega_edge.runtime.pipeline import Pipeline
 from vega_edge.runtime.tiles import decode_in_tiles
 
@@ -175,7 +176,7 @@ def test_auto_is_told_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     asked: list[tuple[BuiltFor, str | None]] = []
 
-    def choose(size: int, built: BuiltFor, device: str | None) -> str:
+    def choose(size: int, built: BuiltFor, device: str | None, precision: tuple[str, str]) -> str:
         asked.append((built, device))
         raise EngineError("that is all")
 
@@ -276,3 +277,39 @@ def test_the_key_is_the_contents(tmp_path: Path) -> None:
         for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))
     }
     assert len(others) == 4
+
+
+def test_generate_closes_its_pipeline_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends write what they compiled, and free a GPU's memory, when they are closed."""
+    from vega_edge.cli import main
+
+    closed: list[str] = []
+    monkeypatch.setattr(Pipeline, "close", lambda self: closed.append(self.name))
+    command = ["generate", "a star", "--engine", "onnxruntime-cpu", "--size", "64x64", "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--steps", "1"]) == 0
+    assert main([*command, "--steps", "0"]) == 2
+    assert closed == ["demo-vegart"] * 2
+
+
+def test_a_loras_weights_are_made_only_where_nothing_was_prepared_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little memory every network is opened anew for each picture."""
+    pytest.importorskip("safetensors")
+    from vega_edge.bench.lora import random_lora
+
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    random_lora(Bundle.open(find_bundle("demo-vegart"), verify=False), tmp_path / "lora.safetensors", rank=1)
+    made: list[str] = []
+    plain = Patches.of
+    monkeypatch.setattr(Patches, "of", lambda self, part: made.append(part) or plain(self, part))
+    loras = [(tmp_path / "lora.safetensors", 4.0)]
+    pipe = Pipeline.open("demo-vegart", "onnxruntime-cpu", loras=loras, memory="low", verify=False)
+    options = {"steps": 1, "seed": 1, "width": 64, "height": 64}
+    first = pipe(STAR, **options).latents
+    assert made == ["unet"]
+    assert np.array_equal(pipe(STAR, **options).latents, first)
+    assert made == ["unet"]
+    pipe.close()
+    without = Pipeline.open("demo-vegart", "onnxruntime-cpu", verify=False)(STAR, **options).latents
+    assert made == ["unet"] and not np.allclose(without, first, rtol=1e-2)

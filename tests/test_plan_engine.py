@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vega_edge.engines.device_io import Buffers, Held, is_constant
-from vega_edge.engines.plan_engine import PlanEngine, choose_profile
+from vega_edge.engines.plan_engine import PlanEngine
+from vega_edge.engines.plan_range import Rebuild, SeveralPlans, choose_profile
 from vega_edge.errors import EngineError
 
 from .fake_device import FakeDevice, FakeProgram
@@ -20,7 +21,7 @@ class Bench:
     def __init__(self, profiles=(WIDE,), **options):
         self.device = FakeDevice()
         self.program = FakeProgram(self.device, profiles)
-        self.engine = PlanEngine(self.program, self.device, "vega-edge build X", **options)
+        self.engine = PlanEngine(self.program, self.device, Rebuild("vega-edge build X"), **options)
         self.calls = self.device.calls
 
     def run(self, x, b=0.5):
@@ -115,6 +116,43 @@ def test_after_a_move_the_first_run_warms_up_again():
     launched, captured = bench.calls["launch"], bench.calls["capture"]
     bench.run(x(1, 4, start=7))
     assert (bench.calls["launch"], bench.calls["capture"]) == (launched + 1, captured)
+
+
+def test_scratch_memory_is_that_of_the_largest_shape_met():
+    """Of the largest that could come it may be gigabytes, on boards that have eight."""
+    bench = Bench()
+    assert bench.device.memory == {}  # nothing is taken before the first run
+    for _ in range(3):
+        bench.run(x(1, 64))
+    assert bench.device.memory[bench.engine._scratch].size == 8
+    bench.run(x(4, 8))
+    assert bench.device.memory[bench.engine._scratch].size == 32
+    assert len(bench.device.memory) == 4
+    captured = bench.calls["capture"]
+    for i in range(3):
+        bench.run(x(1, 64, start=i))  # its graph knew the old place
+    assert bench.calls["capture"] == captured + 1
+    assert bench.device.memory[bench.engine._scratch].size == 32
+
+
+def test_no_room_for_more_scratch_memory_leaves_the_engine_working():
+    bench = Bench()
+    bench.run(x(4, 8))
+    bench.run(x(1, 8))
+    bench.engine._free_scratch()
+    allocate, bench.device.allocate = bench.device.allocate, refuse_allocation
+    bench.engine._unbind()
+    with pytest.raises(EngineError, match=r"^full$"):
+        bench.run(x(4, 8))
+    bench.device.allocate = allocate
+    bench.run(x(1, 8))
+    bench.run(x(4, 8))
+    bench.engine.close()
+    assert bench.device.memory == {}
+
+
+def refuse_allocation(size):
+    raise EngineError("full")
 
 
 def test_what_was_constant_is_sent_again_after_another_value():
@@ -224,7 +262,7 @@ def test_close_frees_everything():
 
 def test_two_engines_have_buffers_of_their_own():
     device = FakeDevice()
-    engines = [PlanEngine(FakeProgram(device, [WIDE]), device, "") for _ in range(2)]
+    engines = [PlanEngine(FakeProgram(device, [WIDE]), device, Rebuild("")) for _ in range(2)]
     for i in range(4):
         for k, engine in enumerate(engines):
             given = x(1, 8, start=10 * i + k)
@@ -248,20 +286,64 @@ SMALL, LARGE = {"x": ((1, 1), (1, 8), (1, 16))}, {"x": ((1, 8), (2, 32), (4, 64)
     ("shape", "index"), [((1, 8), 0), ((1, 16), 0), ((1, 17), 1), ((2, 8), 1), ((4, 64), 1), ((1, 1), 0)]
 )
 def test_the_profile_that_fits_and_is_nearest(shape, index):
-    assert choose_profile([SMALL, LARGE], {"x": shape, "b": (1,)}, "") == index
+    assert choose_profile([SMALL, LARGE], {"x": shape, "b": (1,)}, Rebuild("")) == index
 
 
-def test_outside_every_profile():
+UNET = {
+    "sample": ((1, 4, 64, 64), (2, 4, 64, 96), (2, 4, 64, 128)),
+    "encoder_hidden_states": ((1, 77, 8), (2, 77, 8), (2, 231, 8)),
+}
+FIXED = {"sample": ((1, 4, 64, 64),) * 3, "encoder_hidden_states": ((1, 77, 8),) * 3}
+BUILD = "vega-edge build B --engine tensorrt --part unet"
+
+
+def unet(batch, height, width, tokens=77):
+    return {"sample": (batch, 4, height, width), "encoder_hidden_states": (batch, tokens, 8)}
+
+
+@pytest.mark.parametrize(
+    ("profile", "shapes", "message"),
+    [
+        (UNET, unet(1, 64, 130), "input 'sample' is 1x4x64x130, but axis 3 was built for 64 to 128; widen it: {build} --size 512x512:768x512:1040x512 --batch 1:2:2"),
+        (UNET, unet(3, 64, 64), "input 'sample' is 3x4x64x64, but axis 0 was built for 1 to 2; widen it: {build} --size 512x512:768x512:1024x512 --batch 1:2:3"),
+        (UNET, unet(1, 32, 64), "input 'sample' is 1x4x32x64, but axis 2 was built for 64 to 64; widen it: {build} --size 512x256:768x512:1024x512 --batch 1:2:2"),
+        (UNET, unet(1, 64, 64, 308), "input 'encoder_hidden_states' is 1x308x8, but axis 1 was built for 77 to 231; prompts stop at 3 chunks of 77 tokens: shorten it"),
+        (FIXED, unet(1, 64, 64, 154), "input 'encoder_hidden_states' is 1x154x8, but axis 1 was built for 77 to 77; widen it: {build}"),
+        (FIXED, unet(2, 64, 64), "input 'sample' is 2x4x64x64, but axis 0 was built for 1 to 1; widen it: {build} --size 512x512:512x512:512x512 --batch 1:1:2"),
+        ({"input_ids": ((1, 77), (1, 77), (6, 77))}, {"input_ids": (8, 77)}, "input 'input_ids' is 8x77, but axis 0 was built for 1 to 6; prompts stop there: shorten it"),
+        ({"input_ids": ((1, 77),) * 3}, {"input_ids": (2, 77)}, "input 'input_ids' is 2x77, but axis 0 was built for 1 to 1; widen it: {build}"),
+    ],
+)  # fmt: skip
+def test_outside_every_profile(profile, shapes, message):
+    """What the error says to run builds another engine, which takes these shapes and the old ones."""
     with pytest.raises(EngineError) as caught:
-        choose_profile([SMALL, LARGE], {"x": (1, 65), "b": (1,)}, "vega-edge build B --part unet")
-    assert str(caught.value) == (
-        "input 'x' is 1x65, but axis 1 was built for 1 to 16; widen it: vega-edge build B --part unet"
-    )
+        choose_profile([profile], shapes, Rebuild(BUILD, 8))
+    assert str(caught.value) == message.format(build=BUILD)
+
+
+def test_several_plans_are_tried_in_order_and_opened_when_they_are_needed():
+    engines = {}
+
+    def open_plan(index):
+        engines[index] = Bench([(SMALL, LARGE)[index]]).engine
+        return engines[index]
+
+    both = SeveralPlans([SMALL, LARGE], open_plan)
+    assert both.inputs == engines[0].inputs and both.outputs == engines[0].outputs
+    b = np.float32([1])
+    for shape, opened in (((1, 8), [0]), ((1, 16), [0]), ((2, 9), [0, 1]), ((1, 4), [0, 1])):
+        given = np.ones(shape, np.float32)
+        assert (both.run({"x": given, "b": b})["y"] == 3).all()
+        assert sorted(engines) == opened
+    with pytest.raises(EngineError, match="but axis 0 was built for 1 to 1"):
+        both.run({"x": np.ones((5, 8), np.float32), "b": b})
+    both.close()
+    assert all(engine._device.closed for engine in engines.values())
 
 
 def test_a_plan_without_free_axes_takes_its_one_shape():
-    assert choose_profile([{}], {"x": (1, 8)}, "") == 0
-    assert choose_profile([], {"x": (1, 8)}, "") == 0
+    assert choose_profile([{}], {"x": (1, 8)}, Rebuild("")) == 0
+    assert choose_profile([], {"x": (1, 8)}, Rebuild("")) == 0
 
 
 def test_a_refused_shape_leaves_the_engine_working():

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from vega_edge.bundle import describe_files, write_manifest
-from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, lacking
+from vega_edge.engines import LazyWeights, plan_hash
+from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, choose_plans, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
 from vega_edge.errors import EngineError
 from vega_edge.manifest import Manifest, Part, Source
+from vega_edge.verbs import engines as verbs_engines
 
 pytest.importorskip("filelock")
 RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
@@ -240,6 +242,53 @@ def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bu
     assert chosen(store).plan in (plain, refit)
 
 
+@pytest.mark.parametrize(("flags", "takes"), [(("stripped",), False), (("refit", "stripped"), True)])
+def test_a_stripped_plan_takes_other_weights_only_if_it_was_built_for_that(store, bundle, flags, takes):
+    store.add(plan(bundle, flags=flags), b"plan", 0)
+    assert chosen(store).refit is False
+    if takes:
+        assert chosen(store, ADA, LORA).refit is True
+    else:
+        assert "the one there is built without this LoRA" in refused(chosen, store, ADA, LORA)
+
+
+def test_weights_are_not_made_where_no_plan_could_run(store, bundle):
+    """Adding a LoRA to a large network takes seconds, and auto only asks whether anything was built."""
+
+    def make():
+        raise AssertionError("made")
+
+    weights = LazyWeights(make)
+    wanted = BuiltFor(bundle, weights=lambda part: weights)
+    assert "none has been built" in lacking(wanted, ADA)
+    store.add(plan(bundle, version="1.6"), b"plan", 0)
+    assert "of tensorrt-rtx 1.6" in lacking(wanted, ADA)
+    store.add(plan(bundle), b"plan", 0)
+    with pytest.raises(AssertionError, match="made"):
+        lacking(wanted, ADA)
+
+
+def test_an_unchanged_plan_is_read_once(store, bundle, monkeypatch):
+    """With little memory a network is opened again for each picture."""
+    added, read = store.add(plan(bundle), b"plan", 0), []
+    monkeypatch.setattr(
+        plan_hash, "_sha256", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    for _ in range(3):
+        assert store.read(added) == b"plan"
+    assert len(read) == 1
+    (store.folder / added.file).write_bytes(b"evil")
+    assert "is not the engine that was built here" in refused(store.read, added)
+
+
+def test_the_plans_that_fit_come_in_order(store, bundle):
+    first, second = (store.add(plan(bundle, flags=flags), b"plan", 0) for flags in ((), ("static",)))
+    store.add(plan(bundle, version="1.6"), b"plan", 0)
+    os.utime(store.folder / first.file, (1e9, 1e9))
+    graph = bundle / "unet" / "model.onnx"
+    assert [each.plan for each in choose_plans(store, graph, ADA, {})] == [second, first]
+
+
 def test_a_plan_built_with_one_lora_is_refitted_for_no_other(store, bundle):
     """The weights that the one changed and the other does not would stay."""
     store.add(plan(bundle, flags=("refit",), weights=weights_hash(LORA)), b"lora", 0)
@@ -318,3 +367,33 @@ def test_a_part_that_the_manifest_does_not_list_is_read(bundle):
     first = graph_hash(graph)
     graph.write_bytes(b"two")
     assert len(first) == 64 and graph_hash(graph) != first
+
+
+def test_gc_removes_what_an_update_left(store, bundle, monkeypatch, capsys):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", lambda: {"tensorrt-rtx": "1.7", "tensorrt": "10.3.0"})
+    kept = store.add(plan(bundle), b"plan", 0)
+    old = store.add(plan(bundle, version="1.6"), b"plan", 0)
+    files = {
+        "tensorrt-10.3.0-sm_87.timing": 0, "tensorrt-8.6.1-sm_87.timing": 0, ".0123.lock": 90_000, ".4567.lock": 3600,
+        f".{INDEX}.lock": 90_000,
+    }  # fmt: skip
+    for name, age_s in files.items():
+        (store.folder / name).touch()
+        os.utime(store.folder / name, (time.time() - age_s,) * 2)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    assert capsys.readouterr().out.splitlines() == [old.file, ".0123.lock", "tensorrt-8.6.1-sm_87.timing"]
+    assert store.plans() == (kept,)
+    assert {path.name for path in store.folder.iterdir()} == {
+        INDEX, kept.file, "tensorrt-10.3.0-sm_87.timing", ".4567.lock", f".{INDEX}.lock",
+    }  # fmt: skip
+
+
+def test_gc_keeps_plans_of_a_library_that_is_not_here(store, bundle, monkeypatch, capsys):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    added = store.add(plan(bundle, version="1.6"), b"plan", 0)
+    assert main(["engines", "gc", str(bundle)]) == 0
+    assert store.plans() == (added,)

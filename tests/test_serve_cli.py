@@ -51,6 +51,10 @@ def test_keys_add_list_revoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--host", "0.0.0.0"], 2, "others can reach 0.0.0.0; give --api-keys FILE (make one: vega-edge serve keys add NAME --api-keys FILE), or say --no-auth"),
         (["--alias", "x"], 2, "--alias must be SLUG=MODEL, such as segmind-vega=demo-vegart, got 'x'"),
         (["--api-keys", "nowhere.json"], 1, "nowhere.json does not exist; make it: vega-edge serve keys add NAME --api-keys nowhere.json"),
+        (["--lora", "x.safetensors"], 2, "--lora must be MODEL=FILE or MODEL=FILE:STRENGTH, such as segmind-vega=style.safetensors:0.8, got 'x.safetensors'"),
+        (["--lora", "demo-vega=x:much"], 2, "--lora demo-vega: must be FILE or FILE:STRENGTH, such as style.safetensors:0.8, got 'x:much'"),
+        (["--lora", "x=y.safetensors"], 2, "--lora: unknown model 'x'; there are: demo-vega"),
+        (["--lora", "demo-vegart=y.safetensors"], 2, "--lora: y.safetensors is not a file"),
         (["--preload", "x"], 2, "--preload: unknown model 'x'; there are: demo-vega"),
         (["--device", "gpu"], 2, "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu'"),
         (["--engine", "onnxruntime-cpu", "--device", "cuda:0"], 2, "engine onnxruntime-cpu: it runs on the CPU, not on cuda:0; leave --device out, or choose another engine"),
@@ -101,10 +105,16 @@ def test_engine_device_memory_and_decoder_reach_the_pipeline_that_the_worker_ope
     common = ["serve", "--port", str(free_port()), "--data", str(tmp_path)]
     assert main(common) == 0
     assert main([*common, "--device", "cuda:1", "--memory", "low", "--vae", "tiny"]) == 0
+    first, second, other = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "other"))
+    for file in (first, second, other):
+        file.touch()
+    texts = f"demo-vegart={first}:0.5", f"demo-vegart={second}", f"demo-vega={other}"
+    assert main([*common, *(word for text in texts for word in ("--lora", text))]) == 0
     assert opened == [
-        (("demo-vegart", "auto"), {"device": None, "memory": "normal", "vae": "full"}),
-        (("demo-vegart", "auto"), {"device": "cuda:1", "memory": "low", "vae": "tiny"}),
-    ]
+        (("demo-vegart", "auto"), {"device": None, "memory": "normal", "vae": "full", "loras": ()}),
+        (("demo-vegart", "auto"), {"device": "cuda:1", "memory": "low", "vae": "tiny", "loras": ()}),
+        (("demo-vegart", "auto"), {"device": None, "memory": "normal", "vae": "full", "loras": [(first, 0.5), (second, 1)]}),
+    ]  # fmt: skip
 
 
 def test_the_memory_budget_counts_one_network_where_one_is_open(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import nvidia
 from vega_edge.engines.plan_choice import Here, choose_plan
-from vega_edge.engines.plan_store import PlanLora, PlanStore
+from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore
 from vega_edge.errors import EngineError, ExportError, UsageError
 from vega_edge.export import trt_build, trt_library, trt_network
 from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
@@ -35,6 +36,7 @@ from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
 from vega_edge.export.trt_profiles import (
     Range,
     Sizes,
+    Tiling,
     batch_range,
     bundle_sizes,
     check_multiple,
@@ -110,6 +112,32 @@ def test_other_parts_shapes():
     }
     assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES, 8) == {"input_ids": ((1, 77), (1, 77), (6, 77))}
     assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES.static(), 8) == {"input_ids": ((1, 77),) * 3}
+
+
+TILING = Tiling(512, 768, 1280)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sides"),
+    [
+        ((Range(512, 1024, 1536), Range(512, 768, 1024)), ((64, 64), (96, 128), (128, 160))),
+        ((Range(512, 512, 768), Range(512, 512, 768)), ((64, 64), (64, 64), (96, 96))),  # never a tile
+        ((Range(1024, 1024, 1024),) * 2, ((64, 64), (128, 128), (128, 128))),  # static: tiles with little memory
+        ((Range(384, 384, 384), Range(1024, 1024, 1024)), ((64, 48), (128, 48), (128, 48))),
+        ((Range(1024, 1536, 2048),) * 2, ((64, 64), (64, 64), (160, 160))),
+        ((Range(1536, 1536, 1536),) * 2, ((64, 64), (64, 64), (64, 64))),  # always tiles
+    ],
+)
+def test_a_decoder_gets_tiles_and_no_picture_that_is_tiled(sizes, sides):
+    inputs, tiled = {"latent_sample": (-1, 4, -1, -1)}, Sizes(*sizes, Range(2, 2, 4), tiling=TILING)
+    for part in ("vae_decoder", "tiny_vae_decoder"):
+        got = profile(part, inputs, tiled, 8)["latent_sample"]
+        assert tuple(shape[2:] for shape in got) == sides
+        assert [shape[0] for shape in got] == [1, 2, 4]  # a tile at a time
+    assert profile("unet", {"sample": (-1, 4, -1, -1)}, tiled, 8)["sample"][2][2:] == (
+        sizes[1].most // 8,
+        sizes[0].most // 8,
+    )
 
 
 def test_a_foreign_timestep_with_a_free_axis_is_one_number():
@@ -202,12 +230,38 @@ def test_tensorrt_before_11_is_asked_for_a_strongly_typed_network(graph):
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [((), []), (("refit",), ["REFIT"]), (("stripped", "static"), ["REFIT", "STRIP_PLAN"]), (("weight-streaming",), ["WEIGHT_STREAMING"])],
+    [
+        ((), []), (("refit",), ["REFIT"]), (("stripped", "static"), ["REFIT_IDENTICAL", "STRIP_PLAN"]),
+        (("refit", "stripped"), ["REFIT", "STRIP_PLAN"]), (("weight-streaming",), ["WEIGHT_STREAMING"]),
+    ],
 )  # fmt: skip
 def test_flags(graph, flags, told):
     fake = FakeTensorRT()
     build_plan(Job(Library("tensorrt", fake), graph, flags=flags))
     assert fake.told["flags"] == told
+    assert fake.told["preview"] == ("RESIZE", True)
+
+
+def test_tensorrt_tries_kernels_in_half_of_the_memory_that_is_free(graph, monkeypatch):
+    fake = FakeTensorRT()
+    build_plan(Job(Library("tensorrt", fake), graph))
+    assert "limit" not in fake.told
+    monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 6_000_000_000)
+    store, wanted = (
+        PlanStore(graph.parent.parent),
+        Plan("", "", 0, "unet/model.onnx", "", "tensorrt", "10.3.0", ("sm_87",), {}),
+    )
+    build_plan(trt_build._job(store, wanted, Library("tensorrt", fake), graph, 0))
+    assert fake.told["limit"] == ("WORKSPACE", 3_000_000_000)
+    assert trt_build._job(store, wanted, RTX, graph, 0).workspace_bytes == 0
+
+
+def test_older_libraries_lack_a_flag_and_a_feature(graph):
+    fake = FakeTensorRT()
+    del fake.BuilderFlag.REFIT_IDENTICAL, fake.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
+    build_plan(Job(Library("tensorrt", fake), graph, flags=("stripped",)))
+    assert fake.told["flags"] == ["REFIT", "STRIP_PLAN"]
+    assert "preview" not in fake.told
 
 
 def test_profiles_and_timings_are_handed_over(graph):
@@ -359,6 +413,15 @@ def test_an_int8_column_of_zeros_has_a_scale():
     assert (scale.tolist(), scale.dtype) == ([1, 2], np.float16)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_int8_column_of_tiny_values_has_a_scale_that_is_not_zero(dtype):
+    """Its 127th part is less than half precision can hold."""
+    column = np.array([[1e-6], [-3e-6]], dtype)
+    scale = int8_scale(column)
+    assert scale.dtype == dtype and scale[0] >= 5.9e-8
+    assert np.isfinite(column / scale).all() and np.abs(column / scale).max() <= 127
+
+
 def test_fp8_is_of_both_sides(graph, tmp_path):
     with prepared(graph, {}, "fp8", tmp_path, {"x": 4.0}) as path:
         model = onnx.load(path)
@@ -427,6 +490,30 @@ def test_a_cast_that_others_use_too_stays(half_stored, tmp_path):
 def test_calibration_takes_the_largest_of_all_inputs(graph):
     feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
     assert largest_values(graph, feeds) == {"x": 5}
+
+
+def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
+    """What the LoRA makes larger would be cut off at the scale that was measured without it."""
+    new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
+    bundle = SimpleNamespace(
+        path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
+        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+    )  # fmt: skip
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 0)
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_89")
+    measured = []
+
+    def ranges(path):
+        measured.append(read_weights(path)["w"].read())
+        return {"x": 4.0}
+
+    options = BuildOptions("tensorrt", SIZES, precision="fp8")
+    for replaced in ({}, {"w": new}):
+        build_engines(bundle, options, weights=lambda part, replaced=replaced: replaced, ranges=ranges)
+    assert len(measured) == 2
+    np.testing.assert_array_equal(measured[0], read_weights(graph)["w"].read())
+    np.testing.assert_array_equal(measured[1], new)
 
 
 def test_calibration_on_what_is_not_finite(graph):
@@ -662,7 +749,7 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
         (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, tiny_vae_decoder, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
-        (["--refit", "--stripped"], "stripped engines are refittable ones without their weights: ask for --refit or --stripped"),
+        (["--stripped", "--precision", "int8"], "--stripped puts in the weights of the bundle's graph, which are not int8: leave one of the two out"),
     ],
 )  # fmt: skip
 def test_build_with_wrong_options(rtx, embedded, arguments, message, capsys):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from vega_edge import engines
 from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.errors import BundleError, EngineError
@@ -74,3 +77,35 @@ def test_what_is_told() -> None:
     with pytest.raises(EngineError) as caught:
         raise_for(verdict)
     assert str(caught.value) == "bundle here, b/x.onnx: bad; export the bundle again"
+
+
+def test_engines_of_tensorrt_are_run_at_the_shapes_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the graphs that a build takes, and two pictures of 64x96 px, which a made-up GPU draws."""
+    built = {
+        "unet": {"sample": (2, 4, 8, 12)}, "vae_decoder": {"latent_sample": (2, 4, 8, 12)},
+        "vae_encoder": {"sample": (2, 3, 64, 96)}, "tiny_vae_decoder": {"latent_sample": (2, 4, 8, 12)},
+        "text_encoder": {"input_ids": (2, 77)}, "text_encoder_2": {"input_ids": (2, 77)},
+    }  # fmt: skip
+    seen: dict[str, dict[str, tuple[int, ...]]] = {}
+    plain = engines.open_engine
+
+    class Recorder:
+        def __init__(self, path: Path) -> None:
+            self._engine, self._graph = plain(path, "onnxruntime-cpu"), f"{path.parent.name}/{path.name}"
+            self.inputs = self._engine.inputs
+
+        def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            seen[self._graph] = {name: array.shape for name, array in feeds.items()}
+            return self._engine.run(feeds)
+
+        def close(self) -> None:
+            self._engine.close()
+
+    monkeypatch.setattr("vega_edge.verify.open_engine", lambda path, *a, **k: Recorder(path))
+    monkeypatch.setattr("vega_edge.verify.built_shapes", lambda path, *a: built[path.parent.name])
+    verdict = verify(find_bundle("demo-vegart"), "tensorrt-rtx")
+    assert [check.fault for check in verdict.checks] == [""] * 6
+    assert set(seen) == {f"{part}/{'pixels' if 'decoder' in part else 'model'}.onnx" for part in built}
+    for graph, shapes in seen.items():
+        assert built[graph.split("/")[0]].items() <= shapes.items()
+        assert {shape[0] for name, shape in shapes.items() if name != "timestep"} == {2}

@@ -45,8 +45,9 @@ def add(p: argparse.ArgumentParser) -> None:
         "--refit", action="store_true", help="weights can be replaced later; tensorrt-rtx needs a GPU for it"
     )
     p.add_argument(
-        "--stripped", action="store_true", help="as --refit, without the weights: they are read from the bundle"
-    )
+        "--stripped", action="store_true",
+        help="without the weights, which are read from the bundle; with --refit too it takes LoRAs",
+    )  # fmt: skip
     p.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory while it runs")
     p.add_argument("--json", action="store_true", help="print the engines as JSON")
     p.add_argument("-v", "--verbose", action="store_true", help="print what the library says")
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), ranges=lambda graph: _ranges(bundle, graph),
-            progress=progress,
+            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), progress=progress,
+            ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
         )  # fmt: skip
     if arguments.json:
         print(json.dumps([{**dataclasses.asdict(each.plan), "built": each.seconds > 0} for each in built], indent=2))
@@ -84,7 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     from ..export.trt_build import BuildOptions
-    from ..export.trt_profiles import batch_range, bundle_sizes, check_multiple, latent_px, size_range
+    from ..export.trt_profiles import Tiling, batch_range, bundle_sizes, check_multiple, latent_px, size_range
+    from ..runtime.decoder import TILED_ABOVE_PX
+    from ..runtime.tiles import TILE_PX
 
     sizes = bundle_sizes(bundle)
     if arguments.size:
@@ -94,6 +97,7 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
         check_multiple(sizes, latent_px(bundle) * 2 ** (levels - 1))
     if arguments.batch:
         sizes = dataclasses.replace(sizes, batch=batch_range(arguments.batch))
+    sizes = dataclasses.replace(sizes, tiling=Tiling(TILE_PX, TILED_ABOVE_PX[True], TILED_ABOVE_PX[False]))
     if arguments.static:
         sizes = sizes.static()
     flags = tuple(flag.replace("_", "-") for flag in _FLAGS if getattr(arguments, flag))
@@ -111,12 +115,12 @@ def _gpu(device: str | None) -> int:
     return gpu_index(device)
 
 
-def _ranges(bundle: Bundle, graph: str) -> dict[str, float]:
+def _ranges(bundle: Bundle, graph: Path, loras: list[tuple[Path, float]]) -> dict[str, float]:
     """What fp8 is scaled by: the bundle itself draws a few pictures on the CPU, and its UNet is measured on the way."""
     from ..export.trt_calibrate import largest_values
     from ..runtime.calibration import unet_feeds
 
-    return largest_values(bundle.file(graph), unet_feeds(bundle.path))
+    return largest_values(graph, unet_feeds(bundle.path, loras))
 
 
 def _hashes(loras: list[tuple[Path, float]]) -> list[tuple[str, float]]:

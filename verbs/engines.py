@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from ..engines.plan_store import Plan, PlanStore
@@ -76,8 +77,9 @@ def _remove(store: PlanStore, files: list[str]) -> None:
 
 
 def _clean(store: PlanStore) -> None:
-    unusable = tuple(plan for plan in store.plans() if store.fault(plan))
-    strays = store.stray()
+    installed = _installed()
+    unusable = tuple(plan for plan in store.plans() if store.fault(plan, installed))
+    strays = store.stray(installed)
     freed = sum(map(_bytes, strays)) + sum(plan.bytes for plan in unusable)
     if unusable:
         store.remove(unusable)
@@ -89,6 +91,17 @@ def _clean(store: PlanStore) -> None:
     for name in (*(plan.file for plan in unusable), *(path.name for path in strays)):
         print(name)
     print(f"{len(unusable) + len(strays)} files, {freed / 1e6:.1f} MB removed from {store.folder}", file=sys.stderr)
+
+
+def _installed() -> dict[str, str]:
+    """Library -> version. Of one that is not here nothing is removed: another environment may have it."""
+    from ..export.trt_library import load_library
+
+    found = {}
+    for name in ("tensorrt-rtx", "tensorrt"):
+        with contextlib.suppress(EngineError):
+            found[name] = load_library(name).version
+    return found
 
 
 def _bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -129,7 +130,6 @@ def _add_opening(p: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..runtime import pictures
     from ..runtime.init_image import read_picture
     from ..runtime.pipeline import Pipeline
 
@@ -140,6 +140,13 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae,
         device=arguments.device,
     )  # fmt: skip
+    with contextlib.closing(pipe):
+        _draw(pipe, image, arguments)
+
+
+def _draw(pipe: Pipeline, image: Any, arguments: argparse.Namespace) -> None:
+    from ..runtime import pictures
+
     warn_of_random_weights(pipe.bundle)
     width, height = arguments.size or (None, None)
     request = pipe.request(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, VegaEdgeError
+from .common import lora
 
 if TYPE_CHECKING:
     from ..serve.settings import Settings
@@ -50,6 +51,10 @@ def _add_server(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--vae", default="full", metavar="WHICH",
         help="full, or tiny for the bundles' fast decoder; previews always have that one; default: %(default)s",
+    )  # fmt: skip
+    p.add_argument(
+        "--lora", action="append", default=[], metavar="MODEL=FILE[:STRENGTH]",
+        help="add a LoRA to a model's weights as it is opened, in memory; may be repeated",
     )  # fmt: skip
     p.add_argument(
         "--alias", action="append", default=[], metavar="SLUG=MODEL",
@@ -138,13 +143,26 @@ def _settings(a: argparse.Namespace) -> Settings:
 
     return Settings(
         data=(a.data or bundles_folder().parent / "serve").resolve(), host=a.host, port=a.port, engine=a.engine,
-        device=a.device, memory=a.memory, vae=a.vae,
+        device=a.device, memory=a.memory, vae=a.vae, loras=_loras(a.lora),
         aliases=dict(_alias(text) for text in a.alias), limits=a.limits, api_keys=a.api_keys, no_auth=a.no_auth,
         hosts=tuple(a.allow_host), trusted_proxies=tuple(a.trusted_proxy), queue=a.queue, rate=a.rate,
         sockets=a.sockets, prompt_chars=a.prompt_chars, job_s=a.job_seconds, grace_s=a.grace_seconds,
         keep_s=a.keep_seconds, batch=a.batch, preload=tuple(a.preload), memory_budget=a.memory_budget,
         log_prompts=a.log_prompts,
     )  # fmt: skip
+
+
+def _loras(texts: list[str]) -> dict[str, list[tuple[Path, float]]]:
+    found: dict[str, list[tuple[Path, float]]] = {}
+    for text in texts:
+        model, equals, file = text.partition("=")
+        if not equals or not file:
+            raise UsageError(f"--lora must be MODEL=FILE or MODEL=FILE:STRENGTH, such as segmind-vega=style.safetensors:0.8, got {text!r}")  # fmt: skip
+        try:
+            found.setdefault(model, []).append(lora(file))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--lora {model}: {error}") from None
+    return found
 
 
 def _alias(text: str) -> tuple[str, str]:
