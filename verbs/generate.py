@@ -130,6 +130,7 @@ def _add_opening(p: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..runtime import pictures
     from ..runtime.init_image import read_picture
     from ..runtime.pipeline import Pipeline
 
