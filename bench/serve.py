@@ -182,7 +182,7 @@ def memory(server: Server, pictures: int) -> dict[str, float]:
 def verdict(ratios: dict[int, float], loads: dict[int, list[dict[str, Any]]], grown: Any) -> dict[str, dict[str, Any]]:
     """What is asked of the server, each with what was measured and whether it is enough."""
     others = {str(s): n for run in loads[64] for s, n in run["statuses"].items() if s not in (200, 429)}
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "share of the loop's pictures/s at 16 clients": {"least": LEAST_OF_LOOP, "measured": ratios[16], "ok": ratios[16] >= LEAST_OF_LOOP},
         "statuses at 64 clients other than 200 and 429": {"measured": others, "ok": not others},
     }  # fmt: skip

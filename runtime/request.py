@@ -222,7 +222,7 @@ def _one_of(name: str, got: str, allowed: Iterable[str]) -> str:
 
 
 def _number(name: str, got: Any, low: float, high: float) -> float:
-    if isinstance(got, bool) or not isinstance(got, numbers.Real) or not low <= got <= high:
+    if isinstance(got, bool) or not isinstance(got, numbers.Real) or not low <= float(got) <= high:
         raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {got!r}")
     return float(got)
 

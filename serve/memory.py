@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 
-if sys.platform != "win32":
-    import resource
-
 HAS_PROC = sys.platform == "linux"
 
 
@@ -15,6 +12,8 @@ def resident_bytes() -> float:
     """Windows: the working set now. macOS, which tells a program nothing else without more ado: the largest so far."""
     if sys.platform == "win32":
         return float(_counters().working_set)
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(most if sys.platform == "darwin" else most * 1024)  # Linux counts KiB
 
