@@ -111,7 +111,7 @@ def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
 
 
 BAD = [
-    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-vega, demo-vegart, "),
+    (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-small-sd, demo-tiny-sd, demo-vega, demo-vegart, "),
     (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
     (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, "),
     (["--scheduler", "PLMS", "--family", "diffusers"], 2, "vega-edge: PLMS is not in the family diffusers; it is in a1111"),
