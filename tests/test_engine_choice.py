@@ -158,7 +158,8 @@ def test_an_installation_that_does_not_import(monkeypatch, tmp_path, graph):
     why = "DLL load failed while importing onnxruntime_pybind11_state"
     message = refused(engines.open_engine, graph, "onnxruntime-cpu")
     assert message == f"engine onnxruntime-cpu: onnxruntime can't be imported: {why}"
-    assert engines.available()[0] == engines.EngineStatus("onnxruntime-cpu", False, why_not=why)
+    cure = 'pip install "vega-edge[cpu]"'
+    assert engines.available()[0] == engines.EngineStatus("onnxruntime-cpu", False, why_not=why, install=cure)
 
 
 def test_the_gpus_are_the_device_of_cuda(monkeypatch, tmp_path):

@@ -287,7 +287,7 @@ def test_generate_closes_its_pipeline_whatever_happens(tmp_path: Path, monkeypat
     monkeypatch.setattr(Pipeline, "close", lambda self: closed.append(self.name))
     command = ["generate", "a star", "--engine", "onnxruntime-cpu", "--size", "64x64", "-o", str(tmp_path / "a.png")]
     assert main([*command, "--steps", "1"]) == 0
-    assert main([*command, "--steps", "0"]) == 2
+    assert main([*command, "--steps", "0", "--overwrite"]) == 2
     assert closed == ["demo-vegart"] * 2
 
 
