@@ -71,8 +71,10 @@ def draw_reference(
     import torch
 
     row = get_scheduler(scheduler)
-    config = pipe.scheduler.config
-    pipe.scheduler = getattr(diffusers, str(row.diffusers)).from_config(config, **row.forced)
+    original, config = pipe.scheduler, pipe.scheduler.config
+    # what a file that is silent on it means, see the row
+    silent = {"skip_prk_steps": True} if row.name == "PNDM" and "skip_prk_steps" not in config else {}
+    pipe.scheduler = getattr(diffusers, str(row.diffusers)).from_config(config, **row.forced, **silent)
     with torch.no_grad():
         latents = pipe(
             PROMPT, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, height=128, width=128,
@@ -80,7 +82,7 @@ def draw_reference(
             eta=row.eta or 0.0,  # for those whose step knows it; the pipeline's own default would make TCD's 0
         ).images  # fmt: skip
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    pipe.scheduler = pipe.scheduler.from_config(config)
+    pipe.scheduler = original
     picture = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
     return latents.numpy(), np.asarray(picture)
 
