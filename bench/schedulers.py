@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pipes = {name: Pipeline.open(name, arguments.engine) for name in ("demo-vega", "demo-vegart")}
     if arguments.sheet:
-        sheet(pipes).save(arguments.sheet)
+        sheet(pipes).quantize(256, dither=Image.Dither.NONE).save(arguments.sheet, optimize=True)
     rows = []
     for scheduler in all_schedulers():
         rows.append(evaluate(pipes[settings(scheduler)[0]], scheduler, arguments.count))
