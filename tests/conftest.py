@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return done[key]
 
     return export
+
+
+@pytest.fixture
+def make_worker() -> Iterator[Callable[..., Any]]:
+    """make_worker(DRAWER, OPTION=...): a server's worker that draws with it, stopped at the end."""
+    from vega_edge.serve.metrics import Metrics
+    from vega_edge.serve.residents import Residents
+    from vega_edge.serve.worker import Worker
+
+    workers = []
+
+    def new(drawer: Any, **options: Any) -> Worker:
+        worker = Worker(Residents(lambda name: drawer, lambda name: 1), Metrics(), **options)
+        worker.start()
+        workers.append(worker)
+        return worker
+
+    yield new
+    for worker in workers:
+        worker.stop(0)
+        assert worker.join(20)

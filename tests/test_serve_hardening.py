@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from vega_edge.errors import EngineError
 from vega_edge.serve.batching import Batching
 from vega_edge.serve.drawing import Drawing
 from vega_edge.serve.job import Done, Failed, Overloaded, Started, Stopping
-from vega_edge.serve.metrics import Metrics
-from vega_edge.serve.residents import Residents
 from vega_edge.serve.store import Store, StoreError
 from vega_edge.serve.worker import Worker
 
@@ -28,34 +26,18 @@ from .test_serve_restart import record
 Make = Callable[..., Worker]
 
 
-@pytest.fixture
-def make() -> Iterator[Make]:
-    workers = []
-
-    def new(drawer: FakeDrawer, **options: Any) -> Worker:
-        worker = Worker(Residents(lambda name: drawer, lambda name: 1), Metrics(), **options)
-        worker.start()
-        workers.append(worker)
-        return worker
-
-    yield new
-    for worker in workers:
-        worker.stop(0)
-        assert worker.join(20)
-
-
-def behind_a_gate(make: Make, **options: Any) -> tuple[Worker, FakeDrawer, Gate]:
+def behind_a_gate(make_worker: Make, **options: Any) -> tuple[Worker, FakeDrawer, Gate]:
     """A worker that draws "first" and is held there."""
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer, **options)
+    worker = make_worker(drawer, **options)
     worker.submit(job("first", "first", steps=1))
     gate.wait()
     return worker, drawer, gate
 
 
-def test_a_job_that_is_tried_again_is_drawn_alone(make: Make) -> None:
-    worker, drawer, gate = behind_a_gate(make)
+def test_a_job_that_is_tried_again_is_drawn_alone(make_worker: Make) -> None:
+    worker, drawer, gate = behind_a_gate(make_worker)
     jobs = [job(p) for p in ("a", "suspect", "b")]
     jobs[1].alone = True
     for each in jobs:
@@ -75,10 +57,10 @@ def fails_together(gate: Gate) -> FakeDrawer:
     return drawer
 
 
-def test_a_batch_that_failed_lets_live_pictures_in_between_and_starts_each_job_once(make: Make) -> None:
+def test_a_batch_that_failed_lets_live_pictures_in_between_and_starts_each_job_once(make_worker: Make) -> None:
     gate = Gate()
     drawer = fails_together(gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     worker.submit(job("first", steps=1))
     gate.wait()
     jobs = [job(p, steps=3) for p in "abc"]
@@ -100,10 +82,10 @@ def test_a_batch_that_failed_lets_live_pictures_in_between_and_starts_each_job_o
     assert drawer.batches.index(["live"]) < drawer.batches.index(["c"])
 
 
-def test_a_batch_that_failed_while_stopping_is_not_drawn_again(make: Make) -> None:
+def test_a_batch_that_failed_while_stopping_is_not_drawn_again(make_worker: Make) -> None:
     gate = Gate()
     drawer = fails_together(gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     worker.submit(job("first", steps=1))
     gate.wait()
     jobs = [job(p) for p in "ab"]
@@ -118,10 +100,12 @@ def test_a_batch_that_failed_while_stopping_is_not_drawn_again(make: Make) -> No
     assert drawer.batches == [["first"], ["a", "b"]]
 
 
-def test_times_are_learned_by_steps_and_not_from_live_pictures(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_learned_by_steps_and_not_from_live_pictures(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     learned: list[Any] = []
     monkeypatch.setattr(Batching, "learn", lambda self, kind, size, seconds: learned.append(kind))
-    worker = make(FakeDrawer())
+    worker = make_worker(FakeDrawer())
     for each in (job(steps=4), job(steps=5), job(live=True, steps=6)):
         worker.submit(each)
         each.listener.end()
@@ -132,7 +116,7 @@ class Panic(BaseException):
     """As pyo3's, which is no Exception."""
 
 
-def test_nothing_that_is_raised_ends_the_device_thread(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_is_raised_ends_the_device_thread(make_worker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def before(request: Any, index: int) -> None:
         if request.prompt == "panic":
             raise Panic("a library in Rust")
@@ -151,7 +135,7 @@ def test_nothing_that_is_raised_ends_the_device_thread(make: Make, monkeypatch: 
             return super().draw(requests)
 
     monkeypatch.setattr(Drawing, "_finish", faulty)
-    worker = make(Refusing(before_step=before))
+    worker = make_worker(Refusing(before_step=before))
     for prompt, kind in (("panic", Panic), ("refused", Panic), ("defect", AttributeError)):
         bad, good = job(prompt), job("good")
         worker.submit(bad)
@@ -179,8 +163,8 @@ def test_a_device_thread_that_ended_is_said_and_takes_nothing(tmp_path: Path, mo
             assert answer.json() == {"error": "the device's thread has ended; the log says why; restart the server"}
 
 
-def test_one_client_can_not_fill_the_queue_for_the_others(make: Make) -> None:
-    worker, _, gate = behind_a_gate(make, queue=4, batch=1)
+def test_one_client_can_not_fill_the_queue_for_the_others(make_worker: Make) -> None:
+    worker, _, gate = behind_a_gate(make_worker, queue=4, batch=1)
     for _ in range(4):  # alone it may have all of it
         worker.submit(job(client="greedy"))
     with pytest.raises(Overloaded, match=r"^the queue is full \(4 jobs wait\); try again in 2 s$"):

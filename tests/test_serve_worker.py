@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from vega_edge.errors import EngineError, VegaEdgeError
 from vega_edge.serve.batching import Batching
 from vega_edge.serve.job import Done, Failed, Overloaded, Started, Stepped, Stopping, TookTooLong
 from vega_edge.serve.line import Line, Shares
-from vega_edge.serve.metrics import Metrics
 from vega_edge.serve.residents import Residents
 from vega_edge.serve.worker import Worker
 
@@ -20,26 +19,9 @@ from .serve_fakes import FakeDrawer, Gate, job
 Make = Callable[..., Worker]
 
 
-@pytest.fixture
-def make() -> Iterator[Make]:
-    workers = []
-
-    def new(drawer: FakeDrawer, **options: Any) -> Worker:
-        residents = Residents(lambda name: drawer, lambda name: 1)
-        worker = Worker(residents, Metrics(), **options)
-        worker.start()
-        workers.append(worker)
-        return worker
-
-    yield new
-    for worker in workers:
-        worker.stop(0)
-        assert worker.join(20)
-
-
-def test_a_job_is_drawn_and_heard_of(make: Make) -> None:
+def test_a_job_is_drawn_and_heard_of(make_worker: Make) -> None:
     one = job(samples=2, steps=3)
-    make(FakeDrawer()).submit(one)
+    make_worker(FakeDrawer()).submit(one)
     done = one.listener.end()
     assert isinstance(done, Done)
     assert [image.getpixel((0, 0)) for image in done.images] == [(7, 0, 0), (8, 0, 0)]
@@ -47,10 +29,10 @@ def test_a_job_is_drawn_and_heard_of(make: Make) -> None:
     assert set(done.seconds) == {"queue", "text", "denoise", "decode", "draw"}
 
 
-def test_clients_take_turns_whoever_came_first(make: Make) -> None:
+def test_clients_take_turns_whoever_came_first(make_worker: Make) -> None:
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer, batch=1)
+    worker = make_worker(drawer, batch=1)
     worker.submit(job("first", steps=1))
     gate.wait()
     jobs = [job(f"greedy {i}", "greedy", steps=1) for i in range(3)] + [job("modest", "modest", steps=1)]
@@ -62,10 +44,10 @@ def test_clients_take_turns_whoever_came_first(make: Make) -> None:
     assert drawer.batches[:3] in ([["first"], ["greedy 0"], ["modest"]], [["first"], ["modest"], ["greedy 0"]])
 
 
-def test_what_waits_together_and_is_alike_is_one_batch(make: Make) -> None:
+def test_what_waits_together_and_is_alike_is_one_batch(make_worker: Make) -> None:
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     worker.submit(job("first", steps=1))
     gate.wait()
     jobs = [
@@ -82,7 +64,7 @@ def test_what_waits_together_and_is_alike_is_one_batch(make: Make) -> None:
     assert ends["a"].together == 4
 
 
-def test_a_failing_batch_is_drawn_one_by_one(make: Make) -> None:
+def test_a_failing_batch_is_drawn_one_by_one(make_worker: Make) -> None:
     gate = Gate()
 
     def before(request: Any, index: int) -> None:
@@ -91,7 +73,7 @@ def test_a_failing_batch_is_drawn_one_by_one(make: Make) -> None:
             raise EngineError("out of memory")
 
     drawer = FakeDrawer(before_step=before)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     worker.submit(job("first", steps=1))
     gate.wait()
     jobs = [job(p) for p in ("a", "bad", "b")]
@@ -103,10 +85,10 @@ def test_a_failing_batch_is_drawn_one_by_one(make: Make) -> None:
     assert isinstance(bad, Failed) and str(bad.error) == "out of memory"
 
 
-def test_cancel_takes_effect_at_the_next_step_and_is_silent(make: Make) -> None:
+def test_cancel_takes_effect_at_the_next_step_and_is_silent(make_worker: Make) -> None:
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     long, waiting, after = job("long", steps=50), job("waiting"), job("after", steps=1)
     worker.submit(long)
     gate.wait()
@@ -121,10 +103,10 @@ def test_cancel_takes_effect_at_the_next_step_and_is_silent(make: Make) -> None:
     assert waiting.listener.events == []
 
 
-def test_a_live_picture_goes_between_the_steps_of_a_long_job(make: Make) -> None:
+def test_a_live_picture_goes_between_the_steps_of_a_long_job(make_worker: Make) -> None:
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     long, live = job("long", steps=4), job("live", "browser", live=True, steps=2)
     worker.submit(long)
     gate.wait()
@@ -136,11 +118,11 @@ def test_a_live_picture_goes_between_the_steps_of_a_long_job(make: Make) -> None
     assert [index for prompt, index in drawer.steps if prompt == "long"] == [1, 2, 3, 4]
 
 
-def test_live_pictures_do_not_starve_the_queue(make: Make) -> None:
+def test_live_pictures_do_not_starve_the_queue(make_worker: Make) -> None:
     """A browser that asks for one picture after the other gets half of the device, not all of it."""
     gate = Gate()
     drawer = FakeDrawer(before_step=gate)
-    worker = make(drawer)
+    worker = make_worker(drawer)
     long = job("long", steps=3)
     worker.submit(long)
     gate.wait()
@@ -153,19 +135,19 @@ def test_live_pictures_do_not_starve_the_queue(make: Make) -> None:
     lives[-1].listener.end()
 
 
-def test_previews(make: Make) -> None:
+def test_previews(make_worker: Make) -> None:
     for wanted, count in (("off", 0), ("on", 3)):
         drawer = FakeDrawer()
         one = job(live=True, steps=4, previews=wanted)
-        make(drawer).submit(one)
+        make_worker(drawer).submit(one)
         one.listener.end()
         shown = [e for e in one.listener.events if isinstance(e, Stepped) and e.preview]
         assert len(shown) == drawer.previews == count
 
 
-def test_a_full_queue_says_when_to_come_back(make: Make) -> None:
+def test_a_full_queue_says_when_to_come_back(make_worker: Make) -> None:
     gate = Gate()
-    worker = make(FakeDrawer(before_step=gate), queue=2)
+    worker = make_worker(FakeDrawer(before_step=gate), queue=2)
     worker.submit(job())
     gate.wait()
     worker.submit(job())
@@ -178,14 +160,14 @@ def test_a_full_queue_says_when_to_come_back(make: Make) -> None:
     gate.let(50)
 
 
-def test_an_engine_that_raises_ends_its_job_only(make: Make) -> None:
+def test_an_engine_that_raises_ends_its_job_only(make_worker: Make) -> None:
     def before(request: Any, index: int) -> None:
         if request.prompt == "ours":
             raise EngineError("the engine failed")
         if request.prompt == "defect":
             raise ZeroDivisionError
 
-    worker = make(FakeDrawer(before_step=before))
+    worker = make_worker(FakeDrawer(before_step=before))
     jobs = [job(p, seed=i, steps=i + 1) for i, p in enumerate(("ours", "defect", "good"))]
     for each in jobs:
         worker.submit(each)
@@ -194,8 +176,8 @@ def test_an_engine_that_raises_ends_its_job_only(make: Make) -> None:
     assert isinstance(good, Done)
 
 
-def test_wrong_options_and_a_listener_that_raises_harm_nobody(make: Make) -> None:
-    worker = make(FakeDrawer())
+def test_wrong_options_and_a_listener_that_raises_harm_nobody(make_worker: Make) -> None:
+    worker = make_worker(FakeDrawer())
     wrong, deaf, good = job(steps=99), job(), job()
     deaf.listener = lambda event: 1 / 0  # type: ignore[assignment]
     for each in (wrong, deaf, good):
@@ -204,17 +186,17 @@ def test_wrong_options_and_a_listener_that_raises_harm_nobody(make: Make) -> Non
     assert isinstance(good.listener.end(), Done)
 
 
-def test_the_limit_of_time_for_one_job(make: Make) -> None:
+def test_the_limit_of_time_for_one_job(make_worker: Make) -> None:
     long = job(steps=50)
-    make(FakeDrawer(), job_s=0.0).submit(long)
+    make_worker(FakeDrawer(), job_s=0.0).submit(long)
     end = long.listener.end()
     assert isinstance(end.error, TookTooLong)
     assert str(end.error) == "drawing took longer than the limit of 0 s; ask for fewer steps or a smaller picture"
 
 
-def test_stopping_finishes_the_running_one_and_fails_the_rest(make: Make) -> None:
+def test_stopping_finishes_the_running_one_and_fails_the_rest(make_worker: Make) -> None:
     gate = Gate()
-    worker = make(FakeDrawer(before_step=gate), batch=1)
+    worker = make_worker(FakeDrawer(before_step=gate), batch=1)
     running, waiting = job("running"), job("waiting")
     worker.submit(running)
     gate.wait()
@@ -228,9 +210,9 @@ def test_stopping_finishes_the_running_one_and_fails_the_rest(make: Make) -> Non
     assert worker.join(20)
 
 
-def test_stopping_does_not_wait_longer_than_its_grace(make: Make) -> None:
+def test_stopping_does_not_wait_longer_than_its_grace(make_worker: Make) -> None:
     gate = Gate()
-    worker = make(FakeDrawer(before_step=gate))
+    worker = make_worker(FakeDrawer(before_step=gate))
     running = job(steps=50)
     worker.submit(running)
     gate.wait()
@@ -299,7 +281,7 @@ def test_shares_are_fair_and_remember_nobody_for_ever() -> None:
     assert len(line) == 0 and line.first() is None and len(line._shares._used) <= 1
 
 
-def test_a_defect_in_what_waits_harms_nobody_else(make: Make) -> None:
+def test_a_defect_in_what_waits_harms_nobody_else(make_worker: Make) -> None:
     """Waiting jobs are looked at when another begins, to draw them together."""
     gate = Gate()
 
@@ -309,7 +291,7 @@ def test_a_defect_in_what_waits_harms_nobody_else(make: Make) -> None:
                 raise ZeroDivisionError("a defect")
             return super().request(prompt, **options)
 
-    worker = make(Faulty(before_step=gate))
+    worker = make_worker(Faulty(before_step=gate))
     first, good, defect, last = job("first"), job("good"), job("defect"), job("last")
     worker.submit(first)
     gate.wait()
@@ -322,7 +304,7 @@ def test_a_defect_in_what_waits_harms_nobody_else(make: Make) -> None:
     assert worker.alive
 
 
-def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> None:
+def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make_worker: Make) -> None:
     gate = Gate()
 
     class Clinging(FakeDrawer):
@@ -332,7 +314,7 @@ def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> No
             except GeneratorExit:
                 raise EngineError("it can't be freed") from None
 
-    worker = make(Clinging(before_step=gate), batch=1)
+    worker = make_worker(Clinging(before_step=gate), batch=1)
     one, other = job("one", steps=5), job("other")
     worker.submit(one)
     gate.wait()
@@ -343,9 +325,9 @@ def test_a_walk_that_fails_as_it_is_given_up_harms_nobody_else(make: Make) -> No
     assert worker.alive and not one.listener.ended
 
 
-def test_who_left_a_batch_hears_nothing_more(make: Make) -> None:
+def test_who_left_a_batch_hears_nothing_more(make_worker: Make) -> None:
     gate = Gate()
-    worker = make(FakeDrawer(before_step=gate), batch=2)
+    worker = make_worker(FakeDrawer(before_step=gate), batch=2)
     worker.submit(job("first", steps=1))
     gate.wait()
     stays, leaves = job("stays", "one"), job("leaves", "two")
@@ -360,10 +342,10 @@ def test_who_left_a_batch_hears_nothing_more(make: Make) -> None:
     assert [type(event) for event in leaves.listener.events] == [Started]
 
 
-def test_no_more_are_drawn_together_than_is_fastest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_are_drawn_together_than_is_fastest(make_worker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, drawer = Gate(), FakeDrawer()
     drawer.before_step = gate
-    worker = make(drawer, batch=4)
+    worker = make_worker(drawer, batch=4)
     monkeypatch.setattr(Batching, "best", lambda self, kind, sizes: min(2, sizes[-1]))
     jobs = [job(name, steps=1) for name in ("first", "a", "b", "c")]
     worker.submit(jobs[0])
@@ -375,10 +357,10 @@ def test_no_more_are_drawn_together_than_is_fastest(make: Make, monkeypatch: pyt
     assert drawer.batches == [["first"], ["a", "b"], ["c"]]
 
 
-def test_stopping_begins_no_live_picture_beside_the_running_one(make: Make) -> None:
+def test_stopping_begins_no_live_picture_beside_the_running_one(make_worker: Make) -> None:
     gate, drawer = Gate(), FakeDrawer()
     drawer.before_step = gate
-    worker = make(drawer)
+    worker = make_worker(drawer)
     running, live = job("running", steps=3), job("live", live=True)
     worker.submit(running)
     gate.wait()
