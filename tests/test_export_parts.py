@@ -25,7 +25,7 @@ from vega_edge.export import check, onnx_edit, samples  # noqa: E402
 from vega_edge.export.quiet import quiet  # noqa: E402
 from vega_edge.export.tokenizer_files import load_tokenizer, token_ids, write_tokenizer  # noqa: E402
 
-from . import test_export_checkpoint as tiny  # noqa: E402
+from . import checkpoints  # noqa: E402
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 RANDOM = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def test_pixel_tolerance_is_kept(tmp_path: Path) -> None:
 def test_missing_tokenizer_files_are_made(tmp_path: Path, kept: tuple[str, ...]) -> None:
     """Published folders have vocab.json and merges.txt; transformers 5 writes only tokenizer.json."""
     whole, source = tmp_path / "whole", tmp_path / "source"
-    tiny.write_tokenizer(whole, "!")
+    checkpoints.write_tokenizer(whole, "!")
     shutil.copytree(whole, source)
     if "tokenizer.json" in kept:
         load_tokenizer(whole).save_pretrained(source)

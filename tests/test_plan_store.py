@@ -340,9 +340,10 @@ def test_with_a_lora_its_plan_is_the_one_that_is_needed(store, bundle):
     assert "the one there is built with another LoRA" in lacking(BuiltFor(bundle), ADA)
 
 
-def test_the_copies_of_a_killed_build_are_cleaned_up_but_not_those_of_one_under_way(store, bundle, capsys):
+def test_the_copies_of_a_killed_build_are_cleaned_up_but_not_those_of_one_under_way(store, bundle, capsys, monkeypatch):
     from vega_edge.cli import main
 
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
     store.add(plan(bundle), b"plan", 0)
     for name, age_s in ((".build-killed", 90_000), (".build-now", 3600)):
         (store.folder / name / "unet").mkdir(parents=True)

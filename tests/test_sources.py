@@ -182,16 +182,16 @@ def test_damaged_pickles(tmp_path: Path) -> None:
 
 
 def test_random_weights_depend_on_seed_and_name_only(checkpoint: Path) -> None:
-    checkpoint = model_source(checkpoint, random_weights=7).open()
-    assert checkpoint.random_weights == 7 and set(checkpoint.loaders) == {"unet", "vae", "text_encoder"}
-    a = load_module(checkpoint, "unet", {}).state_dict()
+    seven = model_source(checkpoint, random_weights=7).open()
+    assert seven.random_weights == 7 and set(seven.loaders) == {"unet", "vae", "text_encoder"}
+    a = load_module(seven, "unet", {}).state_dict()
     torch.manual_seed(99)
-    load_module(checkpoint, "vae", {})
+    load_module(seven, "vae", {})
     b = load_module(model_source(checkpoint, random_weights=7).open(), "unet", {}).state_dict()
     c = load_module(model_source(checkpoint, random_weights=8).open(), "unet", {}).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a) and not any(torch.equal(a[n], c[n]) for n in a)
     assert all(torch.equal(t, t.half().float()) for t in a.values())
-    for name, shape in checkpoint.weight_shapes("unet").items():
+    for name, shape in seven.weight_shapes("unet").items():
         assert tuple(a[name].shape) == shape
         if len(shape) == 4 and a[name].numel() > 1000:
             fan_in = shape[1] * shape[2] * shape[3]
