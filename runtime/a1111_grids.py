@@ -33,12 +33,17 @@ def _every(model: NoiseModel, n: int) -> NDArray[np.int64]:
     return np.arange(0, model.train_steps, model.train_steps // n, dtype=np.int64)
 
 
+def webui_timesteps(model: NoiseModel, n: int) -> NDArray[np.int64]:
+    """Of DDIM, PLMS and UniPC, rising. Moved past the last timestep, the highest of strides of one would stand there
+    twice: it does so once here."""
+    return np.unique(np.minimum(_every(model, n) + 1, model.train_steps - 1))
+
+
 def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """DDIM and PLMS there: whole timesteps moved up by one; the walk ends at the lowest, so it has a step less."""
     if named:
         return to_zero(spacings.webui_levels(named, model, n), model)
-    # moved past the last timestep, the highest of strides of one would stand there twice: it does so once here
-    index = np.unique(np.minimum(_every(model, n) + 1, model.train_steps - 1))[::-1]
+    index = webui_timesteps(model, n)[::-1]
     sigmas = model.sigmas[index]
     return Schedule(sigmas, index[:-1].astype(np.float64), vp_scale(float(sigmas[0])), model.sigmas)
 
@@ -53,12 +58,16 @@ def unipc(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     """Even in timesteps from the last to the first, where it ends; log alpha interpolated; order 3."""
     if named:
         return to_zero(spacings.webui_levels(named, model, n), model, orders=_unipc_orders(n))
-    total = len(_every(model, n))
-    timesteps = np.linspace(model.train_steps - 1, 0, total + 1)
+    return unipc_from(model, model.train_steps - 1.0, len(_every(model, n)))
+
+
+def unipc_from(model: NoiseModel, top: float, n: int) -> Schedule:
+    """n steps even in timesteps from `top` to the first."""
+    timesteps = np.linspace(top, 0, n + 1)
     log_alphas = np.interp(timesteps, np.arange(model.train_steps), np.log(model.alphas_cumprod))
     sigmas = np.sqrt(np.expm1(-log_alphas))
     scale = vp_scale(float(sigmas[0]))
-    return Schedule(sigmas, timesteps[:-1], scale, model.sigmas, orders=_unipc_orders(total))
+    return Schedule(sigmas, timesteps[:-1], scale, model.sigmas, orders=_unipc_orders(n))
 
 
 def _unipc_orders(n: int) -> tuple[int, ...]:

@@ -57,7 +57,8 @@ _FEW_STEP_ROWS = (
 _DIFFUSERS_ROWS = (
     Scheduler(
         "DDIM", "diffusers", partial(samplers.ancestral, eta=0.0), schedules.ddim, 1, diffusers="DDIMScheduler",
-        defaults={"timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": True}, fixed=_NO_CLIPPING,
+        # clip_sample: that of published files for latents; a file written for another class is silent on it
+        defaults={"timestep_spacing": "leading", "set_alpha_to_one": True}, fixed=_NO_CLIPPING,
     ),
     Scheduler(
         "DPM Multi", "diffusers", multistep.dpm_multi, _dpm_multi, 2, diffusers="DPMSolverMultistepScheduler",
@@ -110,7 +111,7 @@ _DIFFUSERS_ROWS = (
     ),
     Scheduler(
         "DDPM", "diffusers", samplers.ancestral, schedules.ddpm, 1, random=True, diffusers="DDPMScheduler",
-        defaults={"timestep_spacing": "leading", "clip_sample": True},
+        defaults={"timestep_spacing": "leading"},
         fixed={**_NO_CLIPPING, "variance_type": ("fixed_small", "fixed_small_log")},
     ),
     Scheduler(

@@ -60,6 +60,11 @@ class Scheduler:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
+    def webui(self) -> bool:
+        """Whether it does as AUTOMATIC1111 does; a few are in its family but do as diffusers' classes."""
+        return self.family == "a1111" and self.diffusers is None
+
+    @property
     def eta(self) -> float | None:
         """How much of each step's noise is fresh, 0 to 1; None where that can't be chosen."""
         eta = self.sampler.keywords.get("eta") if isinstance(self.sampler, partial) else None
@@ -88,7 +93,7 @@ class Scheduler:
                 raise UsageError(
                     f"{self.name}: {key} {merged[key]!r} {where} scheduler_config.json is not supported; allowed: {values}"
                 )
-        return NoiseModel(merged)
+        return NoiseModel(merged, self.webui)
 
     def schedule(self, model: NoiseModel, steps: int, named: str | None = None) -> Schedule:
         """Its own schedule, or one of `SCHEDULES`."""

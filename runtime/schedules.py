@@ -30,7 +30,8 @@ class Schedule:
     sigma. orders: n, the order of each step. retake: from where to where PLMS takes its first step a second time.
     velocity: PLMS's history is of v. detours: falling levels that are walked again on reaching the last of them.
     sigma_units: a walk that ends above zero hands x over as it is, not in its variance-preserving form. span: the lowest
-    and highest level above zero of the schedule that this one is the end of; its own, if not said.
+    and highest level above zero of the schedule that this one is the end of; its own, if not said. noised_at: the level
+    to which a picture that the walk begins with is given noise, where that is not the first: it is then read there.
     """
 
     sigmas: Array
@@ -44,6 +45,7 @@ class Schedule:
     detours: tuple[Array, ...] = ()
     sigma_units: bool = False
     span: tuple[float, float] | None = None
+    noised_at: float | None = None
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
     _logs: list[float] = field(init=False, repr=False, compare=False)
 

@@ -23,12 +23,19 @@ def whole_steps(schedule: Schedule) -> list[tuple[float, float]]:
 
 def half_and_whole_steps(schedule: Schedule) -> list[tuple[float, float]]:
     """Likewise of `dpmpp_sde`: of each step first the part down to its middle."""
-    return [pair for a, b in whole_steps(schedule) for pair in ((a, _middle(a, b)), (a, b))]
+    steps = [_single_logs(a, b) for a, b in whole_steps(schedule)]
+    return [pair for a, middle, b in steps for pair in ((a, middle), (a, b))]
 
 
-def _middle(sigma: float, sigma_next: float) -> float:
-    """In log sigma."""
-    return math.sqrt(sigma * sigma_next)
+def _single_logs(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+    """sigma, the middle in log sigma, and sigma_next, as k-diffusion's `sample_dpmpp_sde` gets them back from their
+    logarithms in float32: up to a bit or two the same, but a Brownian path asked there has other values.
+    """
+    single = np.float32
+    t, t_next = -single(math.log(sigma)), -single(math.log(sigma_next))
+    middle = t + (t_next - t) * single(0.5)
+    start, between, end = (float(single(math.exp(-float(time)))) for time in (t, middle, t_next))
+    return start, between, end
 
 
 def dpmpp_sde(
@@ -41,15 +48,15 @@ def dpmpp_sde(
         if sigma_next == 0:
             x = toward(x, x0, 0.0)
         else:
-            middle = _middle(sigma, sigma_next)
-            down, up = split(sigma, middle, eta)
-            guess = toward(x, x0, down / sigma)
+            start, middle, end = _single_logs(sigma, sigma_next)
+            down, up = split(start, middle, eta)
+            guess = toward(x, x0, down / start)
             if up > 0:
-                add(guess, up * s_noise, noise(sigma, middle), scratch)
-            down, up = split(sigma, sigma_next, eta)
-            x = toward(x, denoise(guess, middle), down / sigma)
+                add(guess, up * s_noise, noise(start, middle), scratch)
+            down, up = split(start, end, eta)
+            x = toward(x, denoise(guess, middle), down / start)
             if up > 0:
-                add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+                add(x, up * s_noise, noise(start, end), scratch)
         yield Step(x, x0, sigma_next)
 
 

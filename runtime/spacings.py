@@ -18,24 +18,24 @@ Spacing = Callable[[NoiseModel, int, float, float], Array]
 
 def karras(model: NoiseModel, n: int, low: float, high: float) -> Array:
     """Equation 5 of Karras et al. 2022 (arXiv:2206.00364), rho 7."""
-    ramp = np.linspace(0, 1, n)
-    levels = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    return np.asarray(levels, np.float64)
+    top, bottom = high ** (1 / 7), low ** (1 / 7)
+    inner = model.rounded(model.even(0, 1, n) * model.rounded(np.asarray(bottom - top)))
+    return model.rounded(model.rounded(model.rounded(np.asarray(top)) + inner) ** 7)
 
 
 def exponential(model: NoiseModel, n: int, low: float, high: float) -> Array:
     """Even in log sigma."""
-    return np.asarray(np.exp(np.linspace(math.log(high), math.log(low), n)), np.float64)
+    return model.rounded(np.exp(model.even(math.log(high), math.log(low), n)))
 
 
 def normal(model: NoiseModel, n: int, low: float, high: float) -> Array:
     """Even in timesteps, both ends of the range included; also what k-diffusion samples on when nothing is said."""
-    return model.log_sigma_at(np.linspace(*_ends(model, low, high), n))
+    return model.log_sigma_at(model.even(*_ends(model, low, high), n))
 
 
 def sgm_uniform(model: NoiseModel, n: int, low: float, high: float) -> Array:
     """Even in timesteps, the low end left out (Stability's generative-models)."""
-    return model.log_sigma_at(np.linspace(*_ends(model, low, high), n + 1)[:-1])
+    return model.log_sigma_at(model.even(*_ends(model, low, high), n + 1)[:-1])
 
 
 def _ends(model: NoiseModel, low: float, high: float) -> tuple[float, float]:
@@ -121,10 +121,10 @@ def levels(name: str, model: NoiseModel, n: int, low: float | None = None, high:
     """n falling levels from `high` to `low`, by default the model's own range."""
     low = float(model.sigmas[0]) if low is None else low
     high = float(model.sigmas[-1]) if high is None else high
-    return SPACINGS[name](model, n, low, high)
+    return model.rounded(SPACINGS[name](model, n, low, high))
 
 
 def webui_levels(name: str, model: NoiseModel, n: int) -> Array:
     """As AUTOMATIC1111 has them: it keeps the last of Align Your Steps' levels above zero, also for ten steps."""
     table = {"ays": AYS_SD15, "ays_sd15": AYS_SD15, "ays_sdxl": AYS_SDXL}.get(name)
-    return _log_interpolated(table, n) if table else levels(name, model, n)
+    return model.rounded(_log_interpolated(table, n)) if table else levels(name, model, n)

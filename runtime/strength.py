@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import UsageError
+from .a1111_grids import unipc_from, webui_timesteps
 from .noise_model import NoiseModel
 from .schedulers import Scheduler
 from .schedules import Schedule
@@ -18,13 +19,12 @@ def ending(schedule: Schedule, scheduler: Scheduler, model: NoiseModel, steps: i
     """The last `strength` of the schedule. UsageError for a scheduler without a fixed one, and for less than a step.
 
     diffusers takes floor(steps * strength) steps (its pipelines' `get_timesteps`). The web UI takes one more of
-    k-diffusion's, and one less where timesteps are what it counts (`sample_img2img` in `modules/sd_samplers_*.py`).
+    k-diffusion's (`sample_img2img` in `modules/sd_samplers_kdiffusion.py`); for those of timesteps see `_timesteps_ending`.
     """
     if not scheduler.any_schedule:
         raise UsageError(f"{scheduler.name} chooses its own noise levels and can't start from a picture")
     count = len(schedule)
-    webui = scheduler.family == "a1111" and scheduler.diffusers is None
-    if webui:
+    if scheduler.webui:
         taken = int(min(strength, _WHOLE) * steps) + (-1 if scheduler.counts_timesteps else 1)
     else:
         taken = int(steps * strength)
@@ -32,10 +32,12 @@ def ending(schedule: Schedule, scheduler: Scheduler, model: NoiseModel, steps: i
         raise UsageError(
             f"strength {strength:g} of {steps} steps is not one step; the least is {1 / steps:.3g}, or take more steps"
         )
+    if scheduler.counts_timesteps and schedule.sigmas[-1] > 0:  # not on a schedule by name, which ends at zero
+        return _timesteps_ending(schedule, model, steps, taken)
     skipped = max(count - min(taken, count), 0)
     if not skipped:
         return schedule
-    if schedule.retake and not webui:
+    if schedule.retake and not scheduler.webui:
         return _plms_ending(schedule, model, steps, skipped)
     return _from(schedule, skipped)
 
@@ -53,6 +55,18 @@ def _from(schedule: Schedule, first: int) -> Schedule:
         retake=(float(sigmas[0]), float(sigmas[1])) if schedule.retake and sigmas[1] > 0 else None,
         span=schedule.levels_span,
     )
+
+
+def _timesteps_ending(schedule: Schedule, model: NoiseModel, steps: int, taken: int) -> Schedule:
+    """As `sample_img2img` in the web UI's `modules/sd_samplers_timesteps.py`: of its timesteps it keeps the lowest
+    floor(steps * strength), gives the picture the noise of the next higher one, and walks between those it kept. UniPC
+    takes a step more, evenly from the highest of them to the first of training.
+    """
+    timesteps = webui_timesteps(model, steps)
+    noise = float(model.sigmas[timesteps[taken + 1]])
+    if schedule.orders is not None:
+        return replace(unipc_from(model, float(timesteps[taken]), taken + 1), noised_at=noise)
+    return replace(_from(schedule, len(schedule) - taken), noised_at=noise)
 
 
 def _plms_ending(schedule: Schedule, model: NoiseModel, steps: int, skipped: int) -> Schedule:

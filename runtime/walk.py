@@ -18,7 +18,7 @@ from .noise_model import NoiseModel
 from .prefetch import Prefetch
 from .request import Request
 from .rng import NoiseSource
-from .samplers import Noise, Step
+from .samplers import Array, Noise, Step
 from .schedulers import Scheduler
 from .schedules import Schedule
 from .strength import ending
@@ -83,11 +83,19 @@ def walk(
     if start is None:
         x = source(network.shape) * np.float32(plan.schedule.scale)
     else:
-        x = start.draw(source) + source(network.shape) * np.float32(plan.schedule.sigmas[0])
+        x = noised(start.draw(source), source(network.shape), plan.schedule)
     with _drawing(plan, source, network.shape) as noise:
         for step in plan.scheduler.sampler(denoise, x, plan.schedule, noise):
             denoise.step += 1
             yield _at_its_end(step, plan.schedule)
+
+
+def noised(picture: Array, noise: Array, schedule: Schedule) -> Array:
+    """What a walk from a picture begins with. Noised at another level than the first, its variance-preserving form is
+    read as of the first, which is the form that samplers of timesteps have it in."""
+    first = float(schedule.sigmas[0])
+    level = schedule.noised_at or first
+    return (picture + noise * np.float32(level)) * np.float32(math.hypot(1, first) / math.hypot(1, level))
 
 
 @contextlib.contextmanager

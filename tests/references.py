@@ -59,8 +59,8 @@ def k_diffusion_alone() -> SimpleNamespace:
     package.__path__ = []
     package.utils = utils  # type: ignore[attr-defined]
     utils.append_dims = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]  # type: ignore[attr-defined]
-    # sampling.py imports these for its likelihood and its own Brownian trees, which are not asked for here
-    absent = {name: mock.MagicMock() for name in ("torchdiffeq", "torchsde")}
+    # sampling.py imports these for its likelihood and its own Brownian trees
+    absent = {name: mock.MagicMock() for name in ("torchdiffeq", "torchsde") if importlib.util.find_spec(name) is None}
     with mock.patch.dict(sys.modules, {package.__name__: package, utils.__name__: utils, **absent}):
         for name in ("sampling", "external"):
             file = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", folder / f"{name}.py")
@@ -83,23 +83,35 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 _DISCARDS = ("DPM2", "DPM2 a", "DPM++ 3M SDE")  # its `discard_next_to_last_sigma`
 
 
+def latent_diffusion_alphas(config: dict[str, Any]) -> torch.Tensor:
+    """abar as Stable Diffusion's own `make_beta_schedule` has it: computed in float64, kept in float32."""
+    start, end, n = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
+    return torch.cumprod(1 - torch.linspace(start, end, n, dtype=torch.float64) ** 2, 0).float()
+
+
+def k_diffusion_sigmas(model: Any, steps: int, spacing: str, discard: bool) -> torch.Tensor:
+    """As A1111 has k-diffusion make them."""
+    count = steps + discard
+    make = getattr(k_diffusion_alone().sampling, f"get_sigmas_{spacing}", None)
+    sigmas = make(count, model.sigma_min.item(), model.sigma_max.item()) if make else model.get_sigmas(count)
+    return torch.cat((sigmas[:-2], sigmas[-1:])) if discard else sigmas
+
+
 def k_diffusion(cell: Cell) -> np.ndarray:
     """As A1111's `modules/sd_samplers_kdiffusion.py` calls it; latents in the variance-preserving form."""
     k = k_diffusion_alone()
     spacing = next((s for s in ("Karras", "Exponential") if cell.name.endswith(s)), "")
     plain = cell.name.removesuffix(spacing).strip()
     function, options = _FUNCTIONS[plain]
-    alphas = torch.from_numpy(cell.row.noise_model(cell.config).alphas_cumprod.astype(np.float32))
     velocity = cell.config["prediction_type"] == "v_prediction"
     kind = k.external.DiscreteVDDPMDenoiser if velocity else k.external.DiscreteEpsDDPMDenoiser
-    model = kind(lambda x, t: torch.from_numpy(fakes.network(x.numpy(), np.float32(t[0]))), alphas, quantize=False)
-    low, high = model.sigma_min.item(), model.sigma_max.item()
-    count = cell.steps + (plain in _DISCARDS)
-    sigmas = (
-        getattr(k.sampling, f"get_sigmas_{spacing.lower()}")(count, low, high) if spacing else model.get_sigmas(count)
+    model = kind(
+        lambda x, t: torch.from_numpy(fakes.network(x.numpy(), np.float32(t[0]))),
+        latent_diffusion_alphas(cell.config),
+        quantize=False,
     )
-    if plain in _DISCARDS:
-        sigmas = torch.cat((sigmas[:-2], sigmas[-1:]))
+    low, high = model.sigma_min.item(), model.sigma_max.item()
+    sigmas = k_diffusion_sigmas(model, cell.steps, spacing.lower(), plain in _DISCARDS)
     draws: Iterator[torch.Tensor] = map(torch.from_numpy, iter(noise_for(cell.steps)))
     x = next(draws) * sigmas[0]
     if cell.eta is not None:

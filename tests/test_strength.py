@@ -16,6 +16,7 @@ from vega_edge.errors import UsageError
 from vega_edge.runtime.denoiser import Denoiser
 from vega_edge.runtime.schedulers import Scheduler, all_schedulers, get_scheduler
 from vega_edge.runtime.strength import ending
+from vega_edge.runtime.walk import noised
 
 from . import fakes
 
@@ -82,6 +83,24 @@ def test_the_web_ui_takes_one_step_more() -> None:
 
     assert [taken("DPM++ 2M Karras", 20, s) for s in (0.0, 0.5, 0.75, 1.0)] == [1, 11, 16, 20]
     assert [taken("DDIM", 20, s) for s in (0.5, 1.0)] == [9, 18]
+
+
+@pytest.mark.parametrize("name", ["DDIM", "PLMS", "UniPC"])
+def test_the_web_ui_noises_to_the_timestep_above_the_one_it_begins_at(name: str) -> None:
+    """Its `modules/sd_samplers_timesteps.py`: of 20 steps at strength 0.5 the ten lowest timesteps, 451 to 1, and the
+    picture is noised as at 501. UniPC goes from 451 to 0 in as many steps as those are."""
+    row = get_scheduler(name, "a1111")
+    model = row.noise_model(fakes.VEGA)
+    schedule = ending(row.schedule(model, 20), row, model, 20, 0.5)
+    picture, noise = noises()[:2]
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    wanted = np.sqrt(abar[501]) * picture + np.sqrt(1 - abar[501]) * noise
+    assert np.abs(noised(picture, noise, schedule) / np.hypot(1, schedule.sigmas[0]) - wanted).max() < 1e-5
+    walked = np.linspace(451, 0, 11)[:-1] if name == "UniPC" else np.arange(451, 1, -50)
+    assert schedule.timesteps.tolist() == pytest.approx(walked.tolist())
+    end = abar[0 if name == "UniPC" else 1]
+    assert schedule.sigmas[-1] == pytest.approx(np.sqrt(1 / end - 1), rel=1e-4)
+    assert schedule.sigmas[0] == pytest.approx(np.sqrt(1 / abar[451] - 1), rel=1e-5)
 
 
 def test_a_brownian_path_spans_the_whole_schedule_as_in_the_web_ui() -> None:
