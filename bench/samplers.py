@@ -4,8 +4,9 @@
 
 The network is a stub that answers at once. Ours: the sampler, the denoiser's scaling and the noise as a pipeline draws
 it, but in turn, not while an engine runs. Theirs: `scale_model_input` and `step` with a generator; for samplers whose
-noise is a Brownian path's, with torchsde's tree. Making the trees counts on both sides. Both take turns; medians of walks, over their steps. Exit status 1
-where a goal is missed: at most half of diffusers' time and 1 ms for samplers that draw nothing, 1.3 times for the others.
+noise is a Brownian path's, with torchsde's tree. Making the tree counts on both sides. Both take turns; medians of
+walks, over their steps. Exit status 1 where a goal is missed: at most half of diffusers' time and 1 ms for samplers that
+draw nothing, 1.3 times for the others.
 """
 
 from __future__ import annotations

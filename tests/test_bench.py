@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from vega_edge.bench import (
     export,
@@ -68,16 +70,41 @@ def test_parity_and_whole_processes_are_held_against_their_goals() -> None:
     ]
 
 
+def schedulers_row(family: str, name: str, percent: float, model: str = "demo-vega", steps: int = 25) -> schedulers.Row:
+    return schedulers.Row(family, name, model, steps, 5.0, 60, percent, 0.2, "today")
+
+
 def test_schedulers_are_held_against_the_euler_of_their_family() -> None:
     rows = [
-        schedulers.Row("diffusers", "Euler", "demo-vega", 60, 96.0, 0.2),
-        schedulers.Row("diffusers", "DDIM", "demo-vega", 60, 86.0, 0.2),
-        schedulers.Row("a1111", "Euler", "demo-vega", 60, 90.0, 0.2),
-        schedulers.Row("a1111", "Restart", "demo-vega", 60, 79.9, 0.2),
+        schedulers_row("diffusers", "Euler", 96.0),
+        schedulers_row("diffusers", "DDIM", 86.0),
+        schedulers_row("a1111", "Euler", 90.0),
+        schedulers_row("a1111", "Restart", 79.9),
+        schedulers_row("a1111", "Restart", 1.0, "demo-small-sd"),  # whose Euler is not here
+        schedulers_row("diffusers", "PNDM", 85.9),
     ]
-    assert schedulers.shortfalls(rows) == ["Restart (a1111): 79.9 %, Euler has 90.0"]
+    restart, pndm = schedulers.shortfalls(rows)
+    assert restart == "Restart (a1111, demo-vega): 79.9 %, Euler has 90.0; no reason is known"
+    assert pndm.startswith("PNDM (diffusers, demo-vega): 85.9 %, Euler has 96.0; explicit multistep of fourth order")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in schedulers.table(rows).splitlines()[2:]]
-    assert cells == [["Euler", "96.0 %", "90.0 %"], ["DDIM", "86.0 %", ""], ["Restart", "", "79.9 %"]]
+    assert cells == [
+        ["Euler", "96.0 %", "90.0 %", ""],
+        ["DDIM", "86.0 %", "", ""],
+        ["Restart", "", "79.9 %", "1.0 %"],
+        ["PNDM", "85.9 %", "", ""],
+    ]
+
+
+def test_a_run_of_schedulers_replaces_its_own_rows_only(tmp_path: Path) -> None:
+    kept = [
+        schedulers_row("diffusers", "Euler", 96.0, "demo-tiny-sd"),
+        schedulers_row("diffusers", "Euler", 99.0, steps=50),
+    ]
+    old, new = schedulers_row("diffusers", "Euler", 90.0), schedulers_row("diffusers", "Euler", 96.0)
+    path = tmp_path / "schedulers.json"
+    assert schedulers.merged(path, [new]) == [new]
+    path.write_text(json.dumps({"rows": [asdict(row) for row in [old, *kept]]}))
+    assert schedulers.merged(path, [new]) == [*kept, new]
 
 
 def test_samplers_are_held_against_diffusers_and_a_millisecond() -> None:

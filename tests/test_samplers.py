@@ -174,7 +174,8 @@ def test_noise_is_asked_for_between_two_levels_of_the_walk(row: Scheduler) -> No
         return np.zeros(SHAPE, np.float32)
 
     list(row.sampler(lambda x, s: x / np.float32(1 + s * s), np.ones(SHAPE, np.float32), schedule, noise))
-    assert asked and all(low <= min(pair) < max(pair) <= high for pair in asked)
+    a_bit = 3e-7  # DPM++ SDE's levels have been to their float32 logarithms and back
+    assert asked and all(low * (1 - a_bit) <= min(pair) < max(pair) <= high * (1 + a_bit) for pair in asked)
     if row.eta is not None:
         asked.clear()
         still = row.with_eta(0)
