@@ -194,7 +194,7 @@ def test_intervals_of_the_brownian_path(name: str) -> None:
         expected.append((sigma, sigma_next))
     x = np.ones(SHAPE, np.float32)
     list(row.sampler(lambda x, s: 0 * x, x, schedule, lambda a, b: (asked.append((a, b)), x)[1]))
-    assert np.array(asked) == pytest.approx(np.array(expected), rel=1e-12)
+    assert np.array(asked) == pytest.approx(np.array(expected), rel=3e-7)  # of float32 logarithms
     assert row.brownian is not None and row.brownian(schedule) == asked  # exactly, so that each is drawn ahead
 
 
