@@ -38,7 +38,8 @@ class BundleFolder:
 @dataclass(frozen=True)
 class Report:
     """What is not there is '': a package's version, the engine for `auto`, `why_no_gpu` where there is a GPU.
-    passed_over: the engines that `auto` would rather have taken, each with the reason why not."""
+    passed_over: the engines that `auto` would rather have taken, each with the reason why not. auto_small: what it takes
+    for models whose graphs are below `small_bytes`, such as the one that comes with the package."""
 
     version: str
     python: str
@@ -50,6 +51,8 @@ class Report:
     packages: dict[str, str]
     engines: tuple[EngineStatus, ...]
     auto: str
+    auto_small: str
+    small_bytes: int
     passed_over: tuple[str, ...]
     bundle_folders: tuple[BundleFolder, ...]
     warnings: tuple[str, ...]
@@ -63,6 +66,7 @@ def examine(bundle_folders: Iterable[Path] = ()) -> Report:
     """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist."""
     gpus, why_no_gpu = _gpus()
     auto, passed_over = engines.best_engine()
+    auto_small, _ = engines.best_engine(model_bytes=0)
     no_engine = [] if auto else ['no engine can be used; pip install "vega-edge[cpu]"']
     return Report(
         version=_version("vega-edge"),
@@ -75,6 +79,8 @@ def examine(bundle_folders: Iterable[Path] = ()) -> Report:
         packages={name: _version(name) for name in PACKAGES},
         engines=tuple(engines.available()),
         auto=auto,
+        auto_small=auto_small,
+        small_bytes=engines.SMALL_BYTES,
         passed_over=tuple(passed_over),
         bundle_folders=tuple(_bundles(folder) for folder in bundle_folders),
         warnings=tuple(_overwritten() + no_engine),
@@ -89,7 +95,7 @@ def render(report: Report) -> str:
         f"CPU: {report.cpu}, {report.cores} logical cores",
         f"GPU: {gpus}",
         "",
-        f"Engines (auto takes {report.auto or 'none'})",
+        f"Engines (auto takes {_auto(report)})",
         *_columns([_engine_row(state) for state in report.engines]),
         *(f"  auto passes over {engine}" for engine in report.passed_over),
         "",
@@ -101,6 +107,12 @@ def render(report: Report) -> str:
     if report.warnings:
         lines += ["", *(f"WARNING: {warning}" for warning in report.warnings)]
     return "\n".join(lines)
+
+
+def _auto(report: Report) -> str:
+    if report.auto_small == report.auto:
+        return report.auto or "none"
+    return f"{report.auto}; {report.auto_small} for models below {report.small_bytes / 1e6:.0f} MB"
 
 
 def _engine_row(state: EngineStatus) -> tuple[str, str, str]:

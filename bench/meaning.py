@@ -10,10 +10,11 @@ goal is missed, or where the base without its LoRA is not clearly worse than wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..demo.check import read, score
-from ..demo.render import render
-from ..demo.scenes import Scene, Thing, combinations, full_caption, sample_scene
+from ..errors import BundleError, VegaEdgeError
 from ..models import recipes
 from ..runtime.pipeline import Pipeline
-from .machine import facts, markdown
+from .machine import facts
+from .meaning_prompts import KINDS, Asked, ceiling, judge, prompts
+from .meaning_prompts import scenes as scenes  # bench.schedulers takes it from here
+from .meaning_rows import Row, Run, in_order, load, merged, save, shortfalls, table
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Setting:
 
     title: str
     bundle: str
-    prompts: str  # seen, unseen, two
+    prompts: str  # one of meaning_prompts.KINDS
     options: dict[str, Any]
     goal: float | None = None
 
@@ -52,9 +54,11 @@ SETTINGS = [
     Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "seen", BASE, 95),
     Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "unseen", BASE, 90),
     Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "two", BASE, 80),
+    Setting("demo-vega, Euler, 25 steps, guidance 5", "demo-vega", "short", BASE),
     Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "seen", few(4), 90),
     Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "unseen", few(4), 85),
     Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "two", few(4), 80),
+    Setting("demo-vegart, LCM, 4 steps", "demo-vegart", "short", few(4)),
     Setting("control: demo-vega without the LoRA, LCM, 4 steps", "demo-vega", "seen", few(4)),
     Setting("demo-vegart, LCM, 2 steps", "demo-vegart", "seen", few(2)),
     Setting("control: demo-vega without the LoRA, LCM, 2 steps", "demo-vega", "seen", few(2)),
@@ -63,138 +67,79 @@ SETTINGS = [
     Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 5", "demo-tiny-sd", "seen", SD, 85),
     Setting("demo-tiny-sd, DPM Multi, 25 steps, guidance 5", "demo-tiny-sd", "unseen", SD),
 ]
+MODELS = tuple(dict.fromkeys(setting.bundle for setting in SETTINGS))
+Pictures = list[NDArray[np.uint8]]
 
 
-def scenes(kind: str, count: int) -> list[Scene]:
-    """The prompts of a row: the same for every row of that kind."""
-    rng = np.random.default_rng({"seen": 101, "unseen": 102, "two": 103}[kind])
-    if kind == "two":
-        found: list[Scene] = []
-        while len(found) < count:
-            scene = sample_scene(rng, two=1.0)
-            found.append(scene)
-        return found
-    combos = combinations(held_out=kind == "unseen")
-    picks = [combos[i % len(combos)] for i in rng.permutation(max(count, len(combos)))[:count]]
-    sizes = ("small", "", "", "big")
-    return [Scene((Thing(c, s, sizes[int(rng.integers(4))], 0, 0, 0, 0),), b, 0) for c, s, b in picks]
+def draw(pipe: Pipeline, asked: Sequence[Asked], options: dict[str, Any]) -> Pictures:
+    """One sRGB picture [height, width, 3] a prompt, prompt i with seed 1000 + i."""
+    return [np.asarray(pipe(a.text, seed=1000 + i, **options).images[0]) for i, a in enumerate(asked)]
 
 
-def ceiling(count: int) -> tuple[float, float]:
-    """The checker on clean renderings, per cent all right: one thing, two things."""
-    rng = np.random.default_rng(104)
-    right = []
-    for two in (0.0, 1.0):
-        drawn = [sample_scene(rng, two=two) for _ in range(count)]
-        right.append(100 * np.mean([score(render(s), s).all for s in drawn]))
-    return float(right[0]), float(right[1])
+class Teacher:
+    """demo-vega's guided pictures, which those of few steps are compared with; drawn once for each kind of prompts."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine, self._drawn = engine, dict[str, Pictures]()
+
+    def keep(self, setting: Setting, images: Pictures) -> None:
+        """`images` are kept if the setting is the teacher's own."""
+        if setting.bundle == "demo-vega" and setting.options == BASE:
+            self._drawn[setting.prompts] = images
+
+    def distance(self, kind: str, asked: Sequence[Asked], images: Pictures) -> float:
+        """Root mean square of the difference from the teacher's picture, of 255, averaged over the pictures."""
+        if kind not in self._drawn:
+            with contextlib.closing(Pipeline.open("demo-vega", self._engine)) as pipe:
+                self._drawn[kind] = draw(pipe, asked, BASE)
+        pairs = zip(images, self._drawn[kind], strict=True)
+        return float(np.mean([np.sqrt(np.mean((a.astype(float) - b) ** 2)) for a, b in pairs]))
 
 
-@dataclass
-class Row:
-    title: str
-    prompts: str
-    count: int
-    color: float
-    shape: float
-    background: float
-    all: float
-    goal: float | None
-    fit: float  # mean overlap with the ideal outline, 0 where the shape is wrong
-    teacher_rms: float | None  # distance from the 25-step guided picture of the same seed, of 255
-    seconds_a_picture: float
-
-
-def pictures(pipe: Pipeline, drawn: list[Scene], options: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
-    for i, scene in enumerate(drawn):
-        yield np.asarray(pipe(full_caption(scene), seed=1000 + i, **options).images[0])
-
-
-def evaluate(setting: Setting, count: int, engine: str, teacher: dict[str, list[NDArray[np.uint8]]]) -> Row:
-    pipe = Pipeline.open(setting.bundle, engine)
-    drawn = scenes(setting.prompts, count)
-    start = time.perf_counter()
-    images = list(pictures(pipe, drawn, setting.options))
-    seconds = time.perf_counter() - start
-    pipe.close()
-    if setting.bundle == "demo-vega" and setting.options == BASE:
-        teacher[setting.prompts] = images
-    scores = [score(image, scene) for image, scene in zip(images, drawn, strict=True)]
-    fits = [read(i).things[0].fit if s.shape else 0.0 for i, s in zip(images, scores, strict=True)]
+def evaluate(setting: Setting, count: int, engine: str, teacher: Teacher | None) -> Row:
+    """Draws and judges `count` prompts; without a teacher, the row has no distance from it."""
+    asked = prompts(setting.prompts, count)
+    with contextlib.closing(Pipeline.open(setting.bundle, engine)) as pipe:
+        start = time.perf_counter()
+        images = draw(pipe, asked, setting.options)
+        seconds = time.perf_counter() - start
     rms = None
-    if setting.options["scheduler"] == "LCM" and setting.prompts in teacher:
-        rms = float(
-            np.mean(
-                [
-                    np.sqrt(np.mean((a.astype(float) - b) ** 2))
-                    for a, b in zip(images, teacher[setting.prompts], strict=True)
-                ]
-            )
-        )
-    percent = {
-        k: round(100 * float(np.mean([getattr(s, k) for s in scores])), 1)
-        for k in ("color", "shape", "background", "all")
-    }
+    if teacher:
+        teacher.keep(setting, images)
+        if setting.options["scheduler"] == "LCM":
+            rms = round(teacher.distance(setting.prompts, asked, images), 2)
+    found = [judge(image, one) for image, one in zip(images, asked, strict=True)]
+
+    def mean(name: str) -> float:
+        """Over the prompts that say something of it."""
+        told = [value for value in (getattr(one, name) for one in found) if value is not None]
+        return float(np.mean(told)) if told else 0.0
+
+    percent = {name: round(100 * mean(name), 1) for name in ("color", "shape", "background", "all")}
     return Row(
-        setting.title,
-        setting.prompts,
-        count,
-        **percent,
-        goal=setting.goal,
-        fit=round(float(np.mean(fits)), 3),
-        teacher_rms=rms and round(rms, 2),
+        setting.title, setting.prompts, count, **percent, goal=setting.goal, fit=round(mean("fit"), 3), teacher_rms=rms,
         seconds_a_picture=round(seconds / count, 3),
-    )
+    )  # fmt: skip
 
 
-def table(rows: list[Row]) -> str:
-    head = (
-        "setting",
-        "prompts",
-        "all right",
-        "goal",
-        "colour",
-        "shape",
-        "background",
-        "outline fit",
-        "rms from teacher",
-    )
-    lines = [
-        (r.title, f"{r.count} {r.prompts}", f"**{r.all:.1f} %**", f"≥ {r.goal:g}" if r.goal else "", f"{r.color:.1f}",
-         f"{r.shape:.1f}", f"{r.background:.1f}", f"{r.fit:.3f}", "" if r.teacher_rms is None else f"{r.teacher_rms:.1f}")
-        for r in rows
-    ]  # fmt: skip
-    return markdown(head, lines)
-
-
-def shortfalls(rows: list[Row]) -> list[str]:
-    """What the rows do not show that they should, in words."""
-    found = [f"{r.title}, {r.prompts}: {r.all} %, goal {r.goal:g}" for r in rows if r.goal and r.all < r.goal]
-    by_title = {(r.title, r.prompts): r for r in rows}
-    for steps in (2, 4):
-        ours = by_title.get((f"demo-vegart, LCM, {steps} steps", "seen"))
-        control = by_title.get((f"control: demo-vega without the LoRA, LCM, {steps} steps", "seen"))
-        if ours and control and not (ours.all > control.all + 3 and _nearer(ours, control)):
-            found.append(f"{steps} steps without the LoRA are not clearly worse than with it")
-    return found
-
-
-def _rows_in(file: Path | None) -> list[Row]:
-    if file is None or not file.exists():
-        return []
-    return [Row(**row) for row in json.loads(file.read_text())["rows"]]
-
-
-def _nearer(ours: Row, control: Row) -> bool:
-    assert ours.teacher_rms and control.teacher_rms
-    return ours.fit > control.fit and ours.teacher_rms < control.teacher_rms
+def check_bundles(models: Sequence[str]) -> None:
+    """BundleError that says what to run unless all of them are exported: before minutes are spent on some."""
+    known = recipes()
+    if missing := [name for name in models if not known[name].ready]:
+        commands = " && ".join(f"vega-edge export {name}" for name in missing)
+        raise BundleError(f"{', '.join(missing)}: no bundle yet; run: {commands}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400, help="prompts a row")
     parser.add_argument("--engine", default="onnxruntime-cpu")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="rows of these bundles; the others in the file stay")
+    parser.add_argument(
+        "--only", nargs="+", metavar="MODEL", choices=MODELS, help="rows of these bundles; the others in the file stay"
+    )
+    parser.add_argument(
+        "--prompts", metavar="KIND", nargs="+", choices=KINDS, help=f"rows of these: {', '.join(KINDS)}"
+    )
     parser.add_argument(
         "--dtypes",
         metavar="MODEL",
@@ -204,35 +149,37 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.dtypes:
-        _compare_dtypes(arguments)
-        return
-    teacher: dict[str, list[NDArray[np.uint8]]] = {}
-    rows = []
-    one, two = ceiling(arguments.count)
-    print(f"the checker on clean renderings: {one:.1f} % (one thing), {two:.1f} % (two)", flush=True)
-    known = recipes()
-    before = _rows_in(arguments.output) if arguments.only else []
-    for setting in SETTINGS:
-        if setting.bundle not in known:
-            print(f"{setting.title}: not in this checkout", file=sys.stderr, flush=True)
-        elif not arguments.only or setting.bundle in arguments.only:
-            rows.append(evaluate(setting, arguments.count, arguments.engine, teacher))
-            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-            if arguments.output:  # a row takes minutes
-                done = {(row.title, row.prompts) for row in rows}
-                kept = [row for row in before if (row.title, row.prompts) not in done]
-                told = {
-                    **facts(), "engine": arguments.engine, "checker_on_renderings": {"one": one, "two": two},
-                    "rows": [asdict(row) for row in (*kept, *rows)],
-                }  # fmt: skip
-                arguments.output.write_text(json.dumps(told, indent=1) + "\n")
-    print(table(rows))
-    if missed := shortfalls(rows):
+    try:
+        missed = _compare_dtypes(arguments) if arguments.dtypes else _measure(arguments)
+    except VegaEdgeError as error:
+        sys.exit(f"vega-edge: {error}")
+    if missed:
         sys.exit("\n".join(missed))
 
 
-def _compare_dtypes(arguments: argparse.Namespace) -> None:
+def _measure(arguments: argparse.Namespace) -> list[str]:
+    """What is missed, of all rows that the output then holds."""
+    chosen = [s for s in SETTINGS if not arguments.only or s.bundle in arguments.only]
+    chosen = [s for s in chosen if not arguments.prompts or s.prompts in arguments.prompts]
+    few_steps = [s for s in chosen if s.options["scheduler"] == "LCM"]
+    check_bundles([m for m in MODELS if any(s.bundle == m for s in chosen) or (few_steps and m == "demo-vega")])
+    one, two = ceiling(arguments.count)
+    print(f"the checker on clean renderings: {one:.1f} % (one thing), {two:.1f} % (two)", flush=True)
+    told = {**facts(), "engine": arguments.engine, "checker_on_renderings": {"one": one, "two": two}}
+    part = len(chosen) < len(SETTINGS)
+    before = load(arguments.output) if part and arguments.output else []
+    new, teacher = Run(told, []), Teacher(arguments.engine)
+    for setting in chosen:
+        new.rows.append(evaluate(setting, arguments.count, arguments.engine, teacher))
+        print(table(new.rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        if arguments.output:  # a row takes minutes
+            save(arguments.output, merged(before, new))
+    rows = in_order(merged(before, new), [(s.title, s.prompts) for s in SETTINGS])
+    print(table(rows))
+    return shortfalls(rows)
+
+
+def _compare_dtypes(arguments: argparse.Namespace) -> list[str]:
     from . import meaning_dtypes as dtypes
 
     if arguments.dtypes not in dtypes.MODELS:
@@ -241,8 +188,7 @@ def _compare_dtypes(arguments: argparse.Namespace) -> None:
     print(dtypes.table(rows))
     if arguments.output:
         arguments.output.write_text(json.dumps({**facts(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    if missed := dtypes.shortfalls(rows):
-        sys.exit("\n".join(missed))
+    return dtypes.shortfalls(rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..engines.dtypes import refusal
 from .machine import markdown
-from .meaning import BASE, Row, Setting, evaluate, few
+from .meaning import BASE, Setting, evaluate, few
+from .meaning_rows import Row
 
 DTYPES = ("fp32", "fp16", "bf16", "int8")
 POINTS, RATIO = 2.0, 0.55
@@ -45,7 +46,7 @@ def compare(model: str, count: int, engine: str, dtypes: tuple[str, ...] = DTYPE
             command = [sys.executable, "-m", "vega_edge", "export", model, "--dtype", dtype, "-o", str(bundle)]
             subprocess.run(command, check=True, stdout=sys.stderr)
             on = _INSTEAD if refusal(engine, (dtype, dtype)) else engine
-            drawn = evaluate(Setting(f"{model}, {dtype}", str(bundle), "seen", _OPTIONS[model]), count, on, {})
+            drawn = evaluate(Setting(f"{model}, {dtype}", str(bundle), "seen", _OPTIONS[model]), count, on, None)
             size = sum(file.stat().st_size for file in (bundle / "unet").glob("model.onnx*"))
             rows.append(DtypeRow(dtype, on, size, 0.0, 0.0, drawn))
     return relate(rows)

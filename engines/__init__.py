@@ -15,6 +15,7 @@ from . import compiled
 from .checked import CheckedEngine, reason
 from .choice import (
     ENGINES,
+    SMALL_BYTES,
     best_engine,
     built_shapes,
     check_engine,
@@ -32,6 +33,7 @@ from .status import EngineStatus, available
 
 __all__ = [
     "ENGINES",
+    "SMALL_BYTES",
     "BuiltFor",
     "Engine",
     "EngineStatus",

@@ -54,11 +54,11 @@ class RecipeLora:
 class Recipe:
     """Paths are relative to the package. `checkpoint` is there in a clone of the project, `bundle` in every install.
 
-    sources: where there is no `checkpoint`, the first is exported; others are to name with --from. architecture: one of `configs/architectures.json`, None for
-    the embedded models; scheduler: a file of `configs/` in place of the architecture's (for checkpoints without one).
-    defaults: scheduler, steps, guidance, width, height, and any other of `runtime.request.Request`, such as the family
-    that a scheduler's name is of (diffusers, if not said), or prompt_syntax. limits: what this runtime allows, as
-    [least, most]: steps, guidance, size_px. api_slugs: the model's name in Segmind's API first, then other spellings;
+    sources: where there is no `checkpoint`, the first is exported; others are to name with --from. architecture: one of
+    `configs/architectures.json`, None for the embedded models; scheduler: a file of `configs/` in place of the
+    architecture's (for checkpoints without one). defaults: what the manifest of its bundle may hold: scheduler, family
+    (what the scheduler's name means; diffusers, if not said), schedule, steps, guidance, width, height, prompt_syntax.
+    limits: what this runtime allows, as [least, most]: steps, guidance, size_px. api_slugs: the model's name in Segmind's API first, then other spellings;
     api_limits: what its page allows: steps, guidance, samples as [least, most] and sizes_px, a list of all.
     parameters: how many weights each part has; left out of the file where the architecture says it.
     """

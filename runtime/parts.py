@@ -79,7 +79,7 @@ class Parts:
     """Opens the graphs of `bundle` on `engine`, one of ENGINES.
 
     `low_memory`: each is open only while it runs. `cache`: the folder for what engines compile, None for none.
-    `device`: which GPU, from 0, for an engine that runs on one.
+    `device`: cpu, cuda or cuda:N; None for what the engine runs on.
     """
 
     bundle: Bundle

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from PIL import Image
+
 from vega_edge.bench import (
     export,
     full_size,
@@ -62,16 +64,33 @@ def test_parity_and_whole_processes_are_held_against_their_goals() -> None:
         "demo-vega, Euler, guidance 3: 6.0e-04 and 60 dB, goal 0.0005 and 60 dB",
         "demo-vega, Euler, guidance 3: 5.0e-04 and 59 dB, goal 0.0005 and 60 dB",
     ]
-    assert process.shortfalls({"ours": {"faster": 5.0, "memory": 1 / 3}}, 1.2) == []
-    assert process.shortfalls({"ours": {"faster": 4.9, "memory": 0.4}}, 1.3) == [
+    assert process.shortfalls({"ours": {"faster": 5.0, "memory": 1 / 3, "psnr_db": 60.0}}, 1.2) == []
+    assert process.shortfalls({"ours": {"faster": 4.9, "memory": 0.4, "psnr_db": 58.4}}, 1.3) == [
         "ours: 4.9 times faster than diffusers, goal 5.0",
         "ours: 0.40 of diffusers' memory, goal 0.33",
+        "ours: another picture than diffusers', 58 dB from it, goal 60",
         "import vega_edge: 1.30 of numpy's, goal 1.2",
     ]
 
 
 def schedulers_row(family: str, name: str, percent: float, model: str = "demo-vega", steps: int = 25) -> schedulers.Row:
     return schedulers.Row(family, name, model, steps, 5.0, 60, percent, 0.2, "today")
+
+
+def test_whole_processes_are_related_to_diffusers(tmp_path: Path) -> None:
+    white, gray = tmp_path / "white.png", tmp_path / "gray.png"
+    Image.new("RGB", (4, 4), (255, 255, 255)).save(white)
+    Image.new("RGB", (4, 4), (204, 204, 204)).save(gray)
+    assert process.likeness(white, white) == 99.0 and process.likeness(white, gray) == 14.0  # 51 of 255: 20 lg 5
+    generate = {
+        "ours": {"seconds": 1.0, "peak_mb": 100.0, "psnr_db": 51.0}, "diffusers": {"seconds": 8.0, "peak_mb": 400.0},
+    }  # fmt: skip
+    assert process.related(generate) == {"ours": {"faster": 8.0, "memory": 0.25, "psnr_db": 51.0}}
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in process.table(generate).splitlines()[2:]]
+    assert cells == [
+        ["ours", "1.00 s", "100 MB", "8.0×", "0.25", "51 dB"], ["diffusers", "8.00 s", "400 MB", "1.0×", "1.00", ""],
+    ]  # fmt: skip
+    assert process.times([(3.0, 7.0), (1.0, 9.0), (2.5, 8.0)]) == {"seconds": 2.5, "least": 1.0, "most": 3.0}
 
 
 def test_schedulers_are_held_against_the_euler_of_their_family() -> None:

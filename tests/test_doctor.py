@@ -9,6 +9,10 @@ import pytest
 
 from vega_edge import doctor, engines
 from vega_edge.engines import EngineStatus, nvidia
+from vega_edge.engines.choice import Missing
+from vega_edge.runtime.pipeline import Pipeline
+
+MISSING = Missing("it is not here", "")
 
 
 @pytest.fixture
@@ -56,11 +60,26 @@ def test_one_onnxruntime_is_none(installed):
 
 
 def test_no_engine_is_a_warning(monkeypatch, installed):
-    monkeypatch.setattr(engines, "best_engine", lambda: ("", ["openvino (it is not installed)"]))
+    monkeypatch.setattr(engines, "best_engine", lambda model_bytes=None: ("", ["openvino (it is not installed)"]))
     report = doctor.examine()
     assert (report.auto, report.passed_over) == ("", ("openvino (it is not installed)",))
     assert report.warnings == ('no engine can be used; pip install "vega-edge[cpu]"',)
     assert "Engines (auto takes none)" in doctor.render(report)
+
+
+def test_auto_may_take_another_engine_for_a_small_model(monkeypatch):
+    """`generate` with the model of the package takes what is told for small ones."""
+    monkeypatch.setattr(engines.choice, "missing_here", lambda name: None if "tensor" not in name else MISSING)
+    monkeypatch.setattr(engines.choice, "_not_loaded", lambda name: MISSING)
+    report = doctor.examine()
+    assert (report.auto, report.auto_small) == ("openvino", "onnxruntime-cpu")
+    assert "Engines (auto takes openvino; onnxruntime-cpu for models below 100 MB)" in doctor.render(report)
+
+
+def test_what_doctor_tells_of_auto_is_what_the_packaged_model_is_drawn_with():
+    pipe = Pipeline.open("demo-vegart")
+    assert pipe.engine == doctor.examine().auto_small
+    pipe.close()
 
 
 def test_gpus(monkeypatch):
@@ -98,6 +117,8 @@ def test_the_text():
             EngineStatus("openvino-bf16", False, why_not="no bf16"),
         ),
         auto="onnxruntime-cpu",
+        auto_small="onnxruntime-cpu",
+        small_bytes=100_000_000,
         passed_over=("openvino (openvino is not installed)",),
         bundle_folders=(doctor.BundleFolder("/b", ("a", "c"), 12_340_000), doctor.BundleFolder("/n", (), 0)),
         warnings=("beware",),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vega_edge import records
+from vega_edge import manifest, records
 from vega_edge.errors import UsageError
-from vega_edge.manifest import _check_options
 from vega_edge.models import Recipe, recipes, storage
 from vega_edge.models.architectures import CONFIGS, MERGES, Architecture, architectures, read_config
 from vega_edge.runtime.request import Limits, make_request
@@ -45,7 +46,7 @@ def test_recipes_say_what_the_api_pages_say(name: str) -> None:
 
 @pytest.mark.parametrize("recipe", ALL.values(), **ids)
 def test_a_bundle_takes_the_recipe_and_the_runtime_its_defaults(recipe: Recipe) -> None:
-    _check_options(recipe.defaults, recipe.limits)
+    manifest._check_options(recipe.defaults, recipe.limits)
     limits = Limits.of(recipe.limits, 64)
     request = make_request({"prompt": "a cat"}, recipe.defaults, limits)
     config = read_config(recipe.scheduler or architectures()[recipe.architecture or "segmind-vega"].scheduler)
@@ -53,6 +54,16 @@ def test_a_bundle_takes_the_recipe_and_the_runtime_its_defaults(recipe: Recipe) 
     for key, (least, most) in limits_of(recipe).items():
         low, high = getattr(limits, key)
         assert low <= least <= most <= high, f"{key}: the API page allows more than the runtime"
+
+
+def test_the_defaults_that_a_recipe_may_say() -> None:
+    """Those that its documentation lists are those that a manifest takes, and no more."""
+    text = " ".join(str(Recipe.__doc__).split())
+    listed = re.sub(r" \([^)]*\)", "", text.partition("may hold: ")[2].partition(". limits:")[0]).split(", ")
+    assert listed == [field.name for field in dataclasses.fields(manifest._Defaults)]
+    assert all(set(recipe.defaults) <= set(listed) for recipe in ALL.values())
+    with pytest.raises(records.RecordError, match="defaults: unknown key 'eta'"):
+        manifest._check_options({**ALL["demo-vega"].defaults, "eta": 0.5}, {})
 
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
@@ -123,12 +134,10 @@ def test_configurations_build_networks_of_that_size(architecture: Architecture) 
 def test_the_embedded_models_sizes() -> None:
     from vega_edge.safetensors_file import read_header
 
-    for name in ("demo-vega", "demo-vegart"):
+    for name in ("demo-vega", "demo-vegart", "demo-small-sd", "demo-tiny-sd"):
         for part, count in ALL[name].parameters.items():
             folder = ALL[name].checkpoint_path
             assert folder is not None
-            if not folder.is_dir():
-                pytest.skip("no checkpoint in this install")
             got = 0
             for file in (folder / part).glob("*.safetensors"):
                 for entry in read_header(file).entries.values():

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vega_edge.bench.meaning import scenes
+from vega_edge.bench.meaning_prompts import judge, prompts
 from vega_edge.bundle import Bundle
-from vega_edge.demo.check import score
-from vega_edge.demo.scenes import full_caption
 from vega_edge.engines import Spec
 from vega_edge.errors import NotFiniteError, UsageError
 from vega_edge.models import find_bundle, recipes
@@ -31,9 +29,9 @@ def pipe() -> Pipeline:
 
 
 def test_it_draws_what_it_is_told(pipe: Pipeline) -> None:
-    asked = scenes("seen", 32)
-    drawn = [pipe(full_caption(scene), seed=i).images[0] for i, scene in enumerate(asked)]
-    right = sum(score(np.asarray(image), scene).all for image, scene in zip(drawn, asked, strict=True))
+    asked = prompts("seen", 32)
+    drawn = [pipe(one.text, seed=i).images[0] for i, one in enumerate(asked)]
+    right = sum(judge(np.asarray(image), one).all for image, one in zip(drawn, asked, strict=True))
     assert right >= 24  # nine in ten are right (demo/README.md); by chance it would be one in a thousand
 
 
