@@ -31,9 +31,7 @@ def _middle(sigma: float, sigma_next: float) -> float:
     return math.sqrt(sigma * sigma_next)
 
 
-def dpmpp_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_sde(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """Single step, second order, r 1/2: noise is added at the middle too."""
     scratch = np.empty_like(x)
     for sigma, sigma_next in schedule.intervals():
@@ -45,18 +43,17 @@ def dpmpp_sde(
             down, up = split(sigma, middle, eta)
             guess = toward(x, x0, down / sigma)
             if up > 0:
-                add(guess, up * s_noise, noise(sigma, middle), scratch)
+                add(guess, up, noise(sigma, middle), scratch)
             down, up = split(sigma, sigma_next, eta)
             x = toward(x, denoise(guess, middle), down / sigma)
             if up > 0:
-                add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+                add(x, up, noise(sigma, sigma_next), scratch)
         yield Step(x, x0, sigma_next)
 
 
 def dpmpp_2m_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0,
-    variant: str = "midpoint",
-) -> Iterator[Step]:  # fmt: skip
+    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, variant: str = "midpoint"
+) -> Iterator[Step]:
     """Multistep, second order; `variant` midpoint or heun."""
     scratch = np.empty_like(x)
     previous: Array | None = None
@@ -73,15 +70,13 @@ def dpmpp_2m_sde(
                 rise = -math.expm1(-h_eta) / 2 if variant == "midpoint" else 1 + math.expm1(-h_eta) / h_eta
                 add(x, rise * h / last, x0, scratch)
                 add(x, -rise * h / last, previous, scratch)
-            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+            _add_noise(x, sigma, sigma_next, eta, noise, scratch)
             last = h
         previous = x0
         yield Step(x, x0, sigma_next)
 
 
-def dpmpp_3m_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_3m_sde(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """Multistep, third order."""
     scratch = np.empty_like(x)
     past: list[Array] = []
@@ -102,16 +97,14 @@ def dpmpp_3m_sde(
                 weights = third_order_weights(h, h_eta, widths[0], widths[1])
                 for weight, a in zip(weights, (x0, *past), strict=True):
                     add(x, weight, a, scratch)
-            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+            _add_noise(x, sigma, sigma_next, eta, noise, scratch)
             widths = [h, *widths[:1]]
         past = [x0, *past[:1]]
         yield Step(x, x0, sigma_next)
 
 
-def _add_noise(
-    x: Array, sigma: float, sigma_next: float, eta: float, s_noise: float, noise: Noise, scratch: Array
-) -> None:
+def _add_noise(x: Array, sigma: float, sigma_next: float, eta: float, noise: Noise, scratch: Array) -> None:
     """What the SDE's noise of strength eta comes to over a step; exp(-h) is sigma_next / sigma."""
     if eta > 0:
         up = sigma_next * math.sqrt(-math.expm1(-2 * eta * math.log(sigma / sigma_next)))
-        add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+        add(x, up, noise(sigma, sigma_next), scratch)
