@@ -9,7 +9,7 @@ are not written to again; those that only `denoise` saw may be. Here: samplers t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,12 @@ def add(out: Array, factor: float, a: Array, scratch: Array) -> None:
     """out += factor * a, by way of `scratch`."""
     np.multiply(a, factor, out=scratch)
     out += scratch
+
+
+def add_terms(out: Array, factors: Sequence[float], arrays: Sequence[Array], scratch: Array) -> None:
+    """out += factor * a for each pair of them, in order: what higher orders add to a first-order step."""
+    for factor, a in zip(factors, arrays, strict=True):
+        add(out, factor, a, scratch)
 
 
 def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .samplers import Array, Denoise, Noise, Step, add, split, toward
+from .samplers import Array, Denoise, Noise, Step, add, add_terms, split, toward
 from .schedules import Schedule
 
 # DPM adaptive's tolerances, and its first try's width in log sigma: rtol, atol and h_init of k-diffusion's
@@ -35,8 +35,9 @@ def dpmpp_2s(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: 
 
 
 def dpm_single(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
-    """DPM-Solver++ over runs of the schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2,
-    (3), each from where the run began, looking at all that the network said since.
+    """DPM-Solver++ in single steps (Lu et al. 2022, arXiv:2211.01095, after DPM-Solver, arXiv:2206.00927) over runs of the
+    schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2, (3), each from where the run
+    began, looking at what the network said there and last.
     """
     assert schedule.orders is not None
     scratch = np.empty_like(x)
@@ -54,8 +55,7 @@ def dpm_single(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> 
             h = -math.log(ratio)
             rise = (1 - ratio) / 2 if order == 2 else 1 - (1 - ratio) / h
             weight = rise * h / math.log(top / sigma)
-            add(x, weight, x0, scratch)
-            add(x, -weight, first, scratch)
+            add_terms(x, (weight, -weight), (x0, first), scratch)
         yield Step(x, x0, sigma_next)
 
 
