@@ -15,8 +15,8 @@ _ADAMS_BASHFORTH = ((), (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 
 
 
 def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, order: int = 4) -> Iterator[Step]:
-    """Linear multistep, k-diffusion's `sample_lms`: Adams-Bashforth, which Liu et al. 2022 (arXiv:2202.09778) brought to
-    diffusion, over sigma, whose steps are uneven: the slopes' interpolating polynomial, integrated.
+    """Linear multistep, k-diffusion's `sample_lms`: Adams-Bashforth, which Liu et al. 2022 (arXiv:2202.09778) brought
+    to diffusion, over sigma, whose steps are uneven: the slopes' interpolating polynomial, integrated.
     """
     scratch = np.empty_like(x)
     levels = schedule.sigmas.tolist()
@@ -177,7 +177,7 @@ def unipc(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, variant:
 
 
 def _unipc_step(x: Array, said: list[_Said], sigma_next: float, variant: str, scratch: Array) -> Array:
-    """From where the first of `said` was said. The others may stand anywhere: one at sigma_next makes it a corrector."""
+    """From where the first of `said` was said. The others stand anywhere; one at sigma_next makes it a corrector."""
     (sigma, x0), *others = said
     out = toward(x, x0, sigma_next / sigma)
     if others:

@@ -31,14 +31,16 @@ Intervals = Callable[[Schedule], list[tuple[float, float]]]
 class Scheduler:
     """A named scheduler.
 
-    order: of convergence as measured on Gaussian data with many steps and eta 0 (`tests/test_samplers.py`), where LMS and
-    PLMS, of fourth order, and DPM++ 3M, of third, have only their first steps' error left, of second; their formula's for
-    DDPM, LCM and Restart, which solve no ODE; None where the sampler chooses its own steps. calls: of the model, a step;
-    None where they vary. least_steps: the fewest it can take. any_schedule: whether it can walk the named ones. adaptive: how many steps it takes shows on the
-    way. counts_timesteps: the web UI spaces its timesteps, not noise levels, and takes as many steps as come of that.
-    random: draws noise whatever eta is. eta: how much of each step's noise is fresh, 0 to 1, which the sampler is given;
-    None where that can't be chosen. brownian: where the noise is to be a Brownian path's, the intervals of it that will
-    be asked for, in order.
+    order: of convergence as measured on Gaussian data with many steps and eta 0 (`tests/test_samplers.py`): there LMS and
+    PLMS, of fourth order, and DPM++ 3M SDE, of third, have only their first steps' error left, of second. For DDPM, LCM
+    and Restart, which always add noise, their formula's; None where the sampler chooses its own steps. calls: of the
+    model, a step; None where they vary. least_steps: the fewest it can take. any_schedule: whether it can walk the named
+    ones. adaptive: how many steps it takes shows on the way. counts_timesteps: the web UI spaces its timesteps, not
+    noise levels, and takes as many steps as come of that.
+
+    random: draws noise whatever eta is. eta: how much of each step's noise is fresh, 0 to 1, which the sampler is
+    given; None where that can't be chosen. brownian: where the noise is to be a Brownian path's, the intervals of it
+    that will be asked for, in order.
 
     diffusers: the class whose numbers it gives. defaults: that class's own, where a `scheduler_config.json` is silent.
     forced: what the name itself says, whatever the file says. fixed: options that are implemented for these values

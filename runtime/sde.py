@@ -56,8 +56,8 @@ def dpmpp_sde(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta:
 def dpmpp_2m_sde(
     denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, variant: str = "midpoint"
 ) -> Iterator[Step]:
-    """SDE-DPM-Solver++(2M), arXiv:2211.01095: multistep, second order. The `variant`, midpoint or heun, is how the term of
-    second order is approximated: `solver_type` of k-diffusion's `sample_dpmpp_2m_sde`.
+    """SDE-DPM-Solver++(2M), arXiv:2211.01095: multistep, second order. The `variant`, midpoint or heun, is how the term
+    of second order is approximated: `solver_type` of k-diffusion's `sample_dpmpp_2m_sde`.
     """
     scratch = np.empty_like(x)
     previous: Array | None = None

@@ -35,8 +35,8 @@ def dpmpp_2s(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: 
 
 
 def dpm_single(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
-    """DPM-Solver++ in single steps (Lu et al. 2022, arXiv:2211.01095, after DPM-Solver, arXiv:2206.00927) over runs of the
-    schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2, (3), each from where the run
+    """DPM-Solver++ in single steps (Lu et al. 2022, arXiv:2211.01095, after DPM-Solver, arXiv:2206.00927) over runs of
+    the schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2, (3), each from where the run
     began, looking at what the network said there and last.
     """
     assert schedule.orders is not None

@@ -53,8 +53,8 @@ def test_a_perfect_denoiser_is_reproduced(row: Scheduler, alpha_one: bool) -> No
         assert np.abs(last.x - truth).max() < 5e-4 + 5 * min(end, 0.04), (named, steps)
 
 
-# Of convergence, with eta 0, in the middle of the walk: steps to zero are of first order for all. With as many steps as
-# here, what the first ones leave, of lower order, is the most of it: so LMS, PNDM, PLMS and DPM++ 3M SDE are of order 2.
+# Of convergence, with eta 0, in the middle of the walk: steps to zero are of first order for all. With many steps what
+# the first ones leave, of lower order, is the most of the error: so LMS, PNDM, PLMS and DPM++ 3M SDE are of order 2.
 ORDERS = {
     "Euler": 1, "Euler a": 1, "Euler Lightning": 1, "DDIM": 1, "TCD": 1, "Heun": 2, "DPM2": 2, "DPM2 a": 2,
     "DPM Multi": 2, "DPM Single": 2, "DPM++ 2M": 2, "DPM++ 2S a": 2, "DPM++ SDE": 2, "DPM++ 2M SDE": 2,
