@@ -6,6 +6,8 @@ Facts from its `modules/sd_samplers_kdiffusion.py`, `sd_samplers_timesteps.py`, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,8 +52,7 @@ def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
 
 def plms(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     grid = ddim(model, n, named)
-    retake = (float(grid.sigmas[0]), float(grid.sigmas[1]))
-    return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, retake=retake)
+    return replace(grid, retake=(float(grid.sigmas[0]), float(grid.sigmas[1])))
 
 
 def unipc(model: NoiseModel, n: int, named: str | None = None) -> Schedule:

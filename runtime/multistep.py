@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .samplers import Array, Denoise, Noise, Step, add, toward
+from .samplers import Array, Denoise, Noise, Step, add_terms, toward
 from .schedules import Schedule
 
 _ADAMS_BASHFORTH = ((), (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, order: int = 4) -> Iterator[Step]:
-    """Linear multistep: the slopes' interpolating polynomial in sigma, integrated (k-diffusion's `sample_lms`)."""
+    """Linear multistep, k-diffusion's `sample_lms`: Adams-Bashforth, which Liu et al. 2022 (arXiv:2202.09778) brought
+    to diffusion, over sigma, whose steps are uneven: the slopes' interpolating polynomial, integrated.
+    """
     scratch = np.empty_like(x)
     levels = schedule.sigmas.tolist()
     past: list[Array] = []  # x - x0, the slopes but for 1 / sigma
@@ -115,8 +118,9 @@ def dpm_multi(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> I
         elif order == 2:
             x = toward(x, _extrapolated(x0, past[0], -math.log(ratio) / (2 * widths[0]), scratch), ratio)
         else:
+            h = -math.log(ratio)
             x = toward(x, x0, ratio)
-            _third_order(x, [x0, *past], -math.log(ratio), widths, scratch)
+            add_terms(x, third_order_weights(h, h, *widths), (x0, *past), scratch)
         past = [x0, *past[:1]]
         widths = [-math.log(ratio) if ratio > 0 else math.inf, *widths[:1]]
         yield Step(x, x0, sigma_next)
@@ -128,12 +132,6 @@ def _extrapolated(x0: Array, previous: Array, weight: float, scratch: Array) -> 
     scratch *= weight
     scratch += x0
     return scratch
-
-
-def _third_order(out: Array, x0s: list[Array], h: float, widths: list[float], scratch: Array) -> None:
-    """Adds the second and third order terms to a first-order step."""
-    for factor, x0 in zip(third_order_weights(h, h, widths[0], widths[1]), x0s, strict=True):
-        add(out, factor, x0, scratch)
 
 
 def third_order_weights(h: float, h_eta: float, last: float, older: float) -> tuple[float, float, float]:
@@ -151,6 +149,13 @@ def third_order_weights(h: float, h_eta: float, last: float, older: float) -> tu
     return of_d0 / r0, of_d1 / r1 - of_d0 / r0, -of_d1 / r1
 
 
+class _Said(NamedTuple):
+    """What the network said, and at which sigma."""
+
+    sigma: float
+    x0: Array
+
+
 def unipc(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, variant: str = "bh2") -> Iterator[Step]:
     """UniPC, Zhao et al. 2023 (arXiv:2302.04867, algorithms 5 and 6), data prediction, variants B1 and B2.
 
@@ -158,55 +163,43 @@ def unipc(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, variant:
     """
     assert schedule.orders is not None
     scratch = np.empty_like(x)
-    past: list[Array] = []
-    levels = schedule.sigmas.tolist()
+    past: list[_Said] = []
+    known: list[_Said] = []  # of them, what the last step was made with
     started = x
-    for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
-        x0 = denoise(x, sigma)
-        if i:
-            x = _unipc_step(started, [x0, *past], levels, i - 1, schedule.orders[i - 1], variant, scratch, True)
-        started = x
-        past = [x0, *past[:2]]
-        x = _unipc_step(started, [None, *past], levels, i, schedule.orders[i], variant, scratch, False)
-        yield Step(x, x0, sigma_next)
+    for (sigma, sigma_next), order in zip(schedule.intervals(), schedule.orders, strict=True):
+        here = _Said(sigma, denoise(x, sigma))
+        if known:
+            x = _unipc_step(started, [*known, here], sigma, variant, scratch)
+        started, past = x, [here, *past[:2]]
+        known = past[:order]
+        x = _unipc_step(started, known, sigma_next, variant, scratch)
+        yield Step(x, here.x0, sigma_next)
 
 
-def _unipc_step(
-    x: Array, x0s: Sequence[Array | None], levels: list[float], i: int, order: int, variant: str,
-    scratch: Array, corrects: bool,
-) -> Array:  # fmt: skip
-    """From level i to the next. x0s: where it arrives (for correcting), at level i, and at those before."""
-    at_start, sigma, sigma_next = x0s[1], levels[i], levels[i + 1]
-    assert at_start is not None
-    out = toward(x, at_start, sigma_next / sigma)
-    if order == 1 and not corrects:
-        return out
-    h = math.log(sigma / sigma_next)
-    nodes = [math.log(sigma / levels[i - k]) / h for k in range(1, order)]
-    weights = _unipc_weights(h, nodes, variant, corrects)
-    terms = [x0s[k + 1] for k in range(1, order)] + ([x0s[0]] if corrects else [])
-    add(out, -sum(weights), at_start, scratch)
-    for weight, x0 in zip(weights, terms, strict=True):
-        assert x0 is not None
-        add(out, weight, x0, scratch)
+def _unipc_step(x: Array, said: list[_Said], sigma_next: float, variant: str, scratch: Array) -> Array:
+    """From where the first of `said` was said. The others stand anywhere; one at sigma_next makes it a corrector."""
+    (sigma, x0), *others = said
+    out = toward(x, x0, sigma_next / sigma)
+    if others:
+        h = math.log(sigma / sigma_next)
+        weights = _unipc_weights(h, [math.log(sigma / other.sigma) / h for other in others], variant)
+        add_terms(out, (-sum(weights), *weights), [x0, *(other.x0 for other in others)], scratch)
     return out
 
 
-def _unipc_weights(h: float, nodes: list[float], variant: str, corrects: bool) -> list[float]:
-    """Of the differences to x0 at the start: first of those at `nodes` (in steps, negative), then at the end.
+def _unipc_weights(h: float, points: list[float], variant: str) -> list[float]:
+    """Of the differences to x0 at the start, at `points`: in steps, negative before it, 1 where it arrives.
 
-    The system R rho = b of the paper's equation 10; order 1 and, for predicting, 2 take 1/2, as its authors do.
+    The system R rho = b of the paper's equation 10; a single unknown is 1/2, as its authors take it.
     """
-    size = len(nodes) + corrects
     scale = -h if variant == "bh1" else math.expm1(-h)
-    points = [*nodes, 1.0][:size]
-    if size == 1:
+    if len(points) == 1:
         rho = [0.5]
     else:
         phi, b, factorial = math.expm1(-h) / -h - 1, [], 1
-        for k in range(1, size + 1):
+        for k in range(1, len(points) + 1):
             b.append(phi * factorial / scale)
             factorial *= k + 1
             phi = phi / -h - 1 / factorial
-        rho = np.linalg.solve(np.array([[p**k for p in points] for k in range(size)]), b).tolist()
+        rho = np.linalg.solve(np.array([[p**k for p in points] for k in range(len(points))]), b).tolist()
     return [-scale * r / p for r, p in zip(rho, points, strict=True)]

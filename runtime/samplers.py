@@ -9,7 +9,7 @@ are not written to again; those that only `denoise` saw may be. Here: samplers t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,12 @@ def add(out: Array, factor: float, a: Array, scratch: Array) -> None:
     out += scratch
 
 
+def add_terms(out: Array, factors: Sequence[float], arrays: Sequence[Array], scratch: Array) -> None:
+    """out += factor * a for each pair of them, in order: what higher orders add to a first-order step."""
+    for factor, a in zip(factors, arrays, strict=True):
+        add(out, factor, a, scratch)
+
+
 def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """The sigma to step down to and the noise to add there for arriving at sigma_next; eta 0 adds none.
 
@@ -62,9 +68,7 @@ def euler(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Itera
         yield Step(x, x0, sigma_next)
 
 
-def ancestral(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def ancestral(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """Euler to a lower sigma than asked, then noise up to it again.
 
     With eta 1 it is k-diffusion's `sample_euler_ancestral` and, in sigma units, DDPM's posterior of fixed small
@@ -79,7 +83,7 @@ def ancestral(
         down, up = split(sigma, landing, eta)
         x = toward(x, x0, down / sigma)
         if up > 0:
-            add(x, up * s_noise, noise(sigma, landing), scratch)
+            add(x, up, noise(sigma, landing), scratch)
         if landing != sigma_next:
             x *= math.sqrt((1 + sigma_next**2) / (1 + landing**2))
         yield Step(x, x0, sigma_next)
@@ -109,9 +113,7 @@ def _heun_step(denoise: Denoise, x: Array, sigma: float, sigma_next: float, scra
     return out, x0
 
 
-def dpm2(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def dpm2(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927): the slope is that at the middle in log sigma.
 
     k-diffusion's `sample_dpm_2`, and with eta 1 its `sample_dpm_2_ancestral`.
@@ -132,11 +134,11 @@ def dpm2(
             out += x
             x = out
         if up > 0:
-            add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+            add(x, up, noise(sigma, sigma_next), scratch)
         yield Step(x, x0, sigma_next)
 
 
-def restart(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, s_noise: float = 1.0) -> Iterator[Step]:
+def restart(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
     """Algorithm 1 of Xu et al. 2023 (arXiv:2306.14878) over Heun's steps: on reaching the end of a detour, noise is
     added up to its start and it is walked down again.
     """
@@ -148,7 +150,7 @@ def restart(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, s_nois
             if detour[-1] != sigma_next:
                 continue
             high, *lower = detour.tolist()
-            x = x + noise(sigma_next, high) * (s_noise * math.sqrt(high**2 - sigma_next**2))
+            x = x + noise(sigma_next, high) * math.sqrt(high**2 - sigma_next**2)
             for level in lower:
                 x, x0 = _heun_step(denoise, x, high, level, scratch)
                 high = level

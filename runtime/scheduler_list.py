@@ -8,7 +8,7 @@ from .schedulers import SCHEDULES, all_schedulers
 
 
 def to_dict() -> dict[str, Any]:
-    """schedulers: one record each. schedules: what `--schedule` takes."""
+    """schedulers: one record each, as `Scheduler` has it. schedules: what `--schedule` takes."""
     rows = [
         {
             "name": s.name, "family": s.family, "order": s.order, "calls": s.calls, "least_steps": s.least_steps,
@@ -33,4 +33,5 @@ def render() -> str:
         ]
         special = ", ".join(note for note in notes if note)
         lines.append(f"{row['family']:<9}  {row['name']:<{width}}  {order:<6}  {calls:<12}  {special}".rstrip())
-    return "\n".join([*lines, "", f"--schedule, for all the others: {', '.join(SCHEDULES)}"])
+    orders = "order: of convergence as measured with many steps, the first ones, of lower order, included"
+    return "\n".join([*lines, "", orders, f"--schedule, for all the others: {', '.join(SCHEDULES)}"])

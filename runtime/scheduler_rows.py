@@ -45,8 +45,8 @@ _FEW_STEP_ROWS = (
         defaults=_FEW, fixed={**_NO_CLIPPING, "timestep_scaling": (10.0,)},
     ),
     Scheduler(
-        "TCD", "diffusers", partial(samplers.tcd, eta=0.3), partial(schedules.few_steps, to_zero=False), 1,
-        diffusers="TCDScheduler", defaults=_FEW, fixed=_NO_CLIPPING,
+        "TCD", "diffusers", samplers.tcd, partial(schedules.few_steps, to_zero=False), 1,
+        eta=0.3, diffusers="TCDScheduler", defaults=_FEW, fixed=_NO_CLIPPING,
     ),
     Scheduler(
         "Euler Lightning", "diffusers", samplers.euler, schedules.euler, 1, diffusers="EulerDiscreteScheduler",
@@ -56,7 +56,7 @@ _FEW_STEP_ROWS = (
 
 _DIFFUSERS_ROWS = (
     Scheduler(
-        "DDIM", "diffusers", partial(samplers.ancestral, eta=0.0), schedules.ddim, 1, diffusers="DDIMScheduler",
+        "DDIM", "diffusers", samplers.ancestral, schedules.ddim, 1, eta=0.0, diffusers="DDIMScheduler",
         # clip_sample: that of published files for latents; a file written for another class is silent on it
         defaults={"timestep_spacing": "leading", "set_alpha_to_one": True}, fixed=_NO_CLIPPING,
     ),
@@ -76,7 +76,7 @@ _DIFFUSERS_ROWS = (
         fixed={**_SOLVER, **_MIDPOINT, "solver_order": (1, 2, 3)},
     ),
     Scheduler(
-        "Euler a", "diffusers", partial(samplers.ancestral, eta=1.0), schedules.euler, 1,
+        "Euler a", "diffusers", samplers.ancestral, schedules.euler, 1, eta=1.0,
         diffusers="EulerAncestralDiscreteScheduler", forced={**_NO_SPACING, **_TO_ZERO},
     ),
     Scheduler(
@@ -87,11 +87,11 @@ _DIFFUSERS_ROWS = (
         defaults=_LATENT_BETAS, forced=_OLD, fixed={"clip_sample": _OFF},
     ),
     Scheduler(
-        "DPM2 a", "diffusers", partial(samplers.dpm2, eta=1.0), _kdpm2, 2, 2,
+        "DPM2 a", "diffusers", samplers.dpm2, _kdpm2, 2, 2, eta=1.0,
         diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced=_OLD,
     ),
     Scheduler(
-        "DPM2 a Karras", "diffusers", partial(samplers.dpm2, eta=1.0), _kdpm2, 2, 2,
+        "DPM2 a Karras", "diffusers", samplers.dpm2, _kdpm2, 2, 2, eta=1.0,
         diffusers="KDPM2AncestralDiscreteScheduler", defaults=_LATENT_BETAS, forced={**_OLD, **_KARRAS},
     ),
     Scheduler(
@@ -102,7 +102,7 @@ _DIFFUSERS_ROWS = (
         "DPM2 Karras", "diffusers", samplers.dpm2, _kdpm2, 2, 2, diffusers="KDPM2DiscreteScheduler",
         defaults=_LATENT_BETAS, forced={**_OLD, **_KARRAS},
     ),
-    Scheduler("LMS", "diffusers", multistep.lms, schedules.euler, 4, diffusers="LMSDiscreteScheduler", forced=_OLD),
+    Scheduler("LMS", "diffusers", multistep.lms, schedules.euler, 2, diffusers="LMSDiscreteScheduler", forced=_OLD),
     Scheduler(
         "PNDM", "diffusers", multistep.plms, schedules.pndm, 2, diffusers="PNDMScheduler",
         # silent files mean True here: the published ones say so, or were written for another class
@@ -147,36 +147,36 @@ def _own(name: str, sampler: Any, grid: Any, order: int | None, calls: float | N
 
 
 _K, _KE = ("karras",), ("karras", "exponential")
-_2m_sde_heun = partial(sde.dpmpp_2m_sde, variant="heun", eta=1.0)
+_2m_sde_heun = partial(sde.dpmpp_2m_sde, variant="heun")
 
 _A1111_ROWS = (
-    *_k("Euler a", partial(samplers.ancestral, eta=1.0), 1),
+    *_k("Euler a", samplers.ancestral, 1, eta=1.0),
     *_k("Euler", samplers.euler, 1),
-    *_k("LMS", multistep.lms, 4, spacings=_K),
+    *_k("LMS", multistep.lms, 2, spacings=_K),
     *_k("Heun", samplers.heun, 2, 2),
     *_k("DPM2", samplers.dpm2, 2, 2, discard=True, spacings=_K),
-    *_k("DPM2 a", partial(samplers.dpm2, eta=1.0), 2, 2, discard=True, spacings=_K),
-    *_k("DPM++ 2S a", partial(singlestep.dpmpp_2s, eta=1.0), 2, 2, spacings=_K),
+    *_k("DPM2 a", samplers.dpm2, 2, 2, eta=1.0, discard=True, spacings=_K),
+    *_k("DPM++ 2S a", singlestep.dpmpp_2s, 2, 2, eta=1.0, spacings=_K),
     *_k("DPM++ 2M", multistep.dpm_multi, 2, spacings=_K),
-    *_k("DPM++ SDE", partial(sde.dpmpp_sde, eta=1.0), 2, 2, brownian=sde.half_and_whole_steps, spacings=_K),
-    *_k("DPM++ 2M SDE", partial(sde.dpmpp_2m_sde, eta=1.0), 2, brownian=sde.whole_steps, spacings=_KE),
-    *_k("DPM++ 2M SDE Heun", _2m_sde_heun, 2, brownian=sde.whole_steps, spacings=_KE),
-    *_k("DPM++ 3M SDE", partial(sde.dpmpp_3m_sde, eta=1.0), 3, discard=True, brownian=sde.whole_steps, spacings=_KE),
+    *_k("DPM++ SDE", sde.dpmpp_sde, 2, 2, eta=1.0, brownian=sde.half_and_whole_steps, spacings=_K),
+    *_k("DPM++ 2M SDE", sde.dpmpp_2m_sde, 2, eta=1.0, brownian=sde.whole_steps, spacings=_KE),
+    *_k("DPM++ 2M SDE Heun", _2m_sde_heun, 2, eta=1.0, brownian=sde.whole_steps, spacings=_KE),
+    *_k("DPM++ 3M SDE", sde.dpmpp_3m_sde, 2, eta=1.0, discard=True, brownian=sde.whole_steps, spacings=_KE),
     _own(
-        "DPM fast", partial(singlestep.dpm_fast, eta=1.0), a1111_grids.dpm_fast, 3, any_schedule=False,
+        "DPM fast", singlestep.dpm_fast, a1111_grids.dpm_fast, 3, None, eta=1.0, any_schedule=False,
     ),
     _own(
-        "DPM adaptive", partial(singlestep.dpm_adaptive, eta=1.0), a1111_grids.dpm_adaptive, None, None,
+        "DPM adaptive", singlestep.dpm_adaptive, a1111_grids.dpm_adaptive, None, None, eta=1.0,
         any_schedule=False, adaptive=True,
     ),
     _own("Restart", samplers.restart, a1111_grids.restart, 2, 2, any_schedule=False, random=True),
     _own(
-        "DDIM", partial(samplers.ancestral, eta=0.0), a1111_grids.ddim, 1, least_steps=2,
+        "DDIM", samplers.ancestral, a1111_grids.ddim, 1, eta=0.0, least_steps=2,
         counts_timesteps=True,
     ),
     _own("PLMS", multistep.plms, a1111_grids.plms, 2, least_steps=2, counts_timesteps=True),
     _own(
-        "UniPC", partial(multistep.unipc, variant="bh1"), a1111_grids.unipc, 4, least_steps=3,
+        "UniPC", partial(multistep.unipc, variant="bh1"), a1111_grids.unipc, 3, least_steps=3,
         counts_timesteps=True,
     ),
 )  # fmt: skip

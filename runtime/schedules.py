@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,12 @@ def pndm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     if named:
         grid = spaced_by(named, model, n)
         retake = (float(grid.sigmas[0]), float(grid.sigmas[1])) if n > 1 else None
-        return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, None, None, retake, velocity)
+        return replace(grid, retake=retake, velocity=velocity)
     grid, retake = ddim(model, n), None
     if n > 1:
         start = min(int(grid.timesteps[1]) + model.train_steps // n, model.train_steps - 1)
         retake = (float(model.sigmas[start]), float(grid.sigmas[1]))
-    return Schedule(grid.sigmas, grid.timesteps, grid.scale, grid.train_sigmas, grid.landings, None, retake, velocity)
+    return replace(grid, retake=retake, velocity=velocity)
 
 
 def ddpm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:

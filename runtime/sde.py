@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .multistep import third_order_weights
-from .samplers import Array, Denoise, Noise, Step, add, split, toward
+from .samplers import Array, Denoise, Noise, Step, add, add_terms, split, toward
 from .schedules import Schedule
 
 
@@ -38,10 +38,10 @@ def _single_logs(sigma: float, sigma_next: float) -> tuple[float, float, float]:
     return start, between, end
 
 
-def dpmpp_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
-) -> Iterator[Step]:
-    """Single step, second order, r 1/2: noise is added at the middle too."""
+def dpmpp_sde(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
+    """DPM-Solver++(2S), arXiv:2211.01095, algorithm 1, r 1/2, with the SDE's noise, which is added at the middle too:
+    k-diffusion's `sample_dpmpp_sde`.
+    """
     scratch = np.empty_like(x)
     for sigma, sigma_next in schedule.intervals():
         x0 = denoise(x, sigma)
@@ -52,19 +52,20 @@ def dpmpp_sde(
             down, up = split(start, middle, eta)
             guess = toward(x, x0, down / start)
             if up > 0:
-                add(guess, up * s_noise, noise(start, middle), scratch)
+                add(guess, up, noise(start, middle), scratch)
             down, up = split(start, end, eta)
             x = toward(x, denoise(guess, middle), down / start)
             if up > 0:
-                add(x, up * s_noise, noise(start, end), scratch)
+                add(x, up, noise(start, end), scratch)
         yield Step(x, x0, sigma_next)
 
 
 def dpmpp_2m_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0,
-    variant: str = "midpoint",
-) -> Iterator[Step]:  # fmt: skip
-    """Multistep, second order; `variant` midpoint or heun."""
+    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, variant: str = "midpoint"
+) -> Iterator[Step]:
+    """SDE-DPM-Solver++(2M), arXiv:2211.01095: multistep, second order. The `variant`, midpoint or heun, is how the term
+    of second order is approximated: `solver_type` of k-diffusion's `sample_dpmpp_2m_sde`.
+    """
     scratch = np.empty_like(x)
     previous: Array | None = None
     last = 0.0
@@ -78,18 +79,18 @@ def dpmpp_2m_sde(
             x = toward(x, x0, math.exp(-h_eta))
             if previous is not None:
                 rise = -math.expm1(-h_eta) / 2 if variant == "midpoint" else 1 + math.expm1(-h_eta) / h_eta
-                add(x, rise * h / last, x0, scratch)
-                add(x, -rise * h / last, previous, scratch)
-            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+                weight = rise * h / last
+                add_terms(x, (weight, -weight), (x0, previous), scratch)
+            _add_noise(x, sigma, sigma_next, eta, noise, scratch)
             last = h
         previous = x0
         yield Step(x, x0, sigma_next)
 
 
-def dpmpp_3m_sde(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
-) -> Iterator[Step]:
-    """Multistep, third order."""
+def dpmpp_3m_sde(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
+    """The same with the terms of third order, k-diffusion's `sample_dpmpp_3m_sde`: those of arXiv:2211.01095, appendix
+    B, over the SDE's step. The second step is `dpmpp_2m_sde`'s heun.
+    """
     scratch = np.empty_like(x)
     past: list[Array] = []
     widths: list[float] = []
@@ -102,23 +103,18 @@ def dpmpp_3m_sde(
             h_eta = (1 + eta) * h
             x = toward(x, x0, math.exp(-h_eta))
             if len(past) == 1:
-                rise = (1 + math.expm1(-h_eta) / h_eta) * h / widths[0]
-                add(x, rise, x0, scratch)
-                add(x, -rise, past[0], scratch)
+                weight = (1 + math.expm1(-h_eta) / h_eta) * h / widths[0]
+                add_terms(x, (weight, -weight), (x0, *past), scratch)
             elif len(past) == 2:
-                weights = third_order_weights(h, h_eta, widths[0], widths[1])
-                for weight, a in zip(weights, (x0, *past), strict=True):
-                    add(x, weight, a, scratch)
-            _add_noise(x, sigma, sigma_next, eta, s_noise, noise, scratch)
+                add_terms(x, third_order_weights(h, h_eta, *widths), (x0, *past), scratch)
+            _add_noise(x, sigma, sigma_next, eta, noise, scratch)
             widths = [h, *widths[:1]]
         past = [x0, *past[:1]]
         yield Step(x, x0, sigma_next)
 
 
-def _add_noise(
-    x: Array, sigma: float, sigma_next: float, eta: float, s_noise: float, noise: Noise, scratch: Array
-) -> None:
+def _add_noise(x: Array, sigma: float, sigma_next: float, eta: float, noise: Noise, scratch: Array) -> None:
     """What the SDE's noise of strength eta comes to over a step; exp(-h) is sigma_next / sigma."""
     if eta > 0:
         up = sigma_next * math.sqrt(-math.expm1(-2 * eta * math.log(sigma / sigma_next)))
-        add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+        add(x, up, noise(sigma, sigma_next), scratch)

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .samplers import Array, Denoise, Noise, Step, add, split, toward
+from .samplers import Array, Denoise, Noise, Step, add, add_terms, split, toward
 from .schedules import Schedule
 
+# DPM adaptive's tolerances, and its first try's width in log sigma: rtol, atol and h_init of k-diffusion's
+# `sample_dpm_adaptive`, by default.
+_RELATIVE, _ABSOLUTE, _FIRST_WIDTH = 0.05, 0.0078, 0.05
 _MOST_REFUSED = 100  # of DPM adaptive's tries of one step, each narrower: nothing is yielded meanwhile
 
 
-def dpmpp_2s(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def dpmpp_2s(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DPM-Solver++(2S), Lu et al. 2022 (arXiv:2211.01095, algorithm 1), r 1/2; k-diffusion's ancestral with eta 1."""
     scratch = np.empty_like(x)
     for sigma, sigma_next in schedule.intervals():
@@ -29,13 +30,14 @@ def dpmpp_2s(
             middle = math.sqrt(sigma * down)
             x = toward(x, denoise(toward(x, x0, middle / sigma), middle), down / sigma)
         if up > 0:
-            add(x, up * s_noise, noise(sigma, sigma_next), scratch)
+            add(x, up, noise(sigma, sigma_next), scratch)
         yield Step(x, x0, sigma_next)
 
 
 def dpm_single(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> Iterator[Step]:
-    """DPM-Solver++ over runs of the schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2,
-    (3), each from where the run began, looking at all that the network said since.
+    """DPM-Solver++ in single steps (Lu et al. 2022, arXiv:2211.01095, after DPM-Solver, arXiv:2206.00927) over runs of
+    the schedule's own steps, as diffusers' DPMSolverSinglestep walks it: of orders 1, 2, (3), each from where the run
+    began, looking at what the network said there and last.
     """
     assert schedule.orders is not None
     scratch = np.empty_like(x)
@@ -53,8 +55,7 @@ def dpm_single(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise) -> 
             h = -math.log(ratio)
             rise = (1 - ratio) / 2 if order == 2 else 1 - (1 - ratio) / h
             weight = rise * h / math.log(top / sigma)
-            add(x, weight, x0, scratch)
-            add(x, -weight, first, scratch)
+            add_terms(x, (weight, -weight), (x0, first), scratch)
         yield Step(x, x0, sigma_next)
 
 
@@ -108,9 +109,7 @@ def _phi(h: float) -> float:
     return math.expm1(h) / h - 1
 
 
-def dpm_fast(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0, s_noise: float = 1.0
-) -> Iterator[Step]:
+def dpm_fast(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DPM-Solver-fast (Lu et al. 2022, arXiv:2206.00927, appendix D.4): the schedule's orders, mostly 3."""
     assert schedule.orders is not None
     least = float(schedule.sigmas[-1])
@@ -124,7 +123,7 @@ def dpm_fast(
         else:
             x = _solve_3(denoise, at, down)
         if up > 0:
-            x += noise(sigma, sigma_next) * (up * s_noise)
+            x += noise(sigma, sigma_next) * up
         yield Step(x, at.x0, sigma_next)
 
 
@@ -134,10 +133,7 @@ def _split_above(sigma: float, sigma_next: float, eta: float, least: float) -> t
     return down, math.sqrt(max(sigma_next**2 - down**2, 0.0))
 
 
-def dpm_adaptive(
-    denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0, s_noise: float = 1.0,
-    rtol: float = 0.05, atol: float = 0.0078, h_first: float = 0.05,
-) -> Iterator[Step]:  # fmt: skip
+def dpm_adaptive(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DPM-Solver-23 (Lu et al. 2022, arXiv:2206.00927, appendix C): steps as wide in log sigma as the difference
     between second and third order allows.
 
@@ -145,7 +141,7 @@ def dpm_adaptive(
     1 + atan(. - 1); a step whose factor is below 0.81 is taken again, narrower. Only accepted steps are yielded.
     """
     sigma, least = (float(s) for s in schedule.sigmas[[0, -1]])
-    h, power = h_first, 1 / (1.5 if eta else 3)
+    h, power = _FIRST_WIDTH, 1 / (1.5 if eta else 3)
     before, refused = x, 0
     while math.log(sigma / least) > 1e-5:
         sigma_next = max(sigma * math.exp(-h), least)
@@ -153,7 +149,7 @@ def dpm_adaptive(
         at = _call(denoise, x, sigma)
         low, inner = _solve_2(denoise, at, down, 1 / 3)
         high = _solve_3(denoise, at, down, inner)
-        allowed = np.maximum(atol, rtol * np.maximum(np.abs(low), np.abs(before)))
+        allowed = np.maximum(_ABSOLUTE, _RELATIVE * np.maximum(np.abs(low), np.abs(before)))
         error = float(np.sqrt(np.mean(np.square((low - high) / allowed))))
         factor = 1 + math.atan((1 / (error + 1e-8)) ** power - 1)
         h *= factor
@@ -164,5 +160,5 @@ def dpm_adaptive(
             refused = 0
             before, x, start, sigma = low, high, sigma, sigma_next
             if up > 0:
-                x = x + noise(start, sigma_next) * (up * s_noise)
+                x = x + noise(start, sigma_next) * up
             yield Step(x, at.x0, sigma_next)

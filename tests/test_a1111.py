@@ -169,12 +169,7 @@ def compare(name: str, transcription: Callable[..., Array], steps: int, predicti
         row.with_eta(options["eta"]) if options else row, {**fakes.VEGA, "prediction_type": prediction}, steps, noise
     )
     expected = transcription([n.astype(np.float64) for n in noise], steps, prediction, **options)
-    assert relative(got.latents * np.hypot(1, got.steps[-1].sigma) / scale(name, got), expected) < 1e-4
-
-
-def scale(name: str, got: Any) -> float:
-    """Restart's transcription is in sigma units, as the paper is; the others' are variance-preserving."""
-    return 1.0 if name == "Restart" else float(np.hypot(1, got.steps[-1].sigma))
+    assert relative(got.latents, expected) < 1e-4  # both variance-preserving, or, Restart's, at zero
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -189,6 +184,16 @@ def test_same_latents_as_the_papers(prediction: str, steps: int) -> None:
         compare("UniPC", unipc, steps, prediction)
 
 
-def test_restart_walks_back_up() -> None:
-    walks = {steps: sum(b[0] > a[1] for a, b in itertools.pairwise(restart_walk(steps))) for steps in (19, 20, 35, 36)}
-    assert walks == {19: 0, 20: 1, 35: 1, 36: 2}
+@pytest.mark.parametrize(("steps", "times"), [(19, 0), (20, 1), (35, 1), (36, 2)])
+def test_restart_walks_back_up(steps: int, times: int) -> None:
+    row = get_scheduler("Restart", "a1111")
+    schedule = row.schedule(row.noise_model(fakes.VEGA), steps)
+    walk = restart_walk(steps)
+    ups = [i for i, (a, b) in enumerate(itertools.pairwise(walk)) if b[0] > a[1]]
+    assert len(schedule.detours) == len(ups) == times
+    for i, detour in zip(ups, schedule.detours, strict=True):
+        again = walk[i + 1 : i + len(detour)]
+        assert detour == pytest.approx(np.array([again[0][0], *(low for _, low in again)]), rel=1e-12)
+    x = np.ones((1, 1, 1, 1), np.float32)
+    done = list(row.sampler(lambda x, sigma: 0 * x, x, schedule, lambda a, b: 0 * x))
+    assert [step.sigma for step in done] == pytest.approx([low for _, low in walk], rel=1e-12)

@@ -274,11 +274,12 @@ def test_models_lists_every_scheduler() -> None:
     assert {"karras", "exponential", "sgm_uniform", "simple", "normal", "beta"} <= set(told["schedules"])
     table = run("models", "--schedulers").stdout.splitlines()
     assert table[0].split() == ["family", "name", "order", "calls", "a", "step"]
-    assert len(table) == len(rows) + 3
+    assert len(table) == len(rows) + 4
     assert ["a1111", "DPM++", "2M", "SDE", "Karras", "2", "1", "random"] in [line.split() for line in table]
-    assert ["a1111", "DPM", "adaptive", "varies", "varies", "random,", "own", "schedule", "only"] in [
-        line.split() for line in table
-    ]
+    for name, order in (("adaptive", "varies"), ("fast", "3")):
+        assert ["a1111", "DPM", name, order, "varies", "random,", "own", "schedule", "only"] in [
+            t.split() for t in table
+        ]
     assert table[-1].startswith("--schedule, for all the others: karras, ")
 
 

@@ -27,10 +27,14 @@ def rows_and_schedules() -> Iterator[tuple[Scheduler, str | None]]:
             yield from ((row, named) for named in SCHEDULES)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=IDS)
-def test_a_perfect_denoiser_is_reproduced(row: Scheduler) -> None:
+@pytest.mark.parametrize(
+    ("row", "alpha_one"),
+    [(row, True) for row in ROWS] + [(row, False) for row in ROWS if "set_alpha_to_one" in row.defaults],
+    ids=[*IDS, "diffusers/DDIM, above zero", "diffusers/PNDM, above zero"],
+)
+def test_a_perfect_denoiser_is_reproduced(row: Scheduler, alpha_one: bool) -> None:
     """Up to the schedule's final sigma, in any number of steps, on any schedule."""
-    model = row.noise_model({**VEGA, "set_alpha_to_one": True})
+    model = row.noise_model({**VEGA, "set_alpha_to_one": alpha_one})
     for (_, named), steps in itertools.product([r for r in rows_and_schedules() if r[0] is row], (1, 2, 3, 7, 25, 40)):
         if steps < row.least_steps:
             continue
@@ -45,24 +49,22 @@ def test_a_perfect_denoiser_is_reproduced(row: Scheduler) -> None:
         # LCM's boundary condition makes x itself the answer at timestep 0, whose sigma the named schedules begin to end at
         end = schedule.sigmas[-2] if row.name == "LCM" else schedule.sigmas[-1]
         assert last.x.dtype == np.float32 and last.sigma == schedule.sigmas[-1]
+        assert alpha_one or named or last.sigma == model.sigmas[0]
         assert np.abs(last.x - truth).max() < 5e-4 + 5 * min(end, 0.04), (named, steps)
 
 
-# Of convergence, with eta 0, in the middle of the walk: steps to zero are of first order for all. (says, measured)
+# Of convergence, with eta 0, in the middle of the walk: steps to zero are of first order for all. With many steps what
+# the first ones leave, of lower order, is the most of the error: so LMS, PNDM, PLMS and DPM++ 3M SDE are of order 2.
 ORDERS = {
-    "Euler": (1, 1), "Euler a": (1, 1), "Euler Lightning": (1, 1), "DDIM": (1, 1), "TCD": (1, 1), "Heun": (2, 2),
-    "DPM2": (2, 2), "DPM2 a": (2, 2), "DPM Multi": (2, 2), "DPM Single": (2, 2), "DPM++ 2M": (2, 2),
-    "DPM++ 2S a": (2, 2), "DPM++ SDE": (2, 2), "DPM++ 2M SDE": (2, 2), "DPM++ 2M SDE Heun": (2, 2), "PNDM": (2, 2),
-    "PLMS": (2, 2), "DPM fast": (3, 3), "UniPC": (3, 3),
-    # their first steps, of lower order, weigh most
-    "LMS": (4, 3), "DPM++ 3M SDE": (3, 2), "UniPC a1111": (4, 3.5),
+    "Euler": 1, "Euler a": 1, "Euler Lightning": 1, "DDIM": 1, "TCD": 1, "Heun": 2, "DPM2": 2, "DPM2 a": 2,
+    "DPM Multi": 2, "DPM Single": 2, "DPM++ 2M": 2, "DPM++ 2S a": 2, "DPM++ SDE": 2, "DPM++ 2M SDE": 2,
+    "DPM++ 2M SDE Heun": 2, "DPM++ 3M SDE": 2, "LMS": 2, "PNDM": 2, "PLMS": 2, "DPM fast": 3, "UniPC": 3,
 }  # fmt: skip
 NO_ORDER = {"DDPM", "LCM", "Restart", "DPM adaptive"}  # no ODE's, or with steps of its own choice
 
 
 def plain(row: Scheduler) -> str:
-    name = row.name.removesuffix(" Karras").removesuffix(" Exponential")
-    return "UniPC a1111" if (name, row.family) == ("UniPC", "a1111") else name
+    return row.name.removesuffix(" Karras").removesuffix(" Exponential")
 
 
 def error_halfway(row: Scheduler, steps: int) -> float:
@@ -78,11 +80,10 @@ def error_halfway(row: Scheduler, steps: int) -> float:
 
 @pytest.mark.parametrize("row", [r for r in ROWS if plain(r) not in NO_ORDER], ids=lambda r: f"{r.family}/{r.name}")
 def test_order_of_convergence_on_gaussian_data(row: Scheduler) -> None:
-    steps = 24 if row.name == "TCD" else 48
+    steps = 25 if row.name == "TCD" else 192  # TCD takes 50 at most
     still = row if row.eta is None else row.with_eta(0)
     measured = np.log2(error_halfway(still, steps) / error_halfway(still, 2 * steps))
-    says, expected = ORDERS[plain(row)]
-    assert row.order == says and measured == pytest.approx(expected, abs=0.25)
+    assert row.order == ORDERS[plain(row)] == pytest.approx(measured, abs=0.25)
 
 
 def test_no_row_is_missing_from_the_orders() -> None:
@@ -96,9 +97,11 @@ def test_model_calls_a_step_are_what_the_table_says(row: Scheduler) -> None:
     shape = (1, 1, 1, 1)
     x = np.ones(shape, np.float32) * np.float32(schedule.sigmas[0])
     done = list(row.sampler(lambda x, s: (calls.append(s), x / (1 + s * s))[1], x, schedule, lambda a, b: 0 * x))
-    if row.calls is not None:
-        assert len(calls) / 48 == pytest.approx(row.calls, abs=0.05)
     assert row.adaptive or schedule.total == len(done)
+    if row.calls is None:
+        assert row.name in ("DPM fast", "DPM adaptive")
+    else:
+        assert len(calls) / len(done) == pytest.approx(row.calls, abs=0.05)
 
 
 @pytest.mark.parametrize(("t", "skip", "out"), [(0, 1.0, 0.0), (1, 0.0024937656, 0.9987523388)])
@@ -127,13 +130,13 @@ def start(row: Scheduler, named: str | None, steps: int = 6, seed: int = 1) -> I
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_interleaved_runs_equal_separate_ones_and_stopping_changes_nothing(row: Scheduler) -> None:
     for named in (None, *(SCHEDULES if row.any_schedule else ())):
-        alone = [step.x.copy() for step in start(row, named)]
-        stopped = list(itertools.islice(start(row, named), 2))
-        other = [step.x.copy() for step in start(row, named, seed=2)]
-        pairs = zip(start(row, named), start(row, named, seed=2), strict=False)
-        for (a, b), first, second in zip(pairs, alone, other, strict=False):
-            assert np.array_equal(a.x, first) and np.array_equal(b.x, second)
-        assert all(np.array_equal(step.x, x) for step, x in zip(stopped, alone, strict=False))
+        alone = [[step.x.copy() for step in start(row, named, seed=seed)] for seed in (1, 2)]
+        stopped = [step.x for step in itertools.islice(start(row, named), 2)]
+        together = itertools.zip_longest(start(row, named), start(row, named, seed=2))  # DPM adaptive's: of two lengths
+        for walked, expected in zip(zip(*together, strict=True), alone, strict=True):
+            got = [step.x for step in walked if step]
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(stopped, alone[0][:2], strict=True))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)

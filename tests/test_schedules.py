@@ -20,7 +20,6 @@ from vega_edge.runtime.schedulers import (
     scheduler_named_in,
 )
 from vega_edge.runtime.schedules import Schedule
-from vega_edge.runtime.strength import ending
 
 from .fakes import VEGA
 
@@ -48,16 +47,6 @@ def test_steps_taken_where_others_are_than_asked_for(family: str, name: str) -> 
 def test_spacing_follows_the_models_own_number_of_timesteps() -> None:
     row = get_scheduler("DDIM", "a1111")
     assert row.schedule(row.noise_model({**VEGA, "num_train_timesteps": 500}), 30).total == 31  # 500 // 30 = 16
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "taken"), [("diffusers", "Euler", 10), ("a1111", "Euler", 11), ("a1111", "DDIM", 9)]
-)
-def test_a_picture_to_start_from_leaves_as_many_steps_as_in_the_references(family: str, name: str, taken: int) -> None:
-    """20 steps, strength 0.5: diffusers' get_timesteps; the web UI's sample_img2img for k-diffusion and for timesteps."""
-    row = get_scheduler(name, family)
-    model = row.noise_model(VEGA)
-    assert len(ending(row.schedule(model, 20), row, model, 20, 0.5)) == taken
 
 
 def most(row: Scheduler) -> int:
@@ -273,6 +262,26 @@ def test_a_class_s_name_means_a_scheduler_of_the_family_like_any_other_spelling(
 ) -> None:
     row = get_scheduler(written, "a1111")
     assert (row.name, row.family) == (name, family)
+
+
+@pytest.mark.parametrize("written", sorted({str(row.diffusers) for row in ROWS if row.diffusers}))
+def test_a_class_s_name_may_be_shortened(written: str) -> None:
+    """Also to nothing that tells its family: KDPM2 is DPM2."""
+    row = get_scheduler(written)
+    short = written.removesuffix("Scheduler")
+    for form in (short, short.removesuffix("Discrete"), short.lower(), written.replace("Discrete", "_discrete_")):
+        assert get_scheduler(form) is row, form
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("euler_ancestral_discrete", "Euler a"), ("k_dpm_2_discrete", "DPM2"), ("k_dpm_2_ancestral_discrete", "DPM2 a"),
+        ("lms_discrete", "LMS"), ("dpmsolver_multistep", "DPM Multi"), ("unipc_multistep", "UniPC"), ("heun_discrete", "Heun"),
+    ],
+)  # fmt: skip
+def test_the_names_of_diffusers_files(file: str, name: str) -> None:
+    assert get_scheduler(file).name == name
 
 
 def test_unknown_names_list_the_nearest() -> None:

@@ -76,11 +76,12 @@ def test_the_same_steps_as_diffusers(row: Scheduler, steps: int, strength: float
 
 
 def test_the_web_ui_takes_one_step_more() -> None:
-    def taken(name: str, steps: int, strength: float) -> int:
-        row = get_scheduler(name, "a1111")
+    def taken(name: str, steps: int, strength: float, family: str = "a1111") -> int:
+        row = get_scheduler(name, family)
         model = row.noise_model(fakes.VEGA)
         return len(ending(row.schedule(model, steps), row, model, steps, strength))
 
+    assert taken("Euler", 20, 0.5, "diffusers") == 10  # its pipelines' get_timesteps
     assert [taken("DPM++ 2M Karras", 20, s) for s in (0.0, 0.5, 0.75, 1.0)] == [1, 11, 16, 20]
     assert [taken("DDIM", 20, s) for s in (0.5, 1.0)] == [9, 18]
 
