@@ -93,9 +93,8 @@ class Scheduler:
         for key, allowed in {**_FIXED, **self.fixed}.items():
             if merged.get(key, allowed[0]) not in allowed:
                 values = ", ".join(map(repr, allowed))
-                where = "in" if key in written else f"({self.diffusers}'s default, where nothing is said) in"
                 raise UsageError(
-                    f"{self.name}: {key} {merged[key]!r} {where} scheduler_config.json is not supported; allowed: {values}"
+                    f"{self.name}: {key} {merged[key]!r} in scheduler_config.json is not supported; allowed: {values}"
                 )
         return NoiseModel(merged, self.webui)
 

@@ -325,13 +325,15 @@ def test_options_that_are_not_implemented_are_refused(name: str, change: dict[st
     assert str(error.value) == message
 
 
-def test_an_option_that_a_class_takes_by_itself_is_not_blamed_on_the_file() -> None:
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_a_file_silent_on_clipping_wants_none(name: str) -> None:
+    """Its class would clip latents; files for latents that name it say that it should not, those of others nothing."""
     silent = {k: v for k, v in VEGA.items() if k != "clip_sample"}
+    assert "clip_sample" not in get_scheduler(name).noise_model(silent).config
     with pytest.raises(UsageError) as error:
-        get_scheduler("DDIM").noise_model(silent)
+        get_scheduler(name).noise_model({**silent, "clip_sample": True})
     assert str(error.value) == (
-        "DDIM: clip_sample True (DDIMScheduler's default, where nothing is said) in scheduler_config.json is not "
-        "supported; allowed: False, None"
+        f"{name}: clip_sample True in scheduler_config.json is not supported; allowed: False, None"
     )
 
 
