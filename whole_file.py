@@ -16,7 +16,8 @@ PART = ".part"  # ends the names of files in the making: what is left under such
 def writing(path: Path, permissions: int = 0o666, *, replace: bool = True) -> Iterator[BinaryIO]:
     """What the block writes becomes `path` at its end, in place of what was there; `permissions` less the umask's.
 
-    replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any other exception, `path` is what it was and nothing else is left.
+    replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any
+    other exception, `path` is what it was and nothing else is left.
     """
     part = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:

@@ -58,7 +58,7 @@ def reference_latents(recipe: Recipe, checkpoint: Any, lora: Path | None) -> NDA
     from ..export.tokenizer_files import load_tokenizer
 
     # random weights are numbers of half precision: kept so, and widened one layer at a time, they take half the memory
-    modules = {part: load_module(checkpoint, part, {}) for part in checkpoint.parts}
+    modules = {part: load_module(checkpoint, part) for part in checkpoint.parts}
     packed = [Packed(part, own, "fp16") for part, own in modules.items() if lora is None or part != "unet"]
     parts: dict[str, Any] = {part: own.float() for part, own in modules.items()}
     for part in [part for part in modules if part.startswith("text_encoder")]:

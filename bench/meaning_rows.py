@@ -17,7 +17,7 @@ from .machine import markdown
 
 @dataclass
 class Row:
-    """color, shape, background, all: per cent right, of the prompts that name them. goal: None where it is reported only.
+    """color, shape, background, all: per cent right of the prompts that name them. goal: None where it is reported only.
 
     fit: mean overlap with the ideal outline, 0 to 1, 0 where the shape is wrong. teacher_rms: distance from the 25-step
     guided picture of the same seed, of 255.
@@ -49,7 +49,7 @@ class Run:
 
 
 def load(file: Path) -> list[Run]:
-    """Of a file that `save` wrote, or of one from before there were runs, which is a single one; [] where there is none."""
+    """Of a file that `save` wrote, or of one from before there were runs, which is a single one; [] if there is none."""
     if not file.exists():
         return []
     told = json.loads(file.read_text(encoding="utf-8"))

@@ -53,7 +53,8 @@ class Opening:
     to this graph with these weights on this backend alone, for what was compiled; may not exist yet; None for no cache.
 
     `weights`: instead of the graph's initializers of these names; of their shape and of the dtype they are stored in
-    (uint16 holds the bits of a bfloat16). Held by reference; may be `LazyWeights`. `low_memory`: slower, with fewer copies of the weights.
+    (uint16 holds the bits of a bfloat16). Held by reference; may be `LazyWeights`. `low_memory`: slower, with fewer
+    copies of the weights.
     `gpu`: which of the GPUs, in CUDA's order, for backends that use one.
     """
 

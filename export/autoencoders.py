@@ -83,7 +83,7 @@ class Autoencoders:
         return work.finish({}, cases, pixel_cases, activation_scale=scale)
 
     def _packed(self, source: str, precision: Precision, scaled: tuple[str, float] | None = None) -> Packed:
-        module = load_module(self.checkpoint, source, {})
+        module = load_module(self.checkpoint, source)
         if scaled:
             rescale.rescale(getattr(module, scaled[0]), scaled[1])
         return Packed(source, module, precision.weights)

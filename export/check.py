@@ -17,7 +17,8 @@ from .onnx_edit import save_with_late_weights
 Arrays = Mapping[str, NDArray[Any]]
 
 BF16_ENGINE = "openvino"  # onnxruntime's CPU has no bfloat16 convolution
-# By the arithmetic. Largest difference from torch in float32 with the same (stored) weights, relative to the largest value of the output.
+# By the arithmetic. Largest difference from torch in float32 with the same (stored) weights, relative to the largest
+# value of the output.
 # A wrong weight, a transposed matrix or a lost digit of the timestep's sinusoids shows as 1e-2 or more.
 TOLERANCES = {
     ("text_encoder", "fp32"): 5e-5,  # sums in another order over up to 32 layers; measured 1e-6

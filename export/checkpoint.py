@@ -115,26 +115,9 @@ def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
     return Checkpoint(path, index, parts, configs, nothing, dict.fromkeys(parts), scheduler)
 
 
-def load_module(
-    checkpoint: Checkpoint, part: str, layers: Mapping[str, Sequence[tuple[LoraLayer, float]]]
-) -> nn.Module:
-    """One part as a torch module in the precision of its files, with `layers` (weight name -> LoRA layers) fused in.
-
-    Weights that a LoRA changes are float32 then, whatever the files hold.
-    """
-    module = _from_pretrained(checkpoint, part)
-    if missed := set(layers) - {published_name(part, name) for name, _ in module.named_parameters()}:
-        raise missing_weight(part, missed)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(False)
-        parameter.data = fused(parameter.data, layers.get(published_name(part, name), ()))
-    return module.eval()
-
-
-def missing_weight(part: str, missed: set[str]) -> ExportError:
-    return ExportError(
-        f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused"
-    )
+def load_module(checkpoint: Checkpoint, part: str) -> nn.Module:
+    """One part as a torch module, in the precision of its files."""
+    return _from_pretrained(checkpoint, part).requires_grad_(False).eval()
 
 
 def fused(weight: torch.Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> torch.Tensor:
@@ -253,23 +236,23 @@ def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
         "local_files_only": True,
         "use_safetensors": part not in checkpoint.pickles,
         "variant": variant,
+        "dtype": dtype,
+        "output_loading_info": True,
     }
     with quiet():
         if part.startswith("text_encoder"):
             import transformers
 
             # eager: one causal mask for all layers, where the other kinds of attention build one in each
-            options |= {"attn_implementation": "eager", "dtype": dtype, "output_loading_info": True}
-            module, info = getattr(transformers, _CLASSES[part][0]).from_pretrained(folder, **options)
-            missing = info["missing_keys"]
+            options["attn_implementation"] = "eager"
+            library: Any = transformers
         else:
             import diffusers
 
-            options |= {"dtype": dtype, "output_loading_info": True}
-            module, info = getattr(diffusers, _CLASSES[part][0]).from_pretrained(folder, **options)
-            missing = info["missing_keys"]
+            library = diffusers
+        module, info = getattr(library, _CLASSES[part][0]).from_pretrained(folder, **options)
     for parameter in module.parameters() if part in checkpoint.pickles else ():
         parameter.data = parameter.data.contiguous()  # pickles keep strides; distill-sd's are not in order
-    if missing:
+    if missing := info["missing_keys"]:
         raise ExportError(f"{folder}: {len(missing)} weights are missing, the first is {min(missing)}; fetch it again")
     return module

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import ExportError
 from ..lora import LoraLayer
 from . import graphs, quantize, samples
 from .autoencoders import Autoencoders
-from .checkpoint import Checkpoint, fused, load_module, missing_weight, published_name
+from .checkpoint import Checkpoint, fused, load_module, published_name
 from .needs import bundle_parts
 from .packed import Packed
 from .precision import Precision
@@ -156,17 +157,23 @@ class PartsExporter:
         return {**text, "time_ids": samples.size_conditioning(size, self._scale)}
 
     def _load(self, part: str) -> Packed:
-        """The part with its LoRA fused, in its storage."""
-        layers = self.layers.get(part, {})
-        module = load_module(self.checkpoint, part, {})
-        packed = Packed(
-            part, module, self.precision.weights, lambda n, w: fused(w, layers.get(published_name(part, n), ()))
-        )
-        if missed := set(layers) - {published_name(part, name) for name in packed.stored}:
-            raise missing_weight(part, missed)
+        packed = load_packed(self.checkpoint, part, self.precision.weights, self.layers.get(part, {}))
         if packed.changed and self.precision.weights in ("fp16", "bf16"):
             self.notes.append(
                 f"{part}: {packed.changed} weights were rounded to {self.precision.weights} "
                 "(LoRA, or a checkpoint of higher precision)"
             )
         return packed
+
+
+def load_packed(
+    checkpoint: Checkpoint, part: str, weights: str, layers: Mapping[str, Sequence[tuple[LoraLayer, float]]]
+) -> Packed:
+    """A part in the storage `weights`, with `layers` (weight's published name -> LoRA layers, strengths) fused in."""
+    module = load_module(checkpoint, part)
+    packed = Packed(part, module, weights, lambda name, w: fused(w, layers.get(published_name(part, name), ())))
+    if missed := set(layers) - {published_name(part, name) for name in packed.stored}:
+        raise ExportError(
+            f"{part}: its files name {min(missed)}, the loaded model has no such weight; the LoRA can't be fused"
+        )
+    return packed

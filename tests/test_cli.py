@@ -307,9 +307,12 @@ def test_help_tells_of_every_option() -> None:
     for verb, parser in verbs.items():
         assert f"    {verb} " in text
         for parent in (parser, *_parsers_in(parser)):
-            for action in (a for a in parent._actions if a.option_strings):
-                assert action.help, (verb, action.dest)
-                assert all(option in parent.format_help() for option in action.option_strings)
+            for action in parent._actions:  # positional ones, and the verbs below a verb, too
+                if isinstance(action, argparse._SubParsersAction):
+                    helped = {choice.dest: choice.help for choice in action._choices_actions}
+                    assert helped.keys() == action.choices.keys() and all(helped.values()), verb
+                else:
+                    assert action.help, (verb, action.dest)
     assert run("generate", "--help").stdout.startswith("usage: vega-edge generate ")
     assert run("--version").stdout.startswith("vega-edge ")
 

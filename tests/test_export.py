@@ -32,6 +32,7 @@ from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import CheckpointError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
+from vega_edge.export.parts import load_packed  # noqa: E402
 from vega_edge.lora import match_lora, read_lora  # noqa: E402
 from vega_edge.manifest import attention_form, plain_form  # noqa: E402
 
@@ -180,15 +181,16 @@ def test_lora_is_fused_as_diffusers_does(checkpoints: dict[str, Path], loras: di
     matched = match_lora(read_lora(loras[style]), {part: checkpoint.weight_shapes(part) for part in parts})
     pipe = fused_by_diffusers(checkpoints["xl"], loras[style])
     for part in parts:
-        ours = load_module(checkpoint, part, {name: [(layer, STRENGTH)] for name, layer in matched[part].items()})
-        plain = dict(load_module(checkpoint, part, {}).named_parameters())
+        layers = {name: [(layer, STRENGTH)] for name, layer in matched[part].items()}
+        ours = load_packed(checkpoint, part, "fp32", layers).stored
+        plain = dict(load_module(checkpoint, part).named_parameters())
         theirs = dict(getattr(pipe, part).named_parameters())
-        for name, weight in ours.named_parameters():
-            np.testing.assert_allclose(
-                weight.numpy(), theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=name
-            )
+        assert ours.keys() == theirs.keys()
+        for name, weight in ours.items():
+            fused, wanted = weight.data.numpy(), theirs[name].detach().numpy()
+            np.testing.assert_allclose(fused, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
             if published_name(part, name) in matched[part]:  # no change that one could overlook
-                assert error(plain[name].numpy(), weight.numpy()) > 0.01, name
+                assert error(plain[name].numpy(), fused) > 0.01, name
 
 
 def test_two_loras_add_up(
@@ -199,7 +201,7 @@ def test_two_loras_add_up(
         read_lora(loras["peft"]), {p: checkpoint.weight_shapes(p) for p in checkpoint.parts}
     )["unet"].items()
     weights = [
-        dict(load_module(checkpoint, "unet", {name: pairs}).named_parameters())[name].numpy()
+        load_packed(checkpoint, "unet", "fp32", {name: pairs}).stored[name].data.numpy()
         for pairs in ([(layer, 0.0)], [(layer, 0.5), (layer, -2.0)])
     ]
     np.testing.assert_allclose(weights[1] - weights[0], layer.delta(weights[0].shape, -1.5), atol=1e-6)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from vega_edge.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
 from vega_edge.export.checkpoint import load_module, open_checkpoint  # noqa: E402
+from vega_edge.export.parts import load_packed  # noqa: E402
 from vega_edge.models import architectures  # noqa: E402
 
 from .checkpoints import WEIGHTS, edit, write_json  # noqa: E402
@@ -107,7 +108,7 @@ def test_refuses_damaged_weights(broken: Path, out: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
     with pytest.raises(CheckpointError) as caught:
-        load_module(open_checkpoint(broken), "unet", {})
+        load_module(open_checkpoint(broken), "unet")
     assert str(caught.value) == f"{path} has {len(whole) - 10} bytes, its header says {len(whole)}; fetch it again"
     path.unlink()
     assert refusal(broken, out) == (
@@ -123,7 +124,16 @@ def test_refuses_missing_weights(broken: Path, part: str, file: str) -> None:
     del tensors[name]
     save_file(tensors, broken / part / file, metadata={"format": "pt"})
     with pytest.raises(ExportError, match=f"1 weights are missing, the first is {name}; fetch it again"):
-        load_module(open_checkpoint(broken), part, {})
+        load_module(open_checkpoint(broken), part)
+
+
+def test_refuses_a_lora_for_a_weight_that_the_model_lacks(checkpoint: Path) -> None:
+    """The files name it, the class that loads them does not: without this its layers would be left out in silence."""
+    with pytest.raises(ExportError) as caught:
+        load_packed(open_checkpoint(checkpoint), "text_encoder", "fp16", {"gone.weight": [], "other.weight": []})
+    assert str(caught.value) == (
+        "text_encoder: its files name gone.weight, the loaded model has no such weight; the LoRA can't be fused"
+    )
 
 
 def test_refuses_a_tiny_autoencoder_of_other_latents(broken: Path, out: Path) -> None:
@@ -187,7 +197,7 @@ def test_fp16_variant_and_shards_are_found(broken: Path) -> None:
 def assert_loads(source: Path, wanted: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(source)
     assert checkpoint.weight_shapes("unet") == {name: tuple(t.shape) for name, t in wanted.items()}
-    for name, parameter in load_module(checkpoint, "unet", {}).named_parameters():
+    for name, parameter in load_module(checkpoint, "unet").named_parameters():
         assert parameter.dtype == torch.float16
         np.testing.assert_array_equal(parameter.numpy(), wanted[name].numpy())
 

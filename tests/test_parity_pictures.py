@@ -25,6 +25,7 @@ pytest.importorskip("torch", reason="compares with diffusers, which needs torch 
 
 from vega_edge.bench.parity import FEW, SCHEDULERS, compare, reference_pipeline
 from vega_edge.export.checkpoint import load_module, open_checkpoint
+from vega_edge.export.parts import load_packed
 from vega_edge.lora import match_lora, read_lora
 
 
@@ -82,9 +83,9 @@ def test_the_lora_is_fused_as_diffusers_fuses_it() -> None:
     checkpoint = open_checkpoint(recipe.checkpoint_path)
     ((path, strength),) = recipe.lora_paths
     matched = match_lora(read_lora(path), {"unet": checkpoint.weight_shapes("unet")})["unet"]
-    plain = {n: p.numpy() for n, p in load_module(checkpoint, "unet", {}).named_parameters()}
+    plain = {n: p.numpy() for n, p in load_module(checkpoint, "unet").named_parameters()}
     layers = {weight: [(layer, strength)] for weight, layer in matched.items()}
-    fused = {n: p.numpy() for n, p in load_module(checkpoint, "unet", layers).named_parameters()}
+    fused = {n: stored.data.numpy() for n, stored in load_packed(checkpoint, "unet", "fp32", layers).stored.items()}
     expected = {n: p.detach().numpy() for n, p in reference_pipeline("demo-vegart").unet.named_parameters()}
     assert set(fused) == set(expected)
     for name in fused:

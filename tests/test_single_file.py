@@ -77,7 +77,7 @@ def test_there_and_back(
             published_name(part, n): t for n, t in load_file(checkpoints[kind] / part / f"{stem}.safetensors").items()
         }
         assert checkpoint.weight_shapes(part) == {name: tuple(t.shape) for name, t in wanted.items()}
-        loaded = {published_name(part, n): t for n, t in load_module(checkpoint, part, {}).state_dict().items()}
+        loaded = {published_name(part, n): t for n, t in load_module(checkpoint, part).state_dict().items()}
         assert loaded.keys() == wanted.keys()
         for name, tensor in loaded.items():
             assert torch.equal(tensor.float(), wanted[name].float()), f"{part}: {name}"

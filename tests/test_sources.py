@@ -134,7 +134,7 @@ def test_pickled_parts(checkpoint: Path, tmp_path: Path, part: str) -> None:
         model_source(tmp_path / "x").open()
     wanted, got = model_source(checkpoint).open(), model_source(tmp_path / "x", allow_pickle=True).open()
     assert got.pickles == {part: (path,)} and got.weight_shapes(part) == wanted.weight_shapes(part)
-    modules = [load_module(c, part, {}) for c in (wanted, got)]
+    modules = [load_module(c, part) for c in (wanted, got)]
     for (name, a), (_, b) in zip(*(m.state_dict().items() for m in modules), strict=True):
         assert torch.equal(a, b) and b.is_contiguous(), name
 
@@ -157,7 +157,7 @@ def test_a_pickle_that_would_run_code_does_not(checkpoint: Path, tmp_path: Path,
     for save in (lambda v: torch.save(v, path), lambda v: path.write_bytes(pickle.dumps(v))):
         save({"state_dict": {"conv_in.weight": torch.zeros(1), "attack": _Attack(mark)}})
         with pytest.raises(VegaEdgeError) as caught:
-            load_module(model_source(source, allow_pickle=True).open(), "unet", {})
+            load_module(model_source(source, allow_pickle=True).open(), "unet")
         assert str(caught.value) == (
             f"{path} holds more than weights, which torch's weights_only refuses; use a .safetensors version, or "
             "convert it where you trust it"
@@ -184,11 +184,11 @@ def test_damaged_pickles(tmp_path: Path) -> None:
 def test_random_weights_depend_on_seed_and_name_only(checkpoint: Path) -> None:
     seven = model_source(checkpoint, random_weights=7).open()
     assert seven.random_weights == 7 and set(seven.loaders) == {"unet", "vae", "text_encoder"}
-    a = load_module(seven, "unet", {}).state_dict()
+    a = load_module(seven, "unet").state_dict()
     torch.manual_seed(99)
-    load_module(seven, "vae", {})
-    b = load_module(model_source(checkpoint, random_weights=7).open(), "unet", {}).state_dict()
-    c = load_module(model_source(checkpoint, random_weights=8).open(), "unet", {}).state_dict()
+    load_module(seven, "vae")
+    b = load_module(model_source(checkpoint, random_weights=7).open(), "unet").state_dict()
+    c = load_module(model_source(checkpoint, random_weights=8).open(), "unet").state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a) and not any(torch.equal(a[n], c[n]) for n in a)
     assert all(torch.equal(t, t.half().float()) for t in a.values())
     for name, shape in seven.weight_shapes("unet").items():
