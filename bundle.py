@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
-from .manifest import INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
+from .manifest import AGAIN, INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
 from .whole_file import writing
 
 __all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
@@ -129,14 +129,16 @@ def _size_fault(path: Path, entry: FileEntry) -> str:
 
 
 def _damaged(folder: Path, part: str, fault: str) -> BundleError:
-    return BundleError(f"bundle {folder}, part {part}: {fault}; copy or export the bundle again")
+    return BundleError(f"bundle {folder}, part {part}: {fault}; {AGAIN}")
 
 
 def _check_folder(path: Path) -> None:
     if os.path.isdir(path):  # os.path answers False where Path raises: a name that is too long, a NUL in it
         return
     if not os.path.exists(path):
-        raise BundleError(f"there is no bundle at {path}")
+        raise BundleError(
+            f"there is no bundle at {path}; check the path, or make one: vega-edge export MODEL -o BUNDLE"
+        )
     raise BundleError(f"{path} is a file; a bundle is a folder, made by: vega-edge export MODEL -o BUNDLE")
 
 
@@ -162,7 +164,7 @@ def _read_text(path: Path) -> str:
     except OSError as failure:
         raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
     except UnicodeDecodeError as failure:
-        raise BundleError(f"{path}: not UTF-8 text") from failure
+        raise BundleError(f"{path}: not UTF-8 text; {AGAIN}") from failure
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(_read_text(path))
     except (ValueError, RecursionError) as failure:
-        raise BundleError(f"{path}: not JSON: {failure}") from failure
+        raise BundleError(f"{path}: not JSON: {failure}; {AGAIN}") from failure
     if not isinstance(values, dict):
-        raise BundleError(f"{path}: must hold an object, not {json.dumps(values)[:40]}")
+        raise BundleError(f"{path}: must hold an object, not {json.dumps(values)[:40]}; {AGAIN}")
     return values

@@ -16,6 +16,7 @@ is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -51,10 +52,14 @@ class ExportError(VegaEdgeError):
     pass
 
 
-def unknown(kind: str, got: str, known: Iterable[str]) -> UsageError:
-    """'unknown scheduler 'Eular'; did you mean Euler? There are: DDIM, Euler, LCM'."""
+def unknown(kind: str, got: object, known: Iterable[str]) -> UsageError:
+    """ "unknown scheduler 'Eular'; did you mean 'Euler'? there are: DDIM, Euler, LCM". A name that alone has `got` for
+    one of its words is near too: 'cuda' of 'onnxruntime-cuda'."""
     names = sorted(known, key=str.lower)
     lowered = {name.lower(): name for name in names}
-    near = [lowered[n] for n in difflib.get_close_matches(got.lower(), lowered, n=1, cutoff=0.6)]
+    text = got.lower() if isinstance(got, str) else ""
+    near = [lowered[n] for n in difflib.get_close_matches(text, lowered, n=1, cutoff=0.6)]
+    having = [name for n, name in lowered.items() if text in re.split(r"[\W_]+", n)]
+    near = near or (having if len(having) == 1 and text else [])
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown {kind} {got!r}; {hint}there are: {', '.join(names) or 'none'}")

@@ -18,6 +18,7 @@ from .errors import BundleError
 MANIFEST = "vega-edge.json"
 FORMAT = 1
 INDEX = "model_index.json"
+AGAIN = "copy or export the bundle again"  # what to do about a damaged one
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 _ATTENTION = ".attention.onnx"
 ROOT_PART = "config"  # the part of the files that lie in no subfolder
@@ -111,7 +112,7 @@ class Manifest:
     def from_json(cls, text: str, path: Path) -> Manifest:
         """Raises BundleError, with `path` in it, for anything that this version does not know to the last key."""
         try:
-            values = records.parse(text)
+            values = _parsed(text)
             _check_format(values)
             del values["format"]
             manifest = records.decode(cls, values)
@@ -137,10 +138,17 @@ def _check_options(defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> No
             raise records.RecordError(f"limits: {name} must be [least, most], not {json.dumps(ends)}")
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return records.parse(text)
+    except records.RecordError as failure:
+        raise records.RecordError(f"{failure}; {AGAIN}") from failure
+
+
 def _check_format(values: Any) -> None:
     """Looks at the format before anything else: what a newer one holds can't be judged here."""
     if not isinstance(values, dict) or "format" not in values:
-        raise records.RecordError("not a manifest of vega-edge: it has no 'format'")
+        raise records.RecordError(f"not a manifest of vega-edge: it has no 'format'; {AGAIN}")
     got = values["format"]
     if type(got) is not int or got < 1:
         raise records.RecordError(f"format must be a whole number from 1, not {json.dumps(got)}")

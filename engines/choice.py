@@ -71,7 +71,7 @@ def choose_engine(
     """
     name, passed = best_engine(model_bytes, built, device, precision)
     if not name:
-        raise EngineError(f"no engine can be used: {'; '.join(passed)}; {install_line('cpu')}")
+        raise EngineError(f"no engine can be used: {'; '.join(passed)}; {_engine_cure(device)}")
     log.info("engine %s, chosen automatically; passed over: %s", name, "; ".join(passed) or "none")
     return name
 
@@ -103,9 +103,18 @@ def best_engine(
     return "", passed
 
 
+def _engine_cure(device: str | None) -> str:
+    """What to do where no engine can be used at all, or none on `device`."""
+    if device is None or device == "cpu":
+        return install_line("cpu")
+    missing = missing_here("onnxruntime-cuda")
+    return f"{missing.cure if missing else install_line('cuda')}, or leave --device out"
+
+
 def gpu_index(device: str | None) -> int:
     """'cuda:1' -> 1; 0 for 'cuda', 'cpu' and None. UsageError for anything else."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device or "cuda")
+    text = "cuda" if device is None else device
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text) if isinstance(text, str) else None
     if not match:
         raise UsageError(f"device must be cpu, cuda or cuda:N, such as cuda:0, not {device!r}")
     return int(match[1] or 0)

@@ -78,7 +78,7 @@ def export_bundle(
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
     included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A
-    process that is killed leaves that folder; the next export of the same goes on from the parts that are whole.
+    process that is killed or interrupted leaves that folder; the next export of the same goes on from its whole parts.
     """
     start = time.monotonic()
     request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite, attention)
@@ -122,7 +122,7 @@ def _checked(
         if not math.isfinite(strength):
             raise ExportError(f"LoRA {path}: its strength is {strength}; it must be a finite number, 1 is as trained")
     if out.exists() and not overwrite:
-        raise ExportError(f"{out} exists already; choose another folder, or ask to overwrite it")
+        raise ExportError(f"{out} exists already; choose another folder, or pass --overwrite")
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():

@@ -18,15 +18,22 @@ _LONGEST_COMMENT = 32_000  # UTF-16 units: a JPEG segment holds 64 KiB
 _log = logging.getLogger(__name__)
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raises UsageError unless a picture can be written to `path`; called before the work starts, not after."""
+def check_name(path: Path) -> None:
+    """Raises UsageError unless `path` ends as a picture's name does, in a folder that is there, and is none itself."""
+    if os.path.isdir(path):  # os.path answers False where Path raises
+        raise UsageError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}")
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"{path}: unknown picture format {path.suffix!r}; use one of {', '.join(_FORMATS)}")
+    if not os.path.isdir(path.parent):
+        if os.path.exists(path.parent):
+            raise UsageError(f"{path}: {path.parent} is a file, not a folder; choose another name")
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises UsageError unless a picture can be written to `path`; called before the work starts, not after."""
+    check_name(path)
     try:
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; name a file in it")
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists already; choose another name, or pass --overwrite")
         path.lstat()  # a name that is too long is said here only

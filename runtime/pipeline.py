@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..models import find_bundle
 from .decoder import Decoder
 from .init_image import ImageEncoder
 from .memory import check_memory
+from .opening import check_model, checked_loras, foreign_defaults, warn_of_no_manifest
 from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
 from .request import Limits, Request, alike, make_request
@@ -63,7 +63,10 @@ class Result:
 
 
 class Pipeline:
-    """Opened with `Pipeline.open`; one thread at a time. `pipe(prompt, steps=4, seed=7).images[0]` is a PIL picture."""
+    """A model, opened with `Pipeline.open`; one thread at a time. `with` closes it at the end.
+
+    `pipe(prompt, steps=4, seed=7).images[0]` is a PIL picture; calling it, `__call__`, tells of every option.
+    """
 
     def __init__(self, parts: Parts, vae: str = "full") -> None:
         bundle = parts.bundle
@@ -82,8 +85,9 @@ class Pipeline:
         # A U-Net halves the latents between its levels and must meet itself again on the way up.
         multiple = self._decoder.scale * 2 ** (len(unet["block_out_channels"]) - 1)
         self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
-        written = bundle.manifest.defaults if bundle.manifest else {}
-        self.defaults: Mapping[str, Any] = {**self._foreign_defaults(unet), **written}
+        assumed = foreign_defaults(self._scheduler_config, int(unet["sample_size"]) * self._decoder.scale)
+        warn_of_no_manifest(bundle, assumed, self._scheduler_config)
+        self.defaults: Mapping[str, Any] = {**assumed, **(bundle.manifest.defaults if bundle.manifest else {})}
 
     @classmethod
     def open(
@@ -108,9 +112,11 @@ class Pipeline:
         can't do what is asked, CheckpointError for a LoRA that does not fit, EngineError for an engine that can't open
         it, NotEnoughMemoryError where that is certain.
         """
+        check_model(model)
         check_opening(engine, memory, vae, device)
+        files = checked_loras(loras)
         bundle = Bundle.open(find_bundle(model), verify)
-        patches = Patches(bundle, [(Path(path), strength) for path, strength in loras])
+        patches = Patches(bundle, files)
         if engine == "auto":
             size = sum(f.stat().st_size for f in bundle.path.glob("*/*.onnx*"))
             built = BuiltFor(bundle.path, unused_parts(bundle, vae), partial(weights_of, patches))
@@ -144,7 +150,12 @@ class Pipeline:
         return self._walk([self.request(prompt, **options)], {})
 
     def __call__(self, prompt: str, **options: Any) -> Result:
-        """`request` and `run` in one."""
+        """Draws; UsageError for an option that is unknown or out of range. None of any is the model's own default.
+
+        negative, guidance, guidance_rescale; steps, scheduler, family, schedule, eta; seed (-1 picks one), samples,
+        rng, noise_dtype; width, height; image, strength; long_prompt, prompt_syntax. `vega_edge.Request` says what each
+        is; `limits` and `defaults` of the pipeline what the model allows and takes, `Result` what comes back.
+        """
         return self.run(self.request(prompt, **options))
 
     def run(self, request: Request, progress: Any = None) -> Result:
@@ -217,16 +228,12 @@ class Pipeline:
         texts = self._text.encode(text, negative, guided)
         return self._text.feeds(texts, request.samples, request.width, request.height)
 
-    def _foreign_defaults(self, unet: Mapping[str, Any]) -> dict[str, Any]:
-        """What diffusers' own pipelines assume, for a folder without our manifest or without defaults in it.
-
-        No scheduler: it is looked for when a request names none, since the configuration's may not be implemented.
-        """
-        side = int(unet["sample_size"]) * self._decoder.scale
-        few = self._scheduler_config.get("_class_name") in ("LCMScheduler", "TCDScheduler")
-        steps, guidance = (4, 0.0) if few else (25, 7.5)
-        return {"family": "diffusers", "steps": steps, "guidance": guidance, "width": side, "height": side}
-
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""
         self._parts.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

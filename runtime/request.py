@@ -142,7 +142,8 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
             text = _text(name, value[name])
             value[name] = text.lower() if name in _WORDS else text
     samples = _whole("samples", value.get("samples", 1), 1, MAX_SAMPLES)
-    seed = _whole("seed", value.get("seed", -1), -1, MAX_SEED - samples + 1)
+    seed_of = "seed" if samples == 1 else f"seed, the first of {samples},"
+    seed = _whole(seed_of, value.get("seed", -1), -1, MAX_SEED - samples + 1)
     scheduler = _scheduler(value, options.get("family") is not None)
     eta = value.get("eta")
     if eta is not None:
@@ -154,7 +155,7 @@ def make_request(options: Mapping[str, Any], defaults: Mapping[str, Any], limits
     return Request(
         prompt=prompt,
         negative=None if negative is None else _text("negative", negative),
-        steps=_whole("steps", value["steps"], *limits.steps),
+        steps=_steps(value["steps"], scheduler, limits),
         guidance=_number("guidance", value["guidance"], *limits.guidance),
         scheduler=scheduler.name,
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
@@ -235,6 +236,14 @@ def _whole(name: str, got: Any, low: int, high: int) -> int:
     if isinstance(got, bool) or not low <= whole <= high:
         raise UsageError(f"{name} must be a whole number from {low} to {high}, got {got!r}")
     return whole
+
+
+def _steps(got: Any, scheduler: Scheduler, limits: Limits) -> int:
+    """In the model's range, and enough for the scheduler."""
+    steps = _whole("steps", got, *limits.steps)
+    if steps < scheduler.least_steps:
+        raise UsageError(f"{scheduler.name} takes {scheduler.least_steps} to {limits.steps[1]} steps, got {steps}")
+    return steps
 
 
 def _side(name: str, got: Any, limits: Limits) -> int:

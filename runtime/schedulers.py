@@ -6,6 +6,7 @@ scheduler is one function and one row. Rows are in `scheduler_rows.py`.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,21 @@ def get_scheduler(name: str, family: str = "diffusers") -> Scheduler:
     for row in all_schedulers():
         if row.diffusers and names.key(row.diffusers) == wanted:
             return get_scheduler(row.name, family)
+    if (parts := _with_schedule(name, rows)) is not None:
+        raise UsageError(f"unknown scheduler {name!r}; say scheduler {parts[0]!r} and schedule {parts[1]!r}")
     raise unknown("scheduler", name, dict.fromkeys(row.name for row in rows))
+
+
+def _with_schedule(name: str, rows: list[Scheduler]) -> tuple[str, str] | None:
+    """'Euler Karras' -> ('Euler', 'karras'): the web UI's old lists had such names, and no row is needed for them."""
+    known = {names.key(row.name): row.name for row in reversed(rows) if row.any_schedule}
+    words = name.replace("_", " ").split()
+    for i in range(1, len(words)):
+        with contextlib.suppress(UsageError):
+            schedule = spacing_name(" ".join(words[i:]))
+            if scheduler := known.get(names.key(" ".join(words[:i]))):
+                return scheduler, schedule
+    return None
 
 
 def scheduler_named_in(config: Options) -> str:

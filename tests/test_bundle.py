@@ -14,6 +14,8 @@ from vega_edge import records
 from vega_edge.bundle import Bundle, FileEntry, Lora, Manifest, Parameter, Part, Source, describe_files, write_manifest
 from vega_edge.errors import BundleError
 
+AGAIN = "copy or export the bundle again"
+MAKE = "check the path, or make one: vega-edge export MODEL -o BUNDLE"
 FILES = {
     "model_index.json": '{"_class_name": "StableDiffusionXLPipeline", "unet": ["d", "X"], "scheduler": ["d", "Y"]}',
     "unet/config.json": '{"in_channels": 4}',
@@ -144,8 +146,8 @@ def test_other_files_may_lie_beside_a_bundle_but_are_not_its_own(folder):
 
 
 def test_no_such_folder(tmp_path):
-    assert refused(Bundle.open, tmp_path / "none") == f"there is no bundle at {tmp_path / 'none'}"
-    assert refused(Bundle.open, "x" * 5000) == f"there is no bundle at {'x' * 5000}"
+    assert refused(Bundle.open, tmp_path / "none") == f"there is no bundle at {tmp_path / 'none'}; {MAKE}"
+    assert refused(Bundle.open, "x" * 5000) == f"there is no bundle at {'x' * 5000}; {MAKE}"
 
 
 def test_a_file_instead_of_a_folder(tmp_path):
@@ -221,7 +223,7 @@ def test_sizes_are_looked_at_before_anything_is_hashed(folder, monkeypatch):
 def test_a_config_that_is_not_json(tmp_path, content, fault):
     opened = Bundle.open(fill(tmp_path))
     (tmp_path / "unet" / "config.json").write_bytes(content)
-    assert refused(opened.config, "unet") == f"{tmp_path / 'unet' / 'config.json'}: {fault}"
+    assert refused(opened.config, "unet") == f"{tmp_path / 'unet' / 'config.json'}: {fault}; {AGAIN}"
 
 
 def test_a_file_that_cannot_be_read(folder, monkeypatch):
@@ -252,7 +254,7 @@ NEEDED = "name, created_by, dtype, weights, source, defaults, limits"
     [
         (lambda v: v.update(extra=1), f"unknown key 'extra'; known keys: {KEYS}"),
         (lambda v: v.pop("name"), f"key 'name' is missing; needed keys: {NEEDED}"),
-        (lambda v: v.pop("format"), "not a manifest of vega-edge: it has no 'format'"),
+        (lambda v: v.pop("format"), f"not a manifest of vega-edge: it has no 'format'; {AGAIN}"),
         (lambda v: v.update(format="1"), 'format must be a whole number from 1, not "1"'),
         (lambda v: v.update(format=True), "format must be a whole number from 1, not true"),
         (lambda v: v.update(format=0), "format must be a whole number from 1, not 0"),
@@ -342,7 +344,7 @@ def test_a_manifest_names_only_files_inside(folder, name):
 )
 def test_a_manifest_that_is_not_one(folder, text, fault):
     (folder / "vega-edge.json").write_text(text)
-    assert refused(Bundle.open, folder) == f"{folder / 'vega-edge.json'}: {fault}"
+    assert refused(Bundle.open, folder) == f"{folder / 'vega-edge.json'}: {fault}; {AGAIN}"
 
 
 def test_json_without_end(folder):

@@ -112,13 +112,13 @@ def test_any_prompt_draws(tmp_path: Path, prompt: str) -> None:
 
 BAD = [
     (["--model", "vega"], 2, "vega-edge: unknown model 'vega'; did you mean 'demo-vega'? there are: demo-small-sd, demo-tiny-sd, demo-vega, demo-vegart, "),
-    (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; "),
+    (["--engine", "cuda"], 2, "vega-edge: unknown engine 'cuda'; did you mean 'onnxruntime-cuda'? there are: "),
     (["--scheduler", "Eulr"], 2, "vega-edge: unknown scheduler 'Eulr'; did you mean 'Euler'? there are: DDIM, "),
     (["--scheduler", "PLMS", "--family", "diffusers"], 2, "vega-edge: PLMS is not in the family diffusers; it is in a1111"),
     (["--family", "comfy"], 2, "vega-edge: unknown family 'comfy'; there are: a1111, diffusers"),
     (["--schedule", "karas"], 2, "vega-edge: unknown schedule 'karas'; did you mean 'karras'? there are: "),
     (["--scheduler", "Restart", "--schedule", "karras"], 2, "vega-edge: Restart makes its own schedule and can't use 'karras'"),
-    (["--scheduler", "UniPC", "--family", "a1111", "--steps", "2"], 2, "vega-edge: UniPC takes 3 to 1000 steps, got 2"),
+    (["--scheduler", "UniPC", "--family", "a1111", "--steps", "2"], 2, "vega-edge: UniPC takes 3 to 50 steps, got 2"),
     (["--scheduler", "Euler a", "--eta", "1.5"], 2, "vega-edge: eta must be a number from 0 to 1, got 1.5"),
     (["--scheduler", "Euler", "--eta", "1"], 2, "vega-edge: Euler has no eta"),
     (["--rng", "gpu"], 2, "vega-edge: unknown rng 'gpu'; there are: nv, torch"),
@@ -128,16 +128,16 @@ BAD = [
     (["--size", "8x128"], 2, "vega-edge: width must be a whole number from 64 to 256, got 8"),
     (["--size", "big"], 2, "vega-edge generate: argument --size: must be WIDTHxHEIGHT in pixels, such as 128x128, got 'big'; see vega-edge generate --help"),
     (["--steps", "0"], 2, "vega-edge: steps must be a whole number from 1 to 50, got 0"),
-    (["--steps", "many"], 2, "vega-edge generate: argument --steps: invalid int value: 'many'; see vega-edge generate --help"),
+    (["--steps", "many"], 2, "vega-edge generate: argument --steps: must be a whole number, got 'many'; see vega-edge generate --help"),
     (["--guidance", "nan"], 2, "vega-edge: guidance must be a number from 0 to 20, got nan"),
     (["--samples", "5"], 2, "vega-edge: samples must be a whole number from 1 to 4, got 5"),
     (["--seed", "-2"], 2, "vega-edge: seed must be a whole number from -1 to 999999999999999, got -2"),
     (["--seed", "1000000000000000"], 2, "vega-edge: seed must be a whole number from -1 to 999999999999999, got 1000000000000000"),
     (["-o", "nowhere/star.png"], 2, f"vega-edge: {Path('nowhere/star.png')}: the folder nowhere does not exist; make it first"),
     (["-o", "star.gif"], 2, "vega-edge: star.gif: unknown picture format '.gif'; use one of .png, .jpg, .jpeg, .webp"),
-    (["star\nmoon"], 2, "vega-edge: unrecognized arguments: star moon; see vega-edge --help"),
-    (["--model", "./no\nthing"], 1, "vega-edge: there is no bundle at no thing"),
-    (["--model", "./nothing"], 1, "vega-edge: there is no bundle at nothing"),
+    (["star\nmoon"], 2, "vega-edge generate: unrecognized arguments: star moon; see vega-edge generate --help"),
+    (["--model", "./no\nthing"], 1, "vega-edge: there is no bundle at no thing; check the path, or make one: vega-edge export MODEL -o BUNDLE"),
+    (["--model", "./nothing"], 1, "vega-edge: there is no bundle at nothing; check the path, or make one: vega-edge export MODEL -o BUNDLE"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import logging
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
@@ -116,6 +117,14 @@ def test_auto_with_nothing_installed(monkeypatch, tmp_path):
         f"no engine can be used: {NO_TENSORRT}; onnxruntime-cuda (onnxruntime is not installed); openvino (openvino is not installed);"
         ' onnxruntime-cpu (onnxruntime is not installed); pip install "vega-edge[cpu]"'
     )
+
+
+@pytest.mark.parametrize(("packages", "cure"), [({}, ""), ({"onnxruntime": "cpu"}, "pip uninstall onnxruntime, then ")])
+def test_a_gpu_that_no_engine_can_use(monkeypatch, tmp_path, packages, cure):
+    found(monkeypatch, tmp_path, **packages)
+    for device in ("cuda", "cuda:1"):
+        said = refused(partial(engines.choose_engine, device=device))
+        assert said.split("; ")[-1] == f'{cure}pip install "vega-edge[cuda]", or leave --device out'
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_refuses_arguments(checkpoint: Path, out: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError) as caught:
         export_bundle(checkpoint, tmp_path / "exports")
-    assert str(caught.value) == f"{tmp_path / 'exports'} exists already; choose another folder, or ask to overwrite it"
+    assert str(caught.value) == f"{tmp_path / 'exports'} exists already; choose another folder, or pass --overwrite"
 
 
 def test_fp16_variant_and_shards_are_found(broken: Path) -> None:

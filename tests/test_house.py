@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vega_edge
+from vega_edge import errors
 
 ROOT = Path(vega_edge.__file__).parent
 TORCH_ISLAND = {"torch", "diffusers", "transformers", "optimum", "peft", "onnxscript", "safetensors", "huggingface_hub"}
@@ -141,6 +143,13 @@ def test_drawing_a_picture_loads_no_torch() -> None:
 
 def test_public_names() -> None:
     assert vega_edge.Pipeline.__name__ == "Pipeline"
-    assert issubclass(vega_edge.VegaEdgeError, Exception)
+    for name in vega_edge.__all__:
+        assert getattr(vega_edge, name) is not None
+    tree = {name for name in vars(errors) if name.endswith("Error")}
+    assert tree <= set(vega_edge.__all__) <= set(dir(vega_edge))
+    assert issubclass(vega_edge.UsageError, vega_edge.VegaEdgeError)
+    assert set(vega_edge.Request.__dataclass_fields__) - {"prompt"} <= set(
+        re.findall(r"\w+", vega_edge.Pipeline.__call__.__doc__ or "")
+    )
     with pytest.raises(AttributeError, match="has no attribute 'Pipelin'"):
         vega_edge.Pipelin  # noqa: B018

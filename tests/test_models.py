@@ -199,10 +199,17 @@ def test_models_prints_what_json_says(
     assert rows["segmind-vega"]["downloaded_bytes"] == 1_500_000
     assert rows["segmind-vega"]["exported_bytes"] == {"fp32": 6_586_399_148, "fp16": 3_293_199_574}
     assert rows["segmind-vegart"]["loras"] == ["hf:segmind/Segmind-VegaRT/pytorch_lora_weights.safetensors"]
+    monkeypatch.setenv("COLUMNS", "400")
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     vega = next(i for i, line in enumerate(lines) if line.startswith("segmind-vega "))
-    assert lines[vega].endswith("[not exported yet; make it with: vega-edge export segmind-vega]")
+    assert lines[vega].endswith("; DPM2 Karras, 25 steps, guidance 7.5, 1024x1024")
+    assert lines[vega + 2].strip() == "[not exported yet; make it with: vega-edge export segmind-vega]"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["models"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert " ".join(narrow.split()) == " ".join(" ".join(lines).split())
     assert lines[vega + 1].strip() == (
         "1647 M weights (unet 745 M); 3.3 GB to download in fp16; exported fp16 3.3 GB, fp32 6.6 GB; "
         "on this disk: download 1.5 MB; from hf:segmind/Segmind-Vega@7714c43; Apache-2.0"

@@ -14,7 +14,7 @@ import pytest
 from vega_edge.bench.meaning_prompts import judge, prompts
 from vega_edge.bundle import Bundle
 from vega_edge.engines import Spec
-from vega_edge.errors import NotFiniteError, UsageError
+from vega_edge.errors import EngineError, NotFiniteError, UsageError
 from vega_edge.models import find_bundle, recipes
 from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts
@@ -83,10 +83,13 @@ def test_random_seeds_differ_and_are_told(pipe: Pipeline) -> None:
         ({"guidance": float("inf")}, "guidance must be a number from 0 to 20, got inf"),
         ({"negative": 3}, "negative must be text, got int"),
         ({"prompt": None}, "prompt must be text, got NoneType"),
-        ({"seed": 999_999_999_999_999, "samples": 2}, "seed must be a whole number from -1 to 999999999999998, got "),
+        (
+            {"seed": 999_999_999_999_999, "samples": 2},
+            "seed, the first of 2, must be a whole number from -1 to 999999999999998, got 999999999999999",
+        ),
         ({"scheduler": "DDIMM"}, "unknown scheduler 'DDIMM'; did you mean 'DDIM'? there are: "),
         ({"scheduler": "Restart", "schedule": "karras"}, "Restart makes its own schedule and can't use 'karras'"),
-        ({"scheduler": "UniPC", "family": "a1111", "steps": 1}, "UniPC takes 3 to 1000 steps, got 1"),
+        ({"scheduler": "UniPC", "family": "a1111", "steps": 1}, "UniPC takes 3 to 50 steps, got 1"),
         ({"scheduler": "Euler a", "eta": 2}, "eta must be a number from 0 to 1, got 2"),
     ],
 )
@@ -154,11 +157,21 @@ def test_a_negative_prompt_needs_guidance(pipe: Pipeline, caplog: pytest.LogCapt
     assert np.abs(plain - pushed).max() > 1e-2
 
 
-def test_a_foreign_bundle_without_our_files_draws_the_same(tmp_path: Path, pipe: Pipeline) -> None:
+def test_a_foreign_bundle_without_our_files_draws_the_same(
+    tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
     bundle = Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
     (bundle / "vega-edge.json").unlink()
     (bundle / "vae_decoder" / "pixels.onnx").unlink()
     foreign = Pipeline.open(bundle, engine="onnxruntime-cpu")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            f"{bundle} has no vega-edge.json: its files are not checked, and what is not asked for is 25 steps, "
+            "guidance 7.5, 128x128 px, EulerDiscreteScheduler; that is right if another tool made it, else copy or "
+            "export the bundle again",
+        )
+    ]
     request = foreign.request(STAR)
     assert (request.scheduler, request.steps, request.guidance, request.width) == ("Euler", 25, 7.5, 128)
     options = {"steps": 4, "scheduler": "LCM", "guidance": 0.0, "seed": 7}
@@ -228,8 +241,12 @@ def test_latents_with_a_mean_and_a_deviation_a_channel(tmp_path: Path) -> None:
     assert np.abs(got - expected).max() <= 1
 
 
-def test_a_model_by_name_or_path() -> None:
-    assert Pipeline.open(find_bundle("demo-vegart"), "onnxruntime-cpu").name == "demo-vegart"
+def test_a_model_by_name_or_path(caplog: pytest.LogCaptureFixture) -> None:
+    with Pipeline.open(find_bundle("demo-vegart"), "onnxruntime-cpu") as opened:
+        assert opened.name == "demo-vegart"
+    with pytest.raises(EngineError, match=r"^this pipeline was closed; open it again$"):
+        opened(STAR)
+    assert not caplog.records
     with pytest.raises(UsageError, match="unknown model 'demo-vegar'; did you mean 'demo-vegart'"):
         Pipeline.open("demo-vegar")
 

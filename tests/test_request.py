@@ -76,7 +76,8 @@ def test_seeds() -> None:
     assert request(seed=MAX_SEED).seed == 999_999_999_999_999
     assert request(seed=MAX_SEED - 2, samples=3).seeds[-1] == MAX_SEED
     with pytest.raises(
-        UsageError, match=r"^seed must be a whole number from -1 to 999999999999997, got 999999999999998$"
+        UsageError,
+        match=r"^seed, the first of 3, must be a whole number from -1 to 999999999999997, got 999999999999998$",
     ):
         request(seed=MAX_SEED - 1, samples=3)
     picked = {request(seed=-1).seed for _ in range(5)}
@@ -101,6 +102,11 @@ def test_seeds() -> None:
     ({"scheduler": "Euler a", "eta": float("nan")}, "eta must be a number from 0 to 1, got nan"),
     ({"scheduler": "Euler a", "eta": "all"}, "eta must be a number from 0 to 1, got 'all'"),
     ({"scheduler": "Eulr"}, "unknown scheduler 'Eulr'; did you mean 'Euler'? there are: "),
+    ({"scheduler": "Euler Karras"}, "unknown scheduler 'Euler Karras'; say scheduler 'Euler' and schedule 'karras'"),
+    ({"scheduler": "k_euler_a_karras"}, "unknown scheduler 'k_euler_a_karras'; say scheduler 'Euler a' and schedule 'karras'"),
+    ({"scheduler": "Heun sgm uniform"}, "unknown scheduler 'Heun sgm uniform'; say scheduler 'Heun' and schedule 'sgm_uniform'"),
+    ({"scheduler": "Restart Karras"}, "unknown scheduler 'Restart Karras'; did you mean 'Restart'? there are: "),
+    ({"scheduler": "UniPC", "family": "a1111", "steps": 2}, "UniPC takes 3 to 50 steps, got 2"),
     ({"steps": 0}, "steps must be a whole number from 1 to 50, got 0"),
     ({"colour": "red"}, "unknown option 'colour'; there are: eta, family, guidance, guidance_rescale, height, image, long_prompt, negative, noise_dtype, prompt, prompt_syntax, rng, samples, schedule, scheduler, seed, steps, strength, width"),
 ])  # fmt: skip

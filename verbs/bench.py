@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .. import __version__
-from .common import bar, size
+from .common import bar, number, size, whole
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -21,11 +21,13 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--engine", action="append", metavar="NAME", help="may be repeated; default: all that work here, in turn"
     )
-    p.add_argument("--rounds", type=int, default=5, metavar="N", help="pictures after the first; default: %(default)s")
-    p.add_argument("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
-    p.add_argument("--guidance", type=float, metavar="G", help="1 or less for none; default: the model's")
+    p.add_argument(
+        "--rounds", type=whole, default=5, metavar="N", help="pictures after the first; default: %(default)s"
+    )
+    p.add_argument("--steps", type=whole, metavar="N", help="denoising steps; default: the model's")
+    p.add_argument("--guidance", type=number, metavar="G", help="1 or less for none; default: the model's")
     p.add_argument("--scheduler", metavar="NAME", help="default: the model's")
-    p.add_argument("--samples", type=int, default=1, metavar="N", help="pictures at once, 1 to 4; default: 1")
+    p.add_argument("--samples", type=whole, default=1, metavar="N", help="pictures at once, 1 to 4; default: 1")
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels, such as 128x128; default: the model's")
     p.add_argument("--memory", default="normal", metavar="HOW", help="normal or low; default: %(default)s")
     p.add_argument("--vae", default="full", metavar="WHICH", help="full or tiny; default: %(default)s")

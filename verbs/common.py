@@ -33,8 +33,26 @@ def warn_of_random_weights(bundle: Bundle) -> None:
         _log.warning("%s has random weights (seed %d): its pictures mean nothing", bundle.path, seed)
 
 
+def whole(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+
+
+def number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number, such as 7.5, got {text!r}")
+
+
+def file_name(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a file's name, such as picture.png, got ''")
+    return Path(text)
+
+
 def size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18})x(\d{1,18})", text.strip().lower())  # the model's range is the pipeline's to say
     if not match:
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, such as 128x128, got {text!r}")
     return int(match[1]), int(match[2])
@@ -43,6 +61,8 @@ def size(text: str) -> tuple[int, int]:
 def lora(text: str) -> tuple[Path, float]:
     """'style.safetensors:0.8' to the file and its strength; 1 where none is given."""
     file, colon, strength = text.rpartition(":")
+    if not text or (colon and not file):
+        raise argparse.ArgumentTypeError(f"must be FILE or FILE:STRENGTH, such as style.safetensors:0.8, got {text!r}")
     if not colon or re.search(r"[\\/]|\.safetensors$", strength):  # a drive's colon, or one in the file's name
         return Path(text), 1.0
     with contextlib.suppress(ValueError):

@@ -7,12 +7,16 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, UsageError
 from .common import bar, lora
+
+if TYPE_CHECKING:
+    from ..export import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from .. import models
-    from ..export import Progress, export_bundle, format_report, lora_files, model_source, tiny_vae_folder
+    from ..export import export_bundle, format_report, lora_files, model_source, tiny_vae_folder
 
     source = model_source(
         arguments.source,
@@ -109,22 +113,31 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.tiny_vae:
         tiny_vae = tiny_vae_folder(arguments.tiny_vae, allow_pickle=arguments.allow_pickle)
     with bar(0) as shown:
-
-        def progress(at: Progress) -> None:
-            shown.total = at.total
-            shown.set_description_str(f"{at.part}: {at.phase}", refresh=False)
-            shown.update(at.index - 1 - shown.n)
-            shown.refresh()
-
         report = export_bundle(
             source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=tiny_vae,
-            vae=arguments.vae, attention=arguments.attention, progress=progress, overwrite=arguments.overwrite, **options,
+            vae=arguments.vae, attention=arguments.attention, progress=_progress(shown), overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     if arguments.json:
         print(json.dumps(asdict(report), indent=2, default=str))
         return
     print(format_report(report), file=sys.stderr)
     print(output)
+
+
+def _progress(shown: Any) -> Callable[[Progress], None]:
+    """Moves the bar on; where there is none, since stderr is no terminal, each part gets a line: it takes minutes."""
+    stderr, begun = sys.stderr, set[str]()  # this stderr: an export's own libraries write to another
+
+    def progress(at: Progress) -> None:
+        if shown.disable and at.part not in begun:
+            begun.add(at.part)
+            print(f"vega-edge: exporting {at.part}, {at.index - 1} of {at.total} phases done", file=stderr, flush=True)
+        shown.total = at.total
+        shown.set_description_str(f"{at.part}: {at.phase}", refresh=False)
+        shown.update(at.index - 1 - shown.n)
+        shown.refresh()
+
+    return progress
 
 
 def _seed(text: str) -> int:

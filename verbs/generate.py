@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .common import bar, lora, size, warn_of_random_weights
+from .common import bar, file_name, lora, number, size, warn_of_random_weights, whole
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline, Result
@@ -26,23 +26,28 @@ def add(p: argparse.ArgumentParser) -> None:
         help="a model's name (see: vega-edge models) or a bundle's folder; default: %(default)s",
     )
     p.add_argument("--negative", metavar="TEXT", help="what to keep away from; needs guidance above 1")
-    p.add_argument("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
+    p.add_argument("--steps", type=whole, metavar="N", help="denoising steps; default: the model's")
     p.add_argument(
-        "--guidance", type=float, metavar="G", help="classifier-free guidance, 1 or less for none; default: the model's"
+        "--guidance",
+        type=number,
+        metavar="G",
+        help="classifier-free guidance, 1 or less for none; default: the model's",
     )
     _add_sampling(p)
     _add_picture(p)
     _add_opening(p)
-    p.add_argument("--seed", type=int, default=-1, metavar="S", help="0 to 999999999999999; -1, the default, picks one")
     p.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
+        "--seed", type=whole, default=-1, metavar="S", help="0 to 999999999999999; -1, the default, picks one"
+    )
+    p.add_argument(
+        "--samples", type=whole, default=1, metavar="N", help="1 to 4 pictures, of seeds S, S+1, ...; default: 1"
     )
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels, such as 128x128; default: the model's")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
     p.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_name,
         metavar="FILE",
         help=".png, .jpg or .webp; several samples get their seed into the name; default: PROMPT-SEED.png in this folder",
     )
@@ -68,10 +73,10 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="noise levels to walk with any scheduler, such as karras or sgm_uniform; default: the scheduler's own",
     )
-    p.add_argument("--eta", type=float, metavar="E", help="share of fresh noise, 0 to 1; default: the scheduler's")
+    p.add_argument("--eta", type=number, metavar="E", help="share of fresh noise, 0 to 1; default: the scheduler's")
     p.add_argument(
         "--guidance-rescale",
-        type=float,
+        type=number,
         metavar="R",
         help="0 to 1, how much of the contrast that guidance adds is taken back; default: 0",
     )
@@ -86,9 +91,9 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
 
 
 def _add_picture(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, cropped to the size")
+    p.add_argument("--image", type=file_name, metavar="FILE", help="a picture to start from, cropped to the size")
     p.add_argument(
-        "--strength", type=float, metavar="S", help="how far to go from --image: up to 1, all the way; default: 0.6"
+        "--strength", type=number, metavar="S", help="how far to go from --image: up to 1, all the way; default: 0.6"
     )
     p.add_argument(
         "--long-prompt", action="store_true", help="read all of a prompt, 75 tokens at a time, not the first 75"
@@ -135,8 +140,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.pipeline import Pipeline
 
     image = read_picture(arguments.image) if arguments.image else None
-    if arguments.output and arguments.samples == 1:  # before gigabytes are read
-        pictures.check_target(arguments.output, arguments.overwrite)
+    if arguments.output:  # before gigabytes are read
+        pictures.check_name(arguments.output)
+        if arguments.samples == 1:
+            pictures.check_target(arguments.output, arguments.overwrite)
     pipe = Pipeline.open(
         arguments.model, arguments.engine, loras=arguments.lora, memory=arguments.memory, vae=arguments.vae,
         device=arguments.device,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,15 +53,21 @@ def _facts(r: Recipe) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    """For people: as wide as the terminal, or 100 columns."""
+    columns = max(shutil.get_terminal_size((100, 24)).columns, 60)
     width = max(len(row["name"]) for row in rows)
     lines = []
     for row in rows:
         d = row["defaults"]
-        lines += [
-            f"{row['name']:<{width}}  {row['title']}; {d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, "
-            f"{d['width']}x{d['height']}  [{row['state']}]",
-            " " * width + "  " + "; ".join(_details(row)),
-        ]
+        drawn = f"{d['scheduler']}, {d['steps']} steps, guidance {d['guidance']:g}, {d['width']}x{d['height']}"
+        facts = ["; ".join([row["title"], drawn]), "; ".join(_details(row)), f"[{row['state']}]"]
+        name = f"{row['name']:<{width}}  "
+        for fact in facts:
+            lines += textwrap.wrap(
+                fact, columns, initial_indent=name, subsequent_indent=" " * (width + 2),
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+            name = " " * len(name)
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, VegaEdgeError
-from .common import lora
+from .common import lora, number, whole
 
 if TYPE_CHECKING:
     from ..serve.settings import Settings
@@ -40,7 +40,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def _add_server(p: argparse.ArgumentParser) -> None:
     p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; default: this machine only")
-    p.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s")
+    p.add_argument("--port", type=whole, default=8000, metavar="N", help="default: %(default)s")
     p.add_argument("--data", type=Path, metavar="FOLDER", help="where v2 jobs and their pictures are kept")
     p.add_argument("--engine", default="auto", metavar="NAME", help="what runs the graphs; default: auto")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
@@ -72,7 +72,7 @@ def _add_server(p: argparse.ArgumentParser) -> None:
         help="such as 6G, for the weights of open models; the least recently used one is closed to make room",
     )  # fmt: skip
     p.add_argument(
-        "--batch", type=int, default=4, metavar="N", help="pictures drawn at once at most; default: %(default)s"
+        "--batch", type=whole, default=4, metavar="N", help="pictures drawn at once at most; default: %(default)s"
     )
     p.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     p.add_argument("-v", "--verbose", action="store_true", help="say which models are opened and closed")
@@ -98,13 +98,13 @@ def _add_safety(p: argparse.ArgumentParser) -> None:
 
 def _add_limits(p: argparse.ArgumentParser) -> None:
     numbers = (
-        ("--queue", int, 64, "jobs that may wait; more are answered 429"),
-        ("--rate", int, 600, "requests and live drawings a minute for each key, 0 for no limit"),
-        ("--sockets", int, 64, "live pages at a time"),
-        ("--prompt-chars", int, 4000, "the longest prompt"),
-        ("--job-seconds", float, 300.0, "device time for one job"),
-        ("--grace-seconds", float, 30.0, "for the running picture when stopping"),
-        ("--keep-seconds", float, 3600.0, "how long finished v2 jobs and their pictures are kept"),
+        ("--queue", whole, 64, "jobs that may wait; more are answered 429"),
+        ("--rate", whole, 600, "requests and live drawings a minute for each key, 0 for no limit"),
+        ("--sockets", whole, 64, "live pages at a time"),
+        ("--prompt-chars", whole, 4000, "the longest prompt"),
+        ("--job-seconds", number, 300.0, "device time for one job"),
+        ("--grace-seconds", number, 30.0, "for the running picture when stopping"),
+        ("--keep-seconds", number, 3600.0, "how long finished v2 jobs and their pictures are kept"),
     )
     for name, kind, default, text in numbers:
         p.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: {default:g}")
