@@ -101,8 +101,8 @@ def judge(picture: NDArray[np.uint8], asked: Asked) -> Judged:
     reading = read(picture)
     if asked.scene:
         found = score(picture, asked.scene)
-        fit = reading.things[0].fit if found.shape else 0.0
-        return Judged(found.color, found.shape, found.background, fit, found.all)
+        whole_fit = reading.things[0].fit if found.shape else 0.0
+        return Judged(found.color, found.shape, found.background, whole_fit, found.all)
     thing = reading.things[0] if reading.things else None
     color = None if asked.color is None else thing is not None and thing.color == asked.color
     shape = None if asked.shape is None else thing is not None and thing.shape == asked.shape
