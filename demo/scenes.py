@@ -59,7 +59,7 @@ UNSEEN_PAIRS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: centre and radius in pixels of a 128 px canvas, `shade` in [-1, 1] varies its colour a little."""
+    """One shape: centre and radius in pixels of its scene's canvas, `shade` in [-1, 1] varies its colour a little."""
 
     color: str
     shape: str
@@ -206,7 +206,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption may hold: what the tokenizer merges into one token each."""
+    """What the tokenizer merges into one token each: every word of the captions; "picture", "two" and "and", which no
+    caption holds, stay for the sake of the ids that the trained weights know."""
     phrases = [
         *COLORS,
         *SHAPES,

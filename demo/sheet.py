@@ -17,7 +17,7 @@ PROMPTS = (
 
 
 def sheet(images: list[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:
-    """The pictures, all of one size, on a light ground."""
+    """The pictures, all of one size in px, row by row on a light ground, `gap` px between them and around."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     out = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (250, 250, 250))

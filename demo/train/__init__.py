@@ -1,1 +1,1 @@
-"""Training of the embedded model, in stages; needs the `export` extra (torch, diffusers). See `demo/README.md`."""
+"""Training of the embedded model, in stages; needs the extras `export` (torch, diffusers) and `train` (peft). See `demo/README.md`."""

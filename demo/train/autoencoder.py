@@ -65,6 +65,7 @@ def edge_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _crops(pixels: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """A random square of `size` px, at a multiple of 8 px, of each picture: [n, 3, size, size] of [n, 3, h, w], h = w."""
     spots = rng.integers((pixels.shape[-1] - size) // 8 + 1, size=(len(pixels), 2)) * 8
     return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(pixels, spots.tolist(), strict=True)])
 
@@ -126,7 +127,10 @@ def train_decoder(folder: Path, steps: int, seed: int = 11, processes: int = 2) 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pool: torch.Tensor) -> None:
-    """Gives the latents mean 0 and deviation 1 / scaling_factor per channel without changing any picture."""
+    """Gives the latents mean 0 and deviation 1 / scaling_factor per channel without changing any picture.
+
+    pool: uint8 [n, 3, height, width], whose latents are taken as a sample of all.
+    """
     z = torch.cat([vae.encode(to_model_range(p)).latent_dist.mean for p in pool.split(32)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * SCALING_FACTOR
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -139,5 +143,6 @@ def whiten(vae: AutoencoderKL, pool: torch.Tensor) -> None:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, x: torch.Tensor) -> float:
+    """Of pictures [n, 3, h, w] in -1..1 after encoding and decoding: dB, the peak being 2, averaged over the pictures."""
     y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(16)]).clamp(-1, 1)
     return float(10 * torch.log10(4 / F.mse_loss(y, x, reduction="none").mean((1, 2, 3))).mean())

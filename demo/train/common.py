@@ -35,7 +35,7 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
+    """Of update `step`, 0 to total - 1: `warmup` updates linearly up to `peak`, then half a cosine down to nothing."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
@@ -53,11 +53,6 @@ class Ema:
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.mean, self.live, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to_live(self) -> None:
-        for p, m in zip(self.live, self.mean, strict=True):
-            p.copy_(m)
 
 
 class Log:

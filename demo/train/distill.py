@@ -10,7 +10,7 @@ more updates than a small model on a CPU is given (tried in a prototype: it made
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,9 @@ def own_latents(
     abar: torch.Tensor,
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    """What the student meets at t: LCM's walk from noise, in 8, 4 or 2 steps, whichever have t."""
+    """What the student meets at timestep t: LCM's walk from noise, in 8, 4 or 2 steps, whichever have t.
+
+    Scaled latents float32 [n, c, h, w], as `like`; text [n, 77, d], pooled [n, p], abar: alphas_cumprod [1000]."""
     walks = [w for w in WALKS if t in w]
     walk = walks[int(rng.integers(len(walks)))]
     x = noised(like, walk[0], abar, rng)
@@ -96,7 +98,9 @@ def own_latents(
 def trajectory_end(
     model: TextToNoise, x: torch.Tensor, t: int, text: torch.Tensor, pooled: torch.Tensor, abar: torch.Tensor
 ) -> torch.Tensor:
-    """Where the guided teacher's ODE leads from x at t: DPM-Solver++(2M) (arXiv:2211.01095), steps uniform in log-SNR."""
+    """Where the guided teacher's ODE leads from x at t: DPM-Solver++(2M) (arXiv:2211.01095), steps uniform in log-SNR.
+
+    x and the result are scaled latents [n, c, h, w]; the rest as in `own_latents`."""
     log_snr = 0.5 * (abar / (1 - abar)).log()
     grid = torch.linspace(float(log_snr[t]), float(log_snr[0]), TEACHER_STEPS[t] + 1)
     times = [int((log_snr - g).abs().argmin()) for g in grid]
@@ -122,7 +126,7 @@ class Replay:
     def __init__(self, fresh: float = 0.25, size: int = 200) -> None:
         self.fresh, self.size, self.items = fresh, size, []
 
-    def next(self, make: callable, rng: np.random.Generator) -> tuple:
+    def next(self, make: Callable[[], tuple], rng: np.random.Generator) -> tuple:
         if len(self.items) < 8 or rng.random() < self.fresh:
             item = make()
             self.items = [*self.items[-self.size + 1 :], item]

@@ -17,6 +17,7 @@ from .muon import Muon
 
 
 def share_weights(module: nn.Module) -> torch.Tensor:
+    """A copy of all parameters in one float32 vector [n], in memory that other processes see."""
     flat = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     return flat.share_memory_()
 
@@ -53,7 +54,7 @@ def _worker(rank: int, job: Job, flat: torch.Tensor, mean: torch.Tensor, count: 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Muon(model.named_parameters(), job.peak_lr)
     ema = Ema(model.parameters()) if rank == 0 else None
-    log = Log(job.name, job.steps)
+    log, own = Log(job.name, job.steps), 0
     while int(count) < job.steps:
         step = int(count.add_(1))
         loss = job.loss(model, *context, job.batch, rng, step / job.steps)
@@ -64,8 +65,11 @@ def _worker(rank: int, job: Job, flat: torch.Tensor, mean: torch.Tensor, count: 
         if ema:
             ema.update(step)
             log(step, loss.item())
-            if step % 50 == 0 or step >= job.steps - 4:
+            own += 1
+            if own % 50 == 0:  # for snapshots; of this process's own steps, since any other may draw a round number
                 mean.copy_(nn.utils.parameters_to_vector(ema.mean))
+    if ema:
+        mean.copy_(nn.utils.parameters_to_vector(ema.mean))
 
 
 def train(job: Job, processes: int = 2, snapshot: Callable[[nn.Module], None] | None = None) -> nn.Module:

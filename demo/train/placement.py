@@ -4,8 +4,8 @@ CLIP's encoders know what a sentence means before a diffusion model meets them; 
 alone did not teach them in 14,000 updates that "a star above a heart" is not "a heart above a star": a caption with its
 relation turned round gave the same loss. So the padding after the caption is made to hold the answer, which causal
 attention lets it see: at even positions the colour and shape of the thing nearer the top or left, at odd ones of the
-other, and at both whether they stand above each other or side by side, or where a single one stands. A linear reader of each encoder's states is
-asked for them; it is thrown away afterwards.
+other, and at both whether they stand above each other or side by side, or where a single one stands. A linear reader of
+each encoder's states is asked for them; it is thrown away afterwards.
 """
 
 from __future__ import annotations

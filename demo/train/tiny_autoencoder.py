@@ -28,6 +28,7 @@ def new_tiny_autoencoder() -> AutoencoderTiny:
 
 @torch.no_grad()
 def tiny_context(vae: Path, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures uint8 [n, 3, 128, 128] and their scaled latents float32 [n, 4, 16, 16]."""
     pixels = pictures(sample_scenes(seed, n))
     big = AutoencoderKL.from_pretrained(vae)
     return pixels, torch.cat(
