@@ -1,31 +1,25 @@
 """The folder in which a bundle is made: beside its target, one export at a time, renamed at the end.
 
-An export that fails removes it. One that was killed can't, and one that was interrupted leaves it if a part in it is
-finished; the next one of the same target takes it over.
+An export that fails removes it. One that was killed can't; the next one of the same target takes it over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BundleError, ExportError
-from .records import FOLDER
-
-_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    What is in it at the beginning was left by an export that was killed, or interrupted with a part finished, which is
-    said. ExportError if another process has it.
+    What is in it at the beginning was left by an export that was killed. ExportError if another process has it.
     """
     out = out.absolute()
     folder = out.with_name(f".{out.name}.part")
@@ -34,7 +28,6 @@ def staging(out: Path, overwrite: bool) -> Iterator[Path]:
             folder.mkdir(exist_ok=True)
         except OSError as failure:
             raise _not_made(out, failure) from failure
-        kept = False
         try:
             yield folder
             _move_into_place(folder, out, overwrite)
@@ -43,13 +36,8 @@ def staging(out: Path, overwrite: bool) -> Iterator[Path]:
             if isinstance(cause, OSError):
                 raise ExportError(_why_not_written(out, cause)) from failure
             raise
-        except KeyboardInterrupt:
-            if kept := any((folder / FOLDER).glob("*.json")):
-                _log.warning("the parts that are finished are kept: the same export, run again, goes on from them")
-            raise
         finally:
-            if not kept:
-                shutil.rmtree(folder, ignore_errors=True)  # gone already if it became `out`
+            shutil.rmtree(folder, ignore_errors=True)  # gone already if it became `out`
 
 
 @contextlib.contextmanager

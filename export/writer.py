@@ -78,7 +78,7 @@ def export_bundle(
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
     included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A
-    process that is killed or interrupted leaves that folder; the next export of the same goes on from its whole parts.
+    process that is killed leaves that folder; the next export of the same goes on from the parts that are whole.
     """
     start = time.monotonic()
     request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite, attention)

@@ -18,7 +18,6 @@ from vega_edge.errors import BundleError, ExportError
 from vega_edge.export import Progress, export_bundle, model_source, needs, writer
 from vega_edge.export.checkpoint import open_checkpoint
 from vega_edge.export.precision import Precision
-from vega_edge.export.staging import staging
 
 KILLED = """
 import os, sys
@@ -56,20 +55,6 @@ def test_a_killed_export_is_resumed(checkpoint: Path, killed: Path) -> None:
     assert [part.name for part in report.parts] == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
     assert Bundle.open(killed).parts == ("scheduler", "text_encoder", "tokenizer", "unet", "vae_decoder", "vae_encoder")
     assert [p.name for p in killed.parent.iterdir()] == ["bundle"] and before
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_an_interrupted_export_keeps_what_is_finished(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, finished: bool
-) -> None:
-    with pytest.raises(KeyboardInterrupt), staging(tmp_path / "bundle", overwrite=False) as folder:
-        (folder / ".resume").mkdir()
-        if finished:
-            (folder / ".resume" / "text_encoder.json").touch()
-        raise KeyboardInterrupt
-    said = ["the parts that are finished are kept: the same export, run again, goes on from them"]
-    assert caplog.messages == (said if finished else [])
-    assert [path.name for path in tmp_path.iterdir()] == ([".bundle.part"] if finished else [])
 
 
 def test_another_export_takes_nothing_of_it(checkpoint: Path, killed: Path) -> None:
