@@ -95,7 +95,7 @@ def noised(picture: Array, noise: Array, schedule: Schedule) -> Array:
     read as of the first, which is the form that samplers of timesteps have it in."""
     first = float(schedule.sigmas[0])
     level = schedule.noised_at or first
-    x = picture + noise * np.float32(level)
+    x: Array = picture + noise * np.float32(level)
     x *= np.float32(math.hypot(1, first) / math.hypot(1, level))
     return x
 
