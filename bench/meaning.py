@@ -27,7 +27,6 @@ from ..models import recipes
 from ..runtime.pipeline import Pipeline
 from .machine import facts
 from .meaning_prompts import KINDS, Asked, ceiling, judge, prompts
-from .meaning_prompts import scenes as scenes  # bench.schedulers takes it from here
 from .meaning_rows import Row, Run, in_order, load, merged, save, shortfalls, table
 
 

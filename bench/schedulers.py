@@ -27,7 +27,7 @@ from ..demo.scenes import full_caption
 from ..runtime.pipeline import Pipeline
 from ..runtime.schedulers import Scheduler, all_schedulers
 from .machine import facts, markdown
-from .meaning import scenes
+from .meaning_prompts import scenes
 
 STEPS = 25
 GUIDANCE = 5.0
@@ -41,6 +41,7 @@ REASONS = {
     "PNDM": _HIGH_ORDER,
     "PLMS": _HIGH_ORDER,
     "LMS": _HIGH_ORDER,
+    "DPM++ 3M SDE": "third order on levels even in time; 50 steps mend it, and so do Karras' or exponential levels",
     "DPM fast": "25 are calls of the model here, in 9 steps; 50 calls mend it",
 }
 SHEET_PROMPT, SHEET_SEED = "a big red heart above a small yellow star in the night sky", 1
