@@ -99,6 +99,7 @@ def _short(i: int, rng: np.random.Generator) -> Asked:
 def judge(picture: NDArray[np.uint8], asked: Asked) -> Judged:
     """What an sRGB picture [height, width, 3] shows of what was asked; of a short prompt, its largest thing counts."""
     reading = read(picture)
+    fit: float | None = None
     if asked.scene:
         found = score(picture, asked.scene)
         whole_fit = reading.things[0].fit if found.shape else 0.0
@@ -108,7 +109,8 @@ def judge(picture: NDArray[np.uint8], asked: Asked) -> Judged:
     shape = None if asked.shape is None else thing is not None and thing.shape == asked.shape
     background = None if asked.background is None else reading.background == asked.background
     drawn = thing is not None or not asked.thing
-    fit = thing.fit if shape and thing else None if shape is None else 0.0
+    if shape is not None:
+        fit = thing.fit if shape and thing else 0.0
     return Judged(color, shape, background, fit, drawn and False not in (color, shape, background))
 
 
