@@ -99,18 +99,17 @@ def _short(i: int, rng: np.random.Generator) -> Asked:
 def judge(picture: NDArray[np.uint8], asked: Asked) -> Judged:
     """What an sRGB picture [height, width, 3] shows of what was asked; of a short prompt, its largest thing counts."""
     reading = read(picture)
-    fit: float | None = None
+    fit: float | None
     if asked.scene:
         found = score(picture, asked.scene)
-        whole_fit = reading.things[0].fit if found.shape else 0.0
-        return Judged(found.color, found.shape, found.background, whole_fit, found.all)
+        fit = reading.things[0].fit if found.shape else 0.0
+        return Judged(found.color, found.shape, found.background, fit, found.all)
     thing = reading.things[0] if reading.things else None
     color = None if asked.color is None else thing is not None and thing.color == asked.color
     shape = None if asked.shape is None else thing is not None and thing.shape == asked.shape
     background = None if asked.background is None else reading.background == asked.background
     drawn = thing is not None or not asked.thing
-    if shape is not None:
-        fit = thing.fit if shape and thing else 0.0
+    fit = None if shape is None else thing.fit if shape and thing else 0.0
     return Judged(color, shape, background, fit, drawn and False not in (color, shape, background))
 
 
