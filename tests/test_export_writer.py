@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +96,24 @@ def test_a_write_that_fails_without_a_number(
     with pytest.raises(ExportError, match=said):
         export_bundle(checkpoint, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """A real process, stopped while it writes parts."""
+    command = [sys.executable, "-u", "-m", "vega_edge", "export", str(checkpoint), "-o", str(tmp_path / "bundle")]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell in the background has it ignored
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
+        for _ in range(3000):  # until the first part is under way in the folder beside the bundle
+            if any(tmp_path.rglob("vocab.json")) or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    # CPython ends by the signal itself if a library's exec() of a text was interrupted; a shell says 130 of both
+    assert process.returncode in (130, -signal.SIGINT), stderr
+    assert stderr.splitlines()[-1] == "vega-edge: interrupted"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_exports_one_gets_the_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
