@@ -45,6 +45,13 @@ def test_zero_terminal_snr(family: str, last: float) -> None:
     assert zero[0] == pytest.approx(plain[0], rel=1e-6) and zero[-1] == np.float32(last) and (np.diff(zero) < 0).all()
 
 
+def test_zero_terminal_snr_of_the_web_ui() -> None:
+    """Its `rescale_zero_terminal_snr_abar` (modules/sd_models.py) stretches abar itself and never goes back to betas."""
+    roots = np.sqrt(model(VEGA, "a1111").alphas_cumprod.astype(np.float32))
+    stretched = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+    assert np.array_equal(model(ZERO_SNR, "a1111").alphas_cumprod[:-1], (stretched**2)[:-1].astype(np.float64))
+
+
 def test_zero_terminal_snr_of_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.EulerDiscreteScheduler.from_config(ZERO_SNR).alphas_cumprod.numpy()
