@@ -161,7 +161,7 @@ def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped, with the reason, where there is none")
     config.addinivalue_line("markers", "full: needs full-size bundles and gigabytes of memory; part of make test-full")
+
+
+@pytest.fixture(autouse=True)
+def no_handler_of_an_earlier_test() -> None:
+    """The command line logs to the stderr it finds, which is closed after its test; a server's thread may still log."""
+    for handler in list(logging.getLogger().handlers):
+        if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
