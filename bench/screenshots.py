@@ -42,6 +42,7 @@ def main() -> None:
                 page.wait_for_timeout(1500)  # until it is in the history
             page.wait_for_function(_SHOWN, arg="")
             page.wait_for_selector(_READY)
+            page.wait_for_timeout(1000)  # until the progress bar has faded
             page.screenshot(path=folder / f"{name}.png")
             Image.open(folder / f"{name}.png").convert("RGB").save(folder / f"{name}.webp", quality=85)
             (folder / f"{name}.png").unlink()
