@@ -40,7 +40,7 @@ class Denoiser:
         scale = math.hypot(1.0, sigma)  # of the variance-preserving form the network was trained on
         network_x = x * np.float32(1 / scale)
         out = self._run(network_x, self._schedule.timestep(sigma))
-        if not np.isfinite(out).all():
+        if not _finite(out):
             full = self._engine_name == "onnxruntime-cpu"
             cure = (
                 "export in fp32 if it was not"
@@ -82,6 +82,11 @@ def rescaled(guided: Array, prompted: Array, share: float) -> Array:
     axes = tuple(range(1, guided.ndim))
     contrast = prompted.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
     return np.asarray(guided * (np.float32(share) * contrast + np.float32(1 - share)), np.float32)
+
+
+def _finite(values: Array) -> bool:
+    """The sum of squares tells in one pass; only where it overflows, which large values can do too, each is looked at."""
+    return bool(np.isfinite(np.vdot(values, values)) or np.isfinite(values).all())
 
 
 def _constant(value: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

@@ -90,7 +90,8 @@ def _go(x: Array, said: Array, weights: Sequence[float], sigma: float, sigma_nex
     if velocity:
         keep += reach * sigma / (1 + sigma**2)
         reach /= math.hypot(1, sigma)
-    out: Array = np.einsum("i,i...->...", np.array([w * reach for w in weights], x.dtype), said)
+    combined = np.array([w * reach for w in weights], x.dtype) @ said.reshape(len(said), -1)
+    out: Array = combined.reshape(x.shape)
     out += x * keep if velocity else x
     return out
 
