@@ -1,4 +1,4 @@
-"""The README's pictures of the live page: `python -m vega_edge.bench.screenshots http://localhost:8000/ docs/images`."""
+"""The README's pictures of the live page: `python -m vega_edge.bench.screenshots http://localhost:8000/ FOLDER`; laptop-dark and kiosk are in docs/images."""
 
 from __future__ import annotations
 
