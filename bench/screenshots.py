@@ -1,4 +1,7 @@
-"""The README's pictures of the live page: `python -m vega_edge.bench.screenshots http://localhost:8000/ FOLDER`; laptop-dark and kiosk are in docs/images."""
+"""Pictures of the live page: `python -m vega_edge.bench.screenshots http://localhost:8000/ FOLDER`.
+
+Those in docs/images are its laptop-dark and kiosk.
+"""
 
 from __future__ import annotations
 
