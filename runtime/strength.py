@@ -63,7 +63,7 @@ def _timesteps_ending(schedule: Schedule, model: NoiseModel, steps: int, taken: 
     takes a step more, evenly from the highest of them to the first of training.
     """
     timesteps = webui_timesteps(model, steps)
-    noise = float(model.sigmas[timesteps[taken + 1]])
+    noise = float(model.sigmas[timesteps[min(taken + 1, len(timesteps) - 1)]])  # strides of one: once
     if schedule.orders is not None:
         return replace(unipc_from(model, float(timesteps[taken]), taken + 1), noised_at=noise)
     return replace(_from(schedule, len(schedule) - taken), noised_at=noise)

@@ -87,6 +87,16 @@ def test_the_web_ui_takes_one_step_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["DDIM", "PLMS", "UniPC"])
+def test_every_strength_of_every_number_of_steps_has_its_ending(name: str) -> None:
+    row = get_scheduler(name, "a1111")
+    model = row.noise_model(fakes.VEGA)
+    for steps in (3, 7, 61, 499, 501, 999, 1000):
+        for strength in (0.7, 1.0):
+            schedule = ending(row.schedule(model, steps), row, model, steps, strength)
+            assert schedule.noised_at is not None and schedule.noised_at >= schedule.sigmas[0]
+
+
+@pytest.mark.parametrize("name", ["DDIM", "PLMS", "UniPC"])
 def test_the_web_ui_noises_to_the_timestep_above_the_one_it_begins_at(name: str) -> None:
     """Its `modules/sd_samplers_timesteps.py`: of 20 steps at strength 0.5 the ten lowest timesteps, 451 to 1, and the
     picture is noised as at 501. UniPC goes from 451 to 0 in as many steps as those are."""
