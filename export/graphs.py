@@ -5,17 +5,19 @@ Names of inputs and outputs are optimum's. Knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import nn
 
 from ..errors import ExportError
 from .quiet import quiet
+from .simplify import simplify
 
 OPSET = 18  # the last at which attention and GroupNorm are decomposed, which is what TensorRT-RTX builds
 OPSET_BF16 = 22  # the first at which convolutions and instance normalization may be bfloat16
@@ -154,7 +156,7 @@ def trace(
     }
     opset = OPSET_BF16 if arithmetic == "bf16" else OPSET
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _uncollected():
             program = torch.onnx.export(
                 wrapper.eval(), (), kwargs=dict(feeds), input_names=list(spec.inputs), output_names=list(spec.outputs),
                 opset_version=opset, dynamo=True, dynamic_shapes=dynamic, optimize=False, verbose=False,
@@ -167,13 +169,23 @@ def trace(
         raise ExportError(f"{part}: torch's exporter wrote opset {model.opset_imports.get('')}, needed is {opset}")
     parameters = _parameters_to_inputs(model.graph, {name for name, _ in wrapper.named_parameters()})
     with quiet():
-        optimizer.optimize_ir(model)
+        simplify(model)
     name_axes(model, spec)
     used = {name: value for name, value in parameters.items() if value.uses()}
     for value in parameters.values():
         if not value.uses():
             model.graph.inputs.remove(value)
     return Traced(model, {name.removeprefix(f"{ROOT}."): value for name, value in used.items()})
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector, which looks through a trace's million objects again and again and finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _parameters_to_inputs(graph: ir.Graph, names: set[str]) -> dict[str, ir.Value]:

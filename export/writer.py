@@ -21,6 +21,7 @@ from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
 from .checkpoint import Checkpoint
+from .heap import map_tensors
 from .needs import bundle_parts, check_room
 from .packages import require
 from .precision import Precision, make_precision
@@ -84,6 +85,7 @@ def export_bundle(
     request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite, attention)
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
+    map_tensors()
     checkpoint = request.source.open(tiny_vae)
     layers = _match_loras(checkpoint, request.loras)
     require(*_NEEDED)
