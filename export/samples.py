@@ -14,7 +14,7 @@ PROMPTS = (  # one batch each; the first is a batch of one, the second of two, o
     ("a small red house beside a lake, golden hour, masterpiece", ""),
 )
 TIMESTEPS = (999.0, 261.25)  # the noisiest, and one between two steps as Karras schedules have
-_LARGEST_LATENT = 32  # enough for every level of the U-Net, and seconds instead of minutes for a full-size model
+_LARGEST_LATENT = 16  # enough for every level of the U-Net, and seconds instead of minutes for a full-size model
 
 
 class Size(NamedTuple):
