@@ -11,8 +11,10 @@ from ..errors import ExportError
 from .checkpoint import Checkpoint
 from .precision import BYTES, Precision
 
-# Measured by bench/export.py: weights once, the copies made while loading and checking, and what torch itself takes.
-MEMORY_PER_WEIGHT, MEMORY_BASE = 1.6, 900_000_000
+# Measured by bench/export.py in fp16 (1.24 for Vega's U-Net, 1.15 for SDXL's): weights once, what is widened of them while
+# they are checked, and what torch itself takes.
+MEMORY_PER_WEIGHT, MEMORY_BASE = 1.3, 900_000_000
+LOADED_BYTES = 2  # of a number as it is loaded: those to be stored in eight bits are there in sixteen first
 DISK_SLACK = 1.02  # graphs, tokenizers
 
 
@@ -35,7 +37,8 @@ def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], o
             "choose another disk, or store less: --weights fp16 or int8"
         )
     part = max(sizes, key=lambda name: sizes[name])
-    memory, available = int(sizes[part] * MEMORY_PER_WEIGHT) + MEMORY_BASE, _available_memory()
+    loaded = sizes[part] // BYTES[precision.weights] * max(LOADED_BYTES, BYTES[precision.weights])
+    memory, available = int(loaded * MEMORY_PER_WEIGHT) + MEMORY_BASE, _available_memory()
     if memory > available:
         raise ExportError(
             f"exporting {part} takes {_size(memory)} of memory, {_size(available)} are available; close other "
