@@ -51,15 +51,23 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} can't be read: {failure.strerror or failure}") from failure
     try:
         parsed: dict[str, Any] = json.loads(raw)
-        metadata = parsed.pop("__metadata__", {})
-        entries = {k: Entry(v["dtype"], _whole(v["shape"]), *_whole(v["data_offsets"])) for k, v in parsed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        metadata = {_text(k): _text(v) for k, v in parsed.pop("__metadata__", {}).items()}
+        entries = {
+            k: Entry(_text(v["dtype"]), _whole(v["shape"]), *_whole(v["data_offsets"])) for k, v in parsed.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is no safetensors file, or its header is damaged; fetch it again") from None
     data_start = _LENGTH_BYTES + length
     wanted_bytes = data_start + max((e.end for e in entries.values()), default=0)
     if wanted_bytes != size_bytes:
         raise CheckpointError(f"{path} has {size_bytes} bytes, its header says {wanted_bytes}; fetch it again")
     return Header(entries, metadata, data_start)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 def _whole(values: Any) -> tuple[int, ...]:

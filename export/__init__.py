@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from .report import ExportReport, PartReport, Progress, format_report
-from .sources import ModelSource, lora_files, model_source, tiny_vae_folder
+from .sources import ModelSource, lora_places, model_source, tiny_vae_place
 from .writer import export_bundle
 
 __all__ = ["ExportReport", "ModelSource", "PartReport", "Progress", "export_bundle", "format_report"]
-__all__ += ["lora_files", "model_source", "tiny_vae_folder"]
+__all__ += ["lora_places", "model_source", "tiny_vae_place"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -173,11 +174,17 @@ def _repository(origin: Origin) -> Iterator[_Repository]:
         if constants.is_offline_mode():
             yield _cached(name, revision, origin.file or _INDEX)
             return
-        info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
-        files = {
-            s.rfilename: _Remote(s.size, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
-            for s in info.siblings
-        }
+        try:
+            info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+            files = {
+                s.rfilename: _Remote(s.size, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
+                for s in info.siblings
+            }
+        except (json.JSONDecodeError, TypeError, AttributeError, KeyError):  # a network's log-in page, half a mirror
+            raise CheckpointError(
+                f"hub repository {name}: {constants.ENDPOINT} does not answer as a hub does; check the network (does it "
+                "ask to log in?) and HF_ENDPOINT"
+            ) from None
 
         def get(file: str) -> Path:
             # by its branch's name once, which makes the cache remember the commit for when it is offline
@@ -221,6 +228,8 @@ def _said(name: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"{at} does not exist or is not public; check its name, or set HF_TOKEN to a token that may read it"
         ) from None
+    except errors.LocalEntryNotFoundError as failure:  # neither the hub nor the cache gave it
+        raise _broken_off(at, failure) from None
     except errors.EntryNotFoundError as failure:
         raise CheckpointError(f"{at} lacks a file that it lists ({_one_line(failure)}); try again later") from None
     except errors.HFValidationError:
@@ -232,10 +241,16 @@ def _said(name: str, revision: str | None) -> Iterator[None]:
     except (errors.HTTPError, OSError) as failure:
         if isinstance(failure, OSError) and (failure.filename or failure.errno in _NO_ROOM):
             raise CheckpointError(f"{constants.HF_HUB_CACHE} can't be written: {failure.strerror}") from None
-        raise CheckpointError(
-            f"{at} can't be reached or broke off ({_one_line(failure)}); check the network and run the same command "
-            f"again (whole files are kept), or set HF_HUB_OFFLINE=1 to use what is in {constants.HF_HUB_CACHE}"
-        ) from None
+        raise _broken_off(at, failure) from None
+
+
+def _broken_off(at: str, failure: BaseException) -> CheckpointError:
+    from huggingface_hub import constants
+
+    return CheckpointError(
+        f"{at} can't be reached or broke off ({_one_line(failure)}); check the network and run the same command "
+        f"again (whole files are kept), or set HF_HUB_OFFLINE=1 to use what is in {constants.HF_HUB_CACHE}"
+    )
 
 
 def _one_line(failure: BaseException) -> str:

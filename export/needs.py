@@ -41,8 +41,8 @@ def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], o
     memory, available = int(loaded * MEMORY_PER_WEIGHT) + MEMORY_BASE, _available_memory()
     if memory > available:
         raise ExportError(
-            f"exporting {part} takes {_size(memory)} of memory, {_size(available)} are available; close other "
-            "programs, or store less: --weights fp16 or int8"
+            f"exporting {part} takes {_size(memory)} of memory, {_size(available)} are available; close other programs"
+            + (", or store less: --weights fp16" if BYTES[precision.weights] > LOADED_BYTES else "")
         )
 
 

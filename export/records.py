@@ -57,15 +57,17 @@ class Records:
             shutil.rmtree(bundle / name) if (bundle / name).is_dir() else (bundle / name).unlink()
 
     def save(self, part: str, exported: Exported, handed: Mapping[str, torch.Tensor]) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({name: tensor.contiguous() for name, tensor in handed.items()}, self.folder / f"{part}.safetensors")
+        with writing(self.folder / f"{part}.safetensors") as stream:
+            stream.write(save({name: tensor.contiguous() for name, tensor in handed.items()}))
         told = dataclasses.asdict(exported) | {"files": self._files(part)}
         with writing(self.folder / f"{part}.json") as stream:
             stream.write(json.dumps(told).encode())
 
     def load(self, part: str) -> tuple[Exported, dict[str, torch.Tensor]] | None:
-        """None where the part is not finished, or its files are no longer as they were."""
+        """None where the part is not finished, its files are no longer as they were, or its record is damaged."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from .work import Exported
@@ -73,12 +75,15 @@ class Records:
         record = self.folder / f"{part}.json"
         if not record.is_file():
             return None
-        told: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if told["files"].items() - self._files(part).items():
+        try:
+            told: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+            if told["files"].items() - self._files(part).items():
+                return None
+            parameters = {name: Parameter(**place) for name, place in told["parameters"].items()}
+            exported = Exported(PartReport(**told["report"]), parameters, told["activation_scale"])
+            return exported, load_file(self.folder / f"{part}.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
-        parameters = {name: Parameter(**place) for name, place in told["parameters"].items()}
-        exported = Exported(PartReport(**told["report"]), parameters, told["activation_scale"])
-        return exported, load_file(self.folder / f"{part}.safetensors")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

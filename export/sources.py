@@ -20,6 +20,7 @@ from .weight_files import PICKLED
 
 _HUB = re.compile(r"hf:(?P<hub>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?")
 Lora = tuple[Path, float]
+Place = Path | Origin
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def model_source(
     from ..models import recipes
 
     recipe = recipes().get(str(given))
+    if start is not None and random_weights is not None:
+        raise UsageError("--from names trained weights and --random-weights makes some up; leave one of them out")
     if start is not None and recipe is None:
         raise UsageError(f"--from goes with a model's name; {given} is none of: {', '.join(recipes())}")
     options = {"recipe": recipe, "allow_pickle": allow_pickle, "random_weights": random_weights}
@@ -136,23 +139,38 @@ def model_source(
     return ModelSource(recipe.sources[0], str(recipe.sources[0]).removeprefix("hf:"), **options)
 
 
-def lora_files(source: ModelSource, own: Sequence[Lora] = ()) -> list[Lora]:
-    """A recipe's LoRAs, fetched where they are the hub's, then the user's own. Random weights have only those."""
+def lora_places(source: ModelSource, own: Sequence[Lora] = ()) -> list[tuple[Place, float]]:
+    """A recipe's LoRAs, each with its strength, then the user's own. Random weights have only those."""
     recipe = source.recipe
     if recipe is None or source.random_weights is not None:
         return list(own)
-    fetched = [(fetch_file(Origin(r.hub, r.revision, r.file)), r.strength) for r in recipe.hub_loras]
-    return [*recipe.lora_paths, *fetched, *own]
+    on_hub = [(Origin(r.hub, r.revision, r.file), r.strength) for r in recipe.hub_loras]
+    return [*recipe.lora_paths, *on_hub, *own]
 
 
-def tiny_vae_folder(place: str, *, allow_pickle: bool = False) -> Path:
-    """A tiny autoencoder's folder, from what the command line says: itself, or hf:OWNER/NAME[@REVISION], fetched."""
-    found = _place(place)
-    if isinstance(found, Path):
-        return found
-    if found.file is not None:
-        raise UsageError(f"{place!r} names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME")
-    return fetch_network(found, "tiny_vae", allow_pickle=allow_pickle)
+def lora_file(place: Place) -> Path:
+    """It, fetched if it is the hub's."""
+    if isinstance(place, Path):
+        return place
+    try:
+        return fetch_file(place)
+    except CheckpointError as failure:
+        raise CheckpointError(
+            f"{failure}; it is a LoRA of the model: with a copy of it, export the base model with --lora FILE"
+        ) from None
+
+
+def tiny_vae_place(given: str) -> Place:
+    """A tiny autoencoder, as the command line says it: its folder, or hf:OWNER/NAME[@REVISION]."""
+    place = _place(given)
+    if isinstance(place, Origin) and place.file is not None:
+        raise UsageError(f"{given!r} names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME")
+    return place
+
+
+def tiny_vae_folder(place: Place, *, allow_pickle: bool = False) -> Path:
+    """It, fetched if it is the hub's."""
+    return place if isinstance(place, Path) else fetch_network(place, "tiny_vae", allow_pickle=allow_pickle)
 
 
 def _place(text: str) -> Path | Origin:

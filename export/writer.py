@@ -27,7 +27,7 @@ from .packages import require
 from .precision import Precision, make_precision
 from .records import Records, fingerprint
 from .report import ExportReport, PartReport, Progress
-from .sources import ModelSource, path_source
+from .sources import ModelSource, Place, lora_file, path_source, tiny_vae_folder
 from .staging import staging
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class _Request:
 
     source: ModelSource
     out: Path
-    loras: tuple[tuple[Path, float], ...]
+    loras: tuple[tuple[Path, float], ...]  # fetched
     precision: Precision
     vae: str
     name: str
@@ -56,10 +56,10 @@ def export_bundle(
     source: Path | ModelSource,
     out: Path,
     *,
-    loras: Sequence[tuple[Path, float]] = (),
+    loras: Sequence[tuple[Place, float]] = (),
     dtype: str = "fp32",
     weights: str | None = None,
-    tiny_vae: Path | None = None,
+    tiny_vae: Place | None = None,
     vae: str = "full",
     attention: bool = False,
     name: str | None = None,
@@ -70,7 +70,8 @@ def export_bundle(
 ) -> ExportReport:
     """Export `source`, a path (see `model_source`) or what else `sources` knows, to the bundle `out`.
 
-    loras: (file, strength), fused into the weights in this order; strength 1 is as trained. dtype: of the graphs'
+    loras: (file, or where it is on the hub; strength), fused into the weights in this order; strength 1 is as trained.
+    dtype: of the graphs'
     arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
     and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
     previews; "tiny" in its place. attention: each graph's attention form is written too, for onnxruntime-cuda. name:
@@ -82,21 +83,17 @@ def export_bundle(
     process that is killed leaves that folder; the next export of the same goes on from the parts that are whole.
     """
     start = time.monotonic()
-    request = _checked(source, out, loras, make_precision(dtype, weights), vae, name, overwrite, attention)
+    precision = make_precision(dtype, weights)
+    found = _checked(source, out, loras, precision, vae, overwrite, attention)
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
+    _require(precision, attention)
     map_tensors()
-    checkpoint = request.source.open(tiny_vae)
+    files = tuple((lora_file(place), strength) for place, strength in loras)
+    tiny = None if tiny_vae is None else tiny_vae_folder(tiny_vae, allow_pickle=found.allow_pickle)
+    request = _Request(found, out, files, precision, vae, name or out.name, attention)
+    checkpoint = found.open(tiny)
     layers = _match_loras(checkpoint, request.loras)
-    require(*_NEEDED)
-    if request.precision.dtype == "bf16" and importlib.util.find_spec("openvino") is None:
-        raise ExportError(
-            "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
-            'pip install "vega-edge[openvino]"'
-        )
-    if attention and not has_attention():
-        version = importlib.metadata.version("onnxruntime")
-        raise ExportError(f"attention graphs are checked on onnxruntime 1.25 or later, this is {version}; upgrade it")
     with staging(request.out, overwrite) as folder:
         records = Records(folder, _key(checkpoint, request))
         done, notes = _export_parts(checkpoint, folder, request, layers, progress, records)
@@ -111,13 +108,13 @@ def export_bundle(
 def _checked(
     source: Path | ModelSource,
     out: Path,
-    loras: Sequence[tuple[Path, float]],
+    loras: Sequence[tuple[Place, float]],
     precision: Precision,
     vae: str,
-    name: str | None,
     overwrite: bool,
     attention: bool,
-) -> _Request:
+) -> ModelSource:
+    """What can be refused before anything is fetched or opened."""
     if vae not in ("full", "tiny"):
         raise unknown("vae", vae, ("full", "tiny"))
     for path, strength in loras:
@@ -129,12 +126,23 @@ def _checked(
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
-    found = source if isinstance(source, ModelSource) else path_source(source)
     if attention and precision.dtype == "bf16":
         raise ExportError(
             "attention graphs are not exported with dtype bf16: no engine here can check them; leave one out"
         )
-    return _Request(found, out, tuple(loras), precision, vae, name or out.name, attention)
+    return source if isinstance(source, ModelSource) else path_source(source)
+
+
+def _require(precision: Precision, attention: bool) -> None:
+    require(*_NEEDED)
+    if precision.dtype == "bf16" and importlib.util.find_spec("openvino") is None:
+        raise ExportError(
+            "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
+            'pip install "vega-edge[openvino]"'
+        )
+    if attention and not has_attention():
+        version = importlib.metadata.version("onnxruntime")
+        raise ExportError(f"attention graphs are checked on onnxruntime 1.25 or later, this is {version}; upgrade it")
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:

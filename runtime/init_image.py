@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .rng import NoiseSource
 
 MAX_PIXELS = 64 << 20  # 8192 x 8192: 192 MB once it is read
+# What is read. Others of Pillow's formats start other programs (EPS), or fail on damaged files in ways of their own.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _LOG_VARIANCES = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to these
 _GRAPH = "vae_encoder/model.onnx"
@@ -34,15 +36,16 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(path) as image:
+            Image.init()  # which of the formats this Pillow knows is clear after it
+            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
                 return as_rgb(image, str(path))
     except FileNotFoundError as failure:
         raise UsageError(f"there is no picture {path}") from failure
     except Image.DecompressionBombError as failure:
         raise UsageError(f"{path} has far more than {MAX_PIXELS >> 20} million pixels; make it smaller") from failure
     except UnidentifiedImageError as failure:
-        raise UsageError(f"{path} is no picture that Pillow can read; use PNG, JPEG or WebP") from failure
-    except (OSError, SyntaxError, ValueError) as failure:  # how Pillow's readers fail on damaged files
+        raise UsageError(f"{path} is no picture that is read; allowed: {', '.join(FORMATS)}") from failure
+    except (OSError, RuntimeError, SyntaxError, ValueError) as failure:  # how Pillow's readers fail on damaged files
         raise UsageError(f"{path} can't be read: {getattr(failure, 'strerror', None) or failure}") from failure
 
 
@@ -62,6 +65,8 @@ def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         image = Image.fromarray(np.rint(np.clip(grey, 0, 65535) / 257).astype(np.uint8))
     elif image.mode == "F":
         raise UsageError(f"{name} is of floating point numbers, whose range is not known; save it as 8 or 16 bits")
+    if image.mode == "La":  # its colours are multiplied by its transparency; Pillow makes nothing else of it
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

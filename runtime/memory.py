@@ -13,9 +13,10 @@ from ..errors import NotEnoughMemoryError
 
 _log = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
-# Peak memory over the size of the graphs' files while a session is opened. Measured with bench/memory.py's method on a
-# U-Net of 139 million half-precision weights: 3.1 in onnxruntime, 3.4 in OpenVINO; the others are estimates.
-_OPENING = {"fp32": 2.0, "fp16": 3.2, "bf16": 3.2, "int8": 3.0}
+# Peak memory over the size of the graphs' files while a session is opened. In fp16 as bench/memory.py measured it on
+# Vega's U-Net, with --memory low before anything is prepared; the others are estimates.
+_OPENING = {"fp32": 2.0, "fp16": 4.2, "bf16": 4.2, "int8": 3.0}
+_OPENING_FP16 = {("onnxruntime-cpu", False): 3.0, ("onnxruntime-cpu", True): 3.4}
 
 
 def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
@@ -28,7 +29,8 @@ def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
     sizes = weight_bytes(bundle.path)
     needed = max(sizes.values(), default=0) if low_memory else sum(sizes.values())
     weights = str(bundle.manifest.weights) if bundle.manifest else "fp32"
-    likely = int(needed * _OPENING.get(weights, 2.0))
+    factor = _OPENING.get(weights, 2.0)
+    likely = int(needed * (_OPENING_FP16.get((engine, low_memory), factor) if weights == "fp16" else factor))
     cure = "close other programs, or use a smaller model" if low_memory else "--memory low opens one network at a time"
     if needed > free:
         raise NotEnoughMemoryError(

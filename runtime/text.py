@@ -138,12 +138,16 @@ def side_by_side(feeds: Sequence[Mapping[str, NDArray[np.float32]]], texts_each:
 
 def emphasized(hidden: Array, weights: Array) -> Array:
     """Hidden states [1, 77, d] times their tokens' weights [77], brought back to the mean they had: the web UI's
-    "Original" emphasis (its `modules/sd_emphasis.py`), done for each encoder and chunk by itself.
+    "Original" emphasis (its `modules/sd_emphasis.py`), done for each encoder and chunk by itself. UsageError for weights
+    that leave no numbers.
     """
     if np.all(weights == 1):
         return hidden
-    weighted: Array = hidden * weights[None, :, None]
-    weighted *= hidden.mean() / weighted.mean()
+    with np.errstate(all="ignore"):
+        weighted: Array = hidden * weights[None, :, None]
+        weighted *= hidden.mean() / weighted.mean()
+    if not np.isfinite(weighted).all():
+        raise UsageError(f"the prompt weighs a word by {np.abs(weights).max():.3g}; use weights from about 0.5 to 2")
     return weighted
 
 

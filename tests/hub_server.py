@@ -23,7 +23,8 @@ _LARGE = (".safetensors", ".bin")
 @dataclass
 class Hub:
     """token: asked for where it is set. broken: file -> how many times its transfer stops in the middle. altered: files
-    whose content differs from what the list says. gone: listed, and not there. asked: the requests, with their Range."""
+    whose content differs from what the list says. gone: listed, and not there. failing: answered with 500. listed: what is answered in
+    place of the list. asked: the requests, with their Range."""
 
     folder: Path
     name: str = "tiny/model"
@@ -32,6 +33,8 @@ class Hub:
     broken: dict[str, int] = field(default_factory=dict)
     altered: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    failing: set[str] = field(default_factory=set)
+    listed: bytes | None = None
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -106,7 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif (listed or file)[1] not in (None, "main", COMMIT):
             self._refuse(404, "RevisionNotFound", "Invalid rev id", with_body)
         elif listed:
-            self._send(200, hub.listing(), {"Content-Type": "application/json"}, with_body)
+            self._send(
+                200,
+                hub.listing() if hub.listed is None else hub.listed,
+                {"Content-Type": "application/json"},
+                with_body,
+            )
+        elif file[2] in hub.failing:
+            self._refuse(500, "ServerError", "Internal error", with_body)
         elif file[2] in hub.gone or file[2] not in hub.files():
             self._refuse(404, "EntryNotFound", "Entry not found", with_body)
         else:

@@ -189,6 +189,22 @@ def test_a_file_that_is_listed_and_not_there(hub: Hub, tmp_path: Path) -> None:
     assert told.endswith("; try again later")
 
 
+def test_a_hub_that_fails(hub: Hub, tmp_path: Path) -> None:
+    hub.failing.add(HALF[0])
+    told = fetch(hub, tmp_path / "cache")
+    assert told.startswith(f"ERROR hub repository tiny/model at {hub.url} ") and "\n" not in told
+    assert "lacks a file" not in told
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in</html>", b'{"id": "tiny/model", "sha": "a"}', b"[]"])
+def test_what_is_no_hub(hub: Hub, tmp_path: Path, answer: bytes) -> None:
+    hub.listed = answer
+    assert fetch(hub, tmp_path / "cache") == (
+        f"ERROR hub repository tiny/model: {hub.url} does not answer as a hub does; check the network (does it ask to log "
+        "in?) and HF_ENDPOINT"
+    )
+
+
 def test_full_precision_and_shards_and_pickles(hub: Hub, tmp_path: Path) -> None:
     for file in HALF:
         (hub.folder / file).unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from vega_edge import cli
 from vega_edge.errors import BundleError, UsageError
@@ -86,12 +86,15 @@ def test_the_size_where_none_was_asked_for(size: tuple[int, int], expected: tupl
 def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, cut, big = tmp_path / "a.txt", tmp_path / "cut.png", tmp_path / "big.png"
     text.write_text("no picture")
+    eps = tmp_path / "a.eps"
+    gradient().save(eps)  # Pillow would start Ghostscript to read it
     gradient(size=(200, 200)).save(tmp_path / "whole.png")
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:300])
     Image.new("1", (9000, 9000)).save(big)
     messages = {
         tmp_path / "none.png": f"there is no picture {tmp_path / 'none.png'}",
-        text: f"{text} is no picture that Pillow can read; use PNG, JPEG or WebP",
+        text: f"{text} is no picture that is read; allowed: PNG, JPEG, WEBP, AVIF, GIF, BMP, TIFF, PPM",
+        eps: f"{eps} is no picture that is read; allowed: PNG, JPEG, WEBP, AVIF, GIF, BMP, TIFF, PPM",
         big: f"{big} is 9000x9000, 77 million pixels; at most 64 million are read: make it smaller",
         tmp_path: f"{tmp_path} can't be read: Is a directory",
     }
@@ -105,6 +108,20 @@ def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError) as error:
         read_picture(tmp_path / "whole.png")
     assert str(error.value) == f"{tmp_path / 'whole.png'} has far more than 64 million pixels; make it smaller"
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif(tmp_path: Path) -> None:
+    gradient(size=(200, 200)).save(tmp_path / "a.avif")
+    whole = (tmp_path / "a.avif").read_bytes()
+    (tmp_path / "a.avif").write_bytes(whole[:-200] + bytes(200))
+    with pytest.raises(UsageError, match=r"a\.avif can't be read: "):
+        read_picture(tmp_path / "a.avif")
+
+
+def test_premultiplied_grey() -> None:
+    image = Image.new("LA", (8, 8), (100, 128))
+    assert as_rgb(image.convert("La")).getpixel((0, 0)) == as_rgb(image).getpixel((0, 0))
 
 
 def test_floating_point_pictures_are_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -329,12 +331,29 @@ def test_damaged_files(tmp_path: Path) -> None:
     write_safetensors(path, dict(zip(names, [DOWN, UP], strict=False)), {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="is no JSON object; fetch it again"):
         read_lora(path)
+    wrong: list[dict[str, Any]] = [{"lora_alpha": value} for value in (None, "x", {}, math.inf)]
+    wrong += [{"alpha_pattern": value} for value in ([1], {"(": 1}, {".*": "x"})]
+    for config in wrong:
+        told = json.dumps({f"unet.{key}": value for key, value in config.items()})
+        write_safetensors(path, dict(zip(names, [DOWN, UP], strict=False)), {"lora_adapter_metadata": told})
+        with pytest.raises(CheckpointError) as caught:
+            read_lora(path)
+        assert re.fullmatch(
+            rf"LoRA: {re.escape(str(path))} says no alpha for unet\.{TO_OUT} \(lora_alpha .*, alpha_pattern .*\); "
+            "it must be a finite number; fetch it again",
+            str(caught.value),
+        )
     path.write_bytes(whole.replace(b"[2, 5]", b"[2, 4]"))
     with pytest.raises(CheckpointError, match=r"has 40 bytes, which are not \(2, 4\) of F32"):
         read_lora(path)
-    path.write_bytes(whole.replace(b"[0, 40]", b'["a",4]'))
-    with pytest.raises(CheckpointError, match="its header is damaged"):
-        read_lora(path)
+    headers = [b'{"__metadata__": [1]}', b'{"__metadata__": {"a": 1}}', b"[" * 20_000]
+    headers.append(b'{"x": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}')
+    for damaged in (
+        whole.replace(b"[0, 40]", b'["a",4]'), *(len(header).to_bytes(8, "little") + header for header in headers),
+    ):  # fmt: skip
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="its header is damaged"):
+            read_lora(path)
     write_safetensors(path, {})
     with pytest.raises(CheckpointError, match="0 of its 0 keys are of an unknown kind; known are"):
         read_lora(path)

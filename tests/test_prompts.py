@@ -140,6 +140,10 @@ def test_weights_and_the_mean_that_is_restored() -> None:
     expected = hidden.astype(np.float64) * weights[None, :, None]
     expected *= hidden.astype(np.float64).mean() / expected.mean()
     assert np.allclose(emphasized(hidden, weights), expected, atol=1e-5)
+    for weight in (1e38, np.inf, 0.0):
+        with pytest.raises(UsageError) as caught:
+            emphasized(np.abs(hidden), np.full_like(weights, weight))
+        assert str(caught.value) == f"the prompt weighs a word by {weight:.3g}; use weights from about 0.5 to 2"
 
 
 class Encoder:

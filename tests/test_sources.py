@@ -21,7 +21,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from vega_edge.cli import main  # noqa: E402
 from vega_edge.errors import CheckpointError, ExportError, UsageError, VegaEdgeError  # noqa: E402
-from vega_edge.export import lora_files, model_source, sources, tiny_vae_folder  # noqa: E402
+from vega_edge.export import export_bundle, lora_places, model_source, sources, tiny_vae_place  # noqa: E402
 from vega_edge.export.checkpoint import load_module  # noqa: E402
 from vega_edge.export.random_weights import RandomWeights  # noqa: E402
 from vega_edge.models import Origin, recipes  # noqa: E402
@@ -57,22 +57,52 @@ def test_names(tmp_path: Path) -> None:
     assert str(caught.value) == f"--from goes with a model's name; vega is none of: {', '.join(recipes())}"
 
 
-def test_a_recipes_loras_are_fetched_and_the_users_come_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = []
-    monkeypatch.setattr(sources, "fetch_file", lambda origin: fetched.append(origin) or Path("fetched"))
+def test_a_recipes_loras_and_then_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     own = [(Path("own"), 0.5)]
-    assert lora_files(model_source("segmind-vegart"), own) == [(Path("fetched"), 1.0), *own]
-    assert fetched == [Origin("segmind/Segmind-VegaRT", None, "pytorch_lora_weights.safetensors")]
-    assert lora_files(model_source("segmind-vegart", random_weights=0), own) == own and len(fetched) == 1
-    assert lora_files(model_source("somewhere"), own) == own
+    on_hub = Origin("segmind/Segmind-VegaRT", None, "pytorch_lora_weights.safetensors")
+    assert lora_places(model_source("segmind-vegart"), own) == [(on_hub, 1.0), *own]
+    assert lora_places(model_source("segmind-vegart", random_weights=0), own) == own
+    assert lora_places(model_source("somewhere"), own) == own
+    monkeypatch.setattr(sources, "fetch_file", lambda origin: Path(f"fetched/{origin.file}"))
+    assert sources.lora_file(on_hub) == Path("fetched/pytorch_lora_weights.safetensors")
+    assert sources.lora_file(Path("own")) == Path("own")
+
+    def fail(_: Origin) -> Path:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr(sources, "fetch_file", fail)
+    with pytest.raises(CheckpointError) as caught:
+        sources.lora_file(on_hub)
+    assert str(caught.value) == (
+        "no network; it is a LoRA of the model: with a copy of it, export the base model with --lora FILE"
+    )
+
+
+def test_nothing_is_fetched_before_the_other_arguments_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "fetch_file", lambda _: pytest.fail("fetched"))
+    monkeypatch.setattr(sources, "fetch_folder", lambda *_, **__: pytest.fail("fetched"))
+    source = model_source("segmind-vegart")
+    loras = lora_places(source)
+    with pytest.raises(UsageError, match="unknown dtype 'foo'"):
+        export_bundle(source, tmp_path / "x", loras=loras, dtype="foo")
+    with pytest.raises(ExportError, match="does not exist; create that folder first"):
+        export_bundle(source, tmp_path / "none" / "x", loras=loras)
+    with pytest.raises(UsageError) as caught:
+        model_source("segmind-vega", start="x", random_weights=0)
+    assert str(caught.value) == (
+        "--from names trained weights and --random-weights makes some up; leave one of them out"
+    )
 
 
 def test_a_tiny_autoencoder_is_a_folder_or_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "fetch_network", lambda origin, part, **_: Path(f"{origin}/{part}"))
-    assert tiny_vae_folder("some/folder") == Path("some/folder")
-    assert tiny_vae_folder("hf:madebyollin/taesdxl@main") == Path("hf:madebyollin/taesdxl@main/tiny_vae")
+    assert sources.tiny_vae_folder(tiny_vae_place("some/folder")) == Path("some/folder")
+    named = tiny_vae_place("hf:madebyollin/taesdxl@main")
+    assert sources.tiny_vae_folder(named) == Path("hf:madebyollin/taesdxl@main/tiny_vae")
     with pytest.raises(UsageError) as caught:
-        tiny_vae_folder("hf:a/b/c.safetensors")
+        tiny_vae_place("hf:a/b/c.safetensors")
     assert str(caught.value) == (
         "'hf:a/b/c.safetensors' names one file; a tiny autoencoder is a folder, or a repository: hf:OWNER/NAME"
     )

@@ -83,7 +83,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from .. import models
-    from ..export import export_bundle, format_report, lora_files, model_source, tiny_vae_folder
+    from ..export import export_bundle, format_report, lora_places, model_source, tiny_vae_place
 
     source = model_source(
         arguments.source,
@@ -103,15 +103,13 @@ def run(arguments: argparse.Namespace) -> None:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise ExportError(f"{output.parent} can't be made ({failure.strerror}); name a folder with -o") from failure
-    options["loras"] = lora_files(source, arguments.lora)
+    options["loras"] = lora_places(source, arguments.lora)
     if recipe and recipe.loras and not named:
         _log.warning(
             "the LoRA of %s is left out: fused, it would change made-up numbers and no shape; --lora FILE adds one",
             recipe.name,
         )
-    tiny_vae = None
-    if arguments.tiny_vae:
-        tiny_vae = tiny_vae_folder(arguments.tiny_vae, allow_pickle=arguments.allow_pickle)
+    tiny_vae = tiny_vae_place(arguments.tiny_vae) if arguments.tiny_vae else None
     with bar(0) as shown:
         report = export_bundle(
             source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=tiny_vae,

@@ -101,7 +101,7 @@ def _add_picture(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--prompt-syntax",
         metavar="NAME",
-        help="plain: punctuation is text; a1111: (word:1.3), [word] and BREAK mean what they do there; default: the model's",
+        help="plain: punctuation is text; a1111: (word:1.3), [word] and, with --long-prompt, BREAK mean what they do there; default: the model's",
     )
 
 
