@@ -296,6 +296,23 @@ def test_a_ping_is_answered(server: Running) -> None:
         assert receive(socket) == {"type": "pong"}
 
 
+def test_a_picture_that_can_not_be_made_into_a_file_is_said_and_the_next_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> bytes:
+        raise RuntimeError("secret detail")
+
+    with running(tmp_path) as server, live(server) as socket:
+        with monkeypatch.context() as patched:
+            patched.setattr("vega_edge.serve.live.encode", broken)
+            patched.setattr("vega_edge.serve.live.encode_preview", broken)
+            send(socket, type="draw", id=1, prompt="a star", previews="on")
+            why = "an internal error; it is in the log"
+            assert receive(socket) == {"type": "error", "id": 1, "slot": "a", "error": why}
+        send(socket, type="draw", id=2, prompt="a star", previews="off")
+        assert until(socket, "picture")["id"] == 2
+
+
 def test_too_many_pages_are_told_so(tmp_path: Path) -> None:
     with running(tmp_path, sockets=1) as server, live(server):
         with live(server, ready=False) as second:

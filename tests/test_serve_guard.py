@@ -1,0 +1,124 @@
+"""Who is let in: addresses and origins behind proxies, keys, rates, and what is open to all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from vega_edge.serve import keys, rate
+from vega_edge.serve.rate import Rate
+
+from .serve_running import Running, running, wait_until
+
+BEHIND = {"host": "draw.example", "x-forwarded-proto": "https"}
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+    folder = tmp_path_factory.mktemp("guard")
+    key = keys.add(folder / "keys.json", "me")
+    with running(folder / "data", api_keys=folder / "keys.json", aliases={"livestock": "demo-vegart"}) as server:
+        yield server, key
+
+
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("proxied")
+    with running(folder, hosts=("draw.example",), trusted_proxies=("127.0.0.0/8",)) as server:
+        yield server
+
+
+def test_the_last_proxy_says_who_asks_and_not_the_client(proxied: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "vega_edge.serve.requests"):
+        proxied.http.get("/readyz", headers={"x-forwarded-for": "6.6.6.6, 10.0.0.9"})
+        wait_until(lambda: "/readyz" in caplog.text)  # the line is written after the answer
+    assert [json.loads(r.message)["client"] for r in caplog.records if "/readyz" in r.message] == ["10.0.0.9"]
+
+
+def test_behind_tls_the_page_is_the_one_that_came_by_tls(proxied: Running) -> None:
+    for origin, status in (
+        ("https://draw.example", 200),
+        ("http://draw.example", 403),
+        ("https://draw.example:8", 403),
+    ):
+        answer = proxied.post("/v1/demo-vegart", headers={**BEHIND, "origin": origin})
+        assert answer.status_code == status, origin
+
+
+def test_a_name_with_its_dot_is_the_same_name(proxied: Running) -> None:
+    assert proxied.http.get("/healthz", headers={"host": "localhost.:8000"}).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+def test_nothing_that_changes_anything_is_open_to_other_pages(proxied: Running, method: str) -> None:
+    answer = proxied.http.request(method, "/v1/demo-vegart", headers={"origin": "http://evil.com"})
+    assert answer.status_code == 403
+
+
+def test_only_whole_names_are_open_to_all(keyed: tuple[Running, str]) -> None:
+    server, key = keyed
+    assert server.post("/livestock").status_code == 401
+    assert server.post("/livestock", headers={"authorization": f"bearer  {key}"}).status_code == 200
+    assert server.http.get("/generations/" + "A" * 32 + ".jpeg").status_code == 404
+
+
+def test_a_socket_at_another_address_is_refused_with_a_key_and_without(keyed: tuple[Running, str]) -> None:
+    server, key = keyed
+    for headers in ({}, {"x-api-key": key}):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(server.url.replace("http", "ws") + "/metrics", proxy=None, additional_headers=headers)
+        assert refused.value.response.status_code == 403
+
+
+def test_clients_with_a_key_are_told_apart_by_it(keyed: tuple[Running, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, key = keyed
+    seen: list[str] = []
+    submit = server.service.worker.submit
+
+    def heard(job: Any, **options: Any) -> None:
+        seen.append(job.client)
+        submit(job, **options)
+
+    monkeypatch.setattr(server.service.worker, "submit", heard)
+    for version in (1, 2):
+        assert server.post(f"/v{version}/demo-vegart", headers={"x-api-key": key}).status_code == 200
+    assert seen == ["key:me", "key:me"]
+
+
+def test_every_answer_has_one_id_and_no_sniffing(proxied: Running) -> None:
+    for path in ("/", "/nothing", "/healthz"):
+        headers = proxied.http.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert len(headers.get_list("x-request-id")) == 1 and len(headers["x-request-id"]) == 16
+
+
+def test_a_rate_is_a_bucket_that_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(rate.time, "monotonic", lambda: now)
+    each = Rate(30)
+    assert [each.take("a") for _ in range(30)] == [0.0] * 30
+    assert each.take("a") == pytest.approx(2.0) and each.take("b") == 0.0
+    now += 1.5
+    assert each.take("a") == pytest.approx(0.5)
+    now += 0.51
+    assert each.take("a") == 0.0 and each.take("a") > 1.9
+    now += 3600  # no savings beyond a minute's worth
+    assert [each.take("a") for _ in range(31)][-2:] == [0.0, pytest.approx(2.0)]
+    assert each.refusal(2.0) == "more than 30 requests a minute; try again in 2.0 s"
+    assert not any(Rate(0).take("a") for _ in range(1000))
+
+
+def test_a_refusal_says_when_it_ends(tmp_path: Path) -> None:
+    key = keys.add(tmp_path / "keys.json", "me")
+    with running(tmp_path / "data", api_keys=tmp_path / "keys.json", rate=1) as server:
+        first, second = (server.post("/v1/demo-vegart", headers={"x-api-key": key}) for _ in range(2))
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert 58 <= int(second.headers["retry-after"]) <= 60
