@@ -12,7 +12,6 @@ from PIL import Image
 from ..errors import VegaEdgeError
 from ..runtime.request import Request
 
-
 DEFECT = "an internal error; it is in the log"  # of a job: nothing of ours leaks to a client
 
 

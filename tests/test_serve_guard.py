@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from websockets.sync.client import connect
 from vega_edge.serve import keys, rate
 from vega_edge.serve.rate import Rate
 
+from .serve_fakes import FakeDrawer, Gate
 from .serve_running import Running, running, wait_until
 
 BEHIND = {"host": "draw.example", "x-forwarded-proto": "https"}
@@ -78,6 +82,20 @@ def test_a_socket_at_another_address_is_refused_with_a_key_and_without(keyed: tu
         assert refused.value.response.status_code == 403
 
 
+def test_a_key_that_takes_the_place_of_another_of_the_same_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_LOOK_EVERY_S", 0.0)
+    file = tmp_path / "keys.json"
+    old = keys.add(file, "me")
+    known, size = keys.KeyFile(file), file.stat().st_size
+    assert known.owner(old) == "me"
+    keys.revoke(file, "me")
+    new = keys.add(file, "me")
+    assert file.stat().st_size == size
+    assert known.owner(old) is None and known.owner(new) == "me"
+
+
 def test_clients_with_a_key_are_told_apart_by_it(keyed: tuple[Running, str], monkeypatch: pytest.MonkeyPatch) -> None:
     server, key = keyed
     seen: list[str] = []
@@ -122,3 +140,40 @@ def test_a_refusal_says_when_it_ends(tmp_path: Path) -> None:
         first, second = (server.post("/v1/demo-vegart", headers={"x-api-key": key}) for _ in range(2))
     assert (first.status_code, second.status_code) == (200, 429)
     assert 58 <= int(second.headers["retry-after"]) <= 60
+
+
+def test_a_second_head_has_as_long_as_the_first_and_a_page_as_long_as_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vega_edge.serve.listener.HEAD_S", 0.5)
+    with running(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.service.settings.port), timeout=10) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            heard = b""
+            while b'"ok"' not in heard:
+                heard += client.recv(4096)
+            client.sendall(b"GET /heal")
+            assert client.recv(4096) == b""
+        with connect(server.url.replace("http", "ws") + "/live", proxy=None) as page:
+            page.recv(timeout=20)
+            time.sleep(0.8)
+            page.send('{"type": "ping"}')
+            assert json.loads(page.recv(timeout=20)) == {"type": "pong"}
+
+
+def test_a_poll_that_is_held_ends_with_its_time_and_with_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    with running(tmp_path, FakeDrawer(before_step=gate)) as server:
+        url = server.post("/v2/demo-vegart").json()["status_url"]
+        gate.wait()
+        monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 0.2)
+        assert server.http.get(url).json()["status"] == "PROCESSING"
+        monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 50.0)
+        threading.Timer(0.3, server.service.queue.release_polls).start()
+        start = time.monotonic()
+        assert server.http.get(url).json()["status"] == "PROCESSING"
+        assert server.http.get(url).json()["status"] == "PROCESSING"  # nor is another one held
+        assert time.monotonic() - start < 25  # half of what it would be held for
+        gate.let(50)

@@ -72,12 +72,9 @@ def _add_server(p: argparse.ArgumentParser) -> None:
         help="such as 6G, for the weights of open models; the least recently used one is closed to make room",
     )  # fmt: skip
     p.add_argument(
-        "--batch",
-        type=whole,
-        default=4,
-        metavar="N",
+        "--batch", type=whole, default=4, metavar="N",
         help="pictures of several requests drawn at once at most; default: %(default)s",
-    )
+    )  # fmt: skip
     p.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     p.add_argument("-v", "--verbose", action="store_true", help="say which models are opened and closed")
 
