@@ -96,6 +96,23 @@ def test_a_key_that_takes_the_place_of_another_of_the_same_length(
     assert known.owner(old) is None and known.owner(new) == "me"
 
 
+def test_a_key_that_is_revoked_while_the_file_is_read_for_the_first_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_LOOK_EVERY_S", 0.0)
+    file = tmp_path / "keys.json"
+    key, load = keys.add(file, "me"), keys.load
+
+    def slow(path: Path) -> list[keys.Key]:
+        found = load(path)
+        monkeypatch.setattr(keys, "load", load)
+        keys.revoke(path, "me")
+        return found
+
+    monkeypatch.setattr(keys, "load", slow)
+    assert keys.KeyFile(file).owner(key) is None
+
+
 def test_clients_with_a_key_are_told_apart_by_it(keyed: tuple[Running, str], monkeypatch: pytest.MonkeyPatch) -> None:
     server, key = keyed
     seen: list[str] = []
@@ -116,6 +133,13 @@ def test_every_answer_has_one_id_and_no_sniffing(proxied: Running) -> None:
         headers = proxied.http.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert len(headers.get_list("x-request-id")) == 1 and len(headers["x-request-id"]) == 16
+
+
+def test_a_supervisor_may_ask_for_the_head_alone(proxied: Running) -> None:
+    for path in ("/healthz", "/readyz"):
+        answer = proxied.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert not {"head"} & set(proxied.http.get("/openapi.json").json()["paths"]["/readyz"])
 
 
 def test_a_rate_is_a_bucket_that_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
