@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -318,3 +319,8 @@ def test_a_model_that_is_gone_and_a_disk_that_does_not_take_it(tmp_path: Path, m
         gone = server.http.get("/v2/requests/" + "0" * 32 + "/status")
         assert (gone.status_code, gone.json()["error"]) == (422, "there is no model gone any more")
         assert server.http.get("/v2/requests/" + "1" * 32 + "/status").json()["status"] == "COMPLETED"
+        monkeypatch.undo()
+        queue = server.service.queue
+        asyncio.run_coroutine_threadsafe(queue._tidy(), queue._loop).result(20)  # what its housekeeping does
+        assert not queue._lost
+        assert server.http.get("/v2/requests/" + "0" * 32).json()["error"] == "there is no model gone any more"
