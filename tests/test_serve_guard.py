@@ -135,6 +135,15 @@ def test_every_answer_has_one_id_and_no_sniffing(proxied: Running) -> None:
         assert len(headers.get_list("x-request-id")) == 1 and len(headers["x-request-id"]) == 16
 
 
+def test_only_pictures_are_served_of_what_lies_beside_them(proxied: Running) -> None:
+    folder, good = proxied.service.settings.data / "generations", "A" * 32 + ".jpeg"
+    names = [".1-ab.part", "notes.txt", "B" * 32, "C" * 31 + ".jpeg", "D" * 32 + ".jpeg.bak"]
+    for name in (good, *names):
+        (folder / name).write_bytes(b"x")
+    statuses = {name: proxied.http.get(f"/generations/{name}").status_code for name in (good, *names)}
+    assert statuses == {good: 200, **dict.fromkeys(names, 404)}
+
+
 def test_a_supervisor_may_ask_for_the_head_alone(proxied: Running) -> None:
     for path in ("/healthz", "/readyz"):
         answer = proxied.http.head(path)
