@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -209,4 +210,20 @@ def test_a_poll_that_is_held_ends_with_its_time_and_with_the_server(
         assert server.http.get(url).json()["status"] == "PROCESSING"
         assert server.http.get(url).json()["status"] == "PROCESSING"  # nor is another one held
         assert time.monotonic() - start < 25  # half of what it would be held for
+        gate.let(50)
+
+
+def test_a_signal_to_stop_is_heard_at_once_by_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 50.0)
+    gate = Gate()
+    with running(tmp_path, FakeDrawer(before_step=gate)) as server:
+        url = server.post("/v2/demo-vegart").json()["status_url"]
+        gate.wait()
+        loop = server.service.queue._loop
+        assert loop is not None
+        stop = (loop.call_soon_threadsafe, (server.server.handle_exit, signal.SIGTERM, None))
+        threading.Timer(0.3, *stop).start()
+        start = time.monotonic()
+        assert server.http.get(url).json()["status"] == "PROCESSING"
+        assert time.monotonic() - start < 25 and server.service.stopping  # half of what it would be held for
         gate.let(50)
