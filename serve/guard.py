@@ -129,7 +129,7 @@ class Guard:
         if owner is None:
             return 401, BAD_KEY, ask
         scope["client_name"] = scope["log"]["client"] = f"key:{owner}"
-        if scope["method"] == "POST":
+        if scope.get("method") == "POST":  # a WebSocket has none
             wait_s = self._service.rate.take(owner)
             if wait_s:
                 return 429, self._service.rate.refusal(wait_s), {"retry-after": str(int(wait_s) + 1)}

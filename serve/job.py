@@ -12,6 +12,8 @@ from PIL import Image
 from ..errors import VegaEdgeError
 from ..runtime.request import Request
 
+DEFECT = "an internal error; it is in the log"  # of a job: nothing of ours leaks to a client
+
 
 class Overloaded(VegaEdgeError):
     """Not now; `retry_s`: when it may be worth another try."""

@@ -33,8 +33,8 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._stamp, self._looked = _stamp(path), time.monotonic()  # before it is read: what changes meanwhile is seen
         self._keys = load(path)
-        self._stamp, self._looked = _stamp(path), time.monotonic()
 
     def owner(self, key: str) -> str | None:
         """The name of the key's owner; None for a key that is not in the file. Takes as long for any key."""

@@ -37,7 +37,8 @@ class PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        upgraded = self.transport.get_protocol() is not self  # a WebSocket's from now on, which may be silent
+        if upgraded or (self.cycle is not None and not self.cycle.response_complete):
             self._forget()
         elif self._deadline is None and not self.transport.is_closing():
             self._wait_for_head()
@@ -45,10 +46,6 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._forget()
         super().connection_lost(error)
-
-    def handle_websocket_upgrade(self, event: Any) -> None:
-        self._forget()
-        super().handle_websocket_upgrade(event)
 
     def _wait_for_head(self) -> None:
         self._deadline = self.loop.call_later(HEAD_S, self._give_up)

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,12 @@ from . import live_messages as messages
 from .catalog import Entry, live_models, own_parameters
 from .guard import BAD_KEY, write_line
 from .images import MEDIA, encode, encode_preview
-from .job import Done, Event, Failed, Job, Overloaded, Stepped, Stopping
+from .job import DEFECT, Done, Event, Failed, Job, Overloaded, Stepped, Stopping
 from .keys import digest_of
 from .params import read
-from .service import DEFECT, Service, status_of
+from .service import Service, status_of
 
+_log = logging.getLogger(__name__)
 HELLO_S = 10.0
 WAITING_S = 0.4  # before a page is told that it waits
 NEWCOMERS = 16  # sockets that have not said hello yet
@@ -247,5 +250,14 @@ class Socket:
                     if isinstance(message, dict):
                         await self._socket.send_json(message)
                     else:
-                        head, make = message
-                        await self._socket.send_bytes(messages.binary(head, await asyncio.to_thread(make)))
+                        await self._send_picture(*message)
+
+    async def _send_picture(self, head: dict[str, Any], make: Callable[[], bytes]) -> None:
+        try:
+            file = await asyncio.to_thread(make)
+        except Exception:  # the pictures after it are sent all the same
+            _log.exception("a picture could not be made into a file")
+            if head["type"] == "picture":
+                self._say({"type": "error", "id": head["id"], "slot": head["slot"], "error": DEFECT})
+            return
+        await self._socket.send_bytes(messages.binary(head, file))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ..errors import VegaEdgeError
 from .images import encode
-from .job import Done, Event, Failed, Job, Started, Stopping
+from .job import DEFECT, Done, Event, Failed, Job, Started, Stopping
 from .metrics import Metrics
 from .params import Asked
 from .store import COMPLETED, FAILED, QUEUED, Record, Store, StoreError
@@ -85,6 +85,7 @@ class JobQueue:
         try:
             self._worker.submit(self._job(record))
         except VegaEdgeError:
+            del self._changed[record.id]
             await self._on_disk(self._store.drop, record.id)
             raise
         return record.id
@@ -158,6 +159,10 @@ class JobQueue:
             _log.error("job %s: %s", record.id, error)
             self._metrics.error("StoreError")
             await self._give_up(record.id, f"the picture could not be kept: {error}")
+        except Exception as error:  # or its client would ask for ever
+            _log.exception("job %s failed on a defect as its picture was kept", record.id)
+            self._metrics.error(type(error).__name__)
+            await self._give_up(record.id, DEFECT)
         self._changed.pop(record.id, asyncio.Event()).set()
 
     def _write(self, record: Record, event: Event) -> None:
@@ -173,7 +178,7 @@ class JobQueue:
         elif isinstance(event, Failed) and isinstance(event.error, Stopping):
             self._store.put_back(record.id)
         elif isinstance(event, Failed):
-            text = str(event.error) if isinstance(event.error, VegaEdgeError) else "an internal error; it is in the log"
+            text = str(event.error) if isinstance(event.error, VegaEdgeError) else DEFECT
             taken = {"inference_time": event.draw_s, "queue_time": event.queue_s}
             self._store.fail(record.id, text, {**_rounded(taken), "total_time": total})
 

@@ -45,11 +45,13 @@ def router(service: Service) -> APIRouter:
     async def description(request: HttpRequest) -> Response:
         return JSONResponse(request.app.openapi())
 
+    @routes.head("/healthz", include_in_schema=False)  # as `wget --spider` asks
     @routes.get("/healthz", tags=["server"], summary="Whether the process works")
     async def healthz() -> Response:
         alive = service.worker.alive
         return JSONResponse({"status": "ok" if alive else "the device's thread has ended"}, 200 if alive else 500)
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz", tags=["server"], summary="Whether it can take work now", responses={503: {}})
     async def readyz() -> Response:
         why = _not_ready(service)

@@ -18,7 +18,7 @@ from ..runtime.memory import weight_bytes
 from ..runtime.parts import check_opening
 from ..runtime.pipeline import Pipeline
 from .catalog import Entry, catalog
-from .job import Done, Event, Failed, Job, Overloaded, Stopping, TookTooLong
+from .job import DEFECT, Done, Event, Failed, Job, Overloaded, Stopping, TookTooLong
 from .keys import KeyFile
 from .metrics import Metrics
 from .params import BadBody
@@ -30,9 +30,6 @@ from .store import Store, StoreError
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
-
-
-DEFECT = "an internal error; it is in the log"  # of a job: nothing of ours leaks to a client
 
 
 class NotFound(VegaEdgeError):

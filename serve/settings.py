@@ -31,9 +31,10 @@ _RANGES: Mapping[str, tuple[str, int, int]] = {  # the flag, the least and the m
 @dataclass(frozen=True)
 class Settings:
     """data: where jobs and pictures live. engine, device, memory, vae: of `Pipeline.open`, for every model. loras: of
-    it too, by the model's name. aliases: slug -> a model's name. rate: requests and live drawings a minute for each key, 0 for no limit. job_s: device time
-    for one job. grace_s: for the running picture when stopping. keep_s: how long a finished job and its pictures are
-    kept. hosts: names, beside addresses and localhost, by which the server is called.
+    it too, by the model's name. aliases: slug -> a model's name. rate: pictures that each key may ask for in a minute, 0 for no
+    limit. job_s: device time for one job. grace_s: for the running picture when stopping. keep_s: how long a finished
+    job and its pictures are kept. hosts: names by which the server is called, beside addresses, localhost and the
+    machine's own.
     """
 
     data: Path

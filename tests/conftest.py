@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,40 @@ def make_worker() -> Iterator[Callable[..., Any]]:
     for worker in workers:
         worker.stop(0)
         assert worker.join(20)
+
+
+@pytest.fixture(scope="module")  # no longer: other tests can't run an event loop while it is there
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page_of(browser: Any) -> Iterator[Callable[..., Any]]:
+    """page_of(SERVER, PATH, before=..., OPTION=...): a page of a server's; `before(page)` is called before it is opened."""
+    faults: list[str] = []
+    contexts = []
+
+    def open_page(
+        server: Any, path: str = "/", before: Callable[[Any], Any] = lambda page: None, **options: Any
+    ) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((server.url, "blob:")) else None)
+        before(page)
+        page.goto(server.url + path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []  # no script error, and nothing was fetched from anywhere else

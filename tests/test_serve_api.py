@@ -75,8 +75,11 @@ def test_v1_with_base64(server: Running) -> None:
 
 
 def test_several_samples_without_base64_are_one_picture_and_it_says_so(server: Running) -> None:
+    drawn = server.service.metrics.registry.get_sample_value
+    before = drawn("vega_edge_pictures_total", {"model": "demo-vegart"}) or 0
     answer = server.post(V1, {"prompt": "a star", "samples": 3})
     picture(answer.content)
+    assert drawn("vega_edge_pictures_total", {"model": "demo-vegart"}) == before + 1
     assert answer.headers["x-vega-edge-adjusted"] == "samples=1 (base64 true gives all)"
 
 

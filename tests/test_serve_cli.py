@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import socket
@@ -23,9 +24,11 @@ from vega_edge.models import find_bundle
 from vega_edge.runtime.memory import weight_bytes
 from vega_edge.serve import keys
 from vega_edge.serve.job import Done
-from vega_edge.serve.listener import addresses, listen
+from vega_edge.serve.listener import HEAD_S, addresses, listen
+from vega_edge.serve.live import NEWCOMERS
 from vega_edge.serve.service import Service, build
-from vega_edge.serve.settings import Settings
+from vega_edge.serve.settings import _RANGES, BODY_BYTES, BODY_S, Settings
+from vega_edge.verbs import serve
 
 from . import serve_fakes
 from .serve_fakes import FakeDrawer
@@ -73,6 +76,19 @@ def test_wrong_arguments_are_one_line(
         assert exit.code == status
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1
+
+
+def test_flags_settings_and_their_page_have_the_same_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add(parser)
+    made = serve._settings(parser.parse_args([]))
+    assert made == Settings(made.data)
+    page = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    written = {flag: float(number) for flag, number in re.findall(r"`(--[\w-]+)`, (\d+)", page)}
+    assert len(written) == 7
+    assert written == {flag: getattr(made, name) for name, (flag, _, _) in _RANGES.items() if flag in written}
+    assert f"| {BODY_BYTES // 1024} KiB, within {BODY_S:g} s |" in page and f"| {made.connections} |" in page
+    assert f", and {NEWCOMERS} that have not shown their key yet" in page and f"| within {HEAD_S:g} s |" in page
 
 
 def test_engine_device_memory_and_decoder_reach_the_pipeline_that_the_worker_opens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +194,41 @@ def test_a_refused_job_costs_the_disk_nothing(tmp_path: Path) -> None:
         gate.let(50)
 
 
+def test_a_job_that_is_refused_after_all_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have come while it was written down."""
+    with running(tmp_path) as server:
+        monkeypatch.setattr(server.service.worker, "require_room", lambda client: None)
+
+        def full(job: Any, **options: Any) -> None:
+            raise Overloaded("the queue is full", 1)
+
+        monkeypatch.setattr(server.service.worker, "submit", full)
+        answer = server.post("/v2/demo-vegart")
+        assert (answer.status_code, answer.json()) == (429, {"error": "the queue is full"})
+        queue = server.service.queue
+        assert not queue._changed
+    store = Store(tmp_path)
+    store.open()
+    assert store._read("SELECT * FROM jobs") == []
+    store.close()
+
+
+def test_a_defect_as_a_picture_is_kept_fails_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> bytes:
+        raise ZeroDivisionError("secret detail")
+
+    with running(tmp_path) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr("vega_edge.serve.queue.encode", broken)
+            job = server.post("/v2/demo-vegart").json()
+            answer = server.http.get(job["status_url"])
+        assert (answer.status_code, answer.json()["status"]) == (422, "FAILED")
+        assert answer.json()["error"] == "an internal error; it is in the log"
+        assert 'vega_edge_errors_total{kind="ZeroDivisionError"} 1.0' in server.http.get("/metrics").text
+        job = server.post("/v2/demo-vegart").json()
+        assert server.http.get(job["status_url"]).json()["status"] == "COMPLETED"
+
+
 def test_a_drawing_waits_until_it_is_on_disk_that_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, stores, seen = Store.begin, [], []
 
@@ -283,3 +319,8 @@ def test_a_model_that_is_gone_and_a_disk_that_does_not_take_it(tmp_path: Path, m
         gone = server.http.get("/v2/requests/" + "0" * 32 + "/status")
         assert (gone.status_code, gone.json()["error"]) == (422, "there is no model gone any more")
         assert server.http.get("/v2/requests/" + "1" * 32 + "/status").json()["status"] == "COMPLETED"
+        monkeypatch.undo()
+        queue = server.service.queue
+        asyncio.run_coroutine_threadsafe(queue._tidy(), queue._loop).result(20)  # what its housekeeping does
+        assert not queue._lost
+        assert server.http.get("/v2/requests/" + "0" * 32).json()["error"] == "there is no model gone any more"

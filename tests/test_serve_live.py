@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -294,6 +295,42 @@ def test_a_ping_is_answered(server: Running) -> None:
     with live(server) as socket:
         send(socket, type="ping")
         assert receive(socket) == {"type": "pong"}
+
+
+def test_a_page_that_is_gone_without_a_word_makes_room(tmp_path: Path) -> None:
+    """Such as a phone that left the building: its connection is never closed."""
+    with running(tmp_path, sockets=1) as server:
+        server.server.config.ws_ping_interval, server.server.config.ws_ping_timeout = 0.1, 0.7
+        with socket.create_connection(("127.0.0.1", server.service.settings.port), timeout=20) as gone:
+            gone.sendall(
+                b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            heard = b""
+            while b'"ready"' not in heard:
+                heard += gone.recv(4096)
+            wait_until(lambda: "vega_edge_live_sockets 0.0" in server.http.get("/metrics").text)
+            with live(server) as page:
+                time.sleep(1.0)  # one that answers stays
+                send(page, type="ping")
+                assert receive(page) == {"type": "pong"}
+
+
+def test_a_picture_that_can_not_be_made_into_a_file_is_said_and_the_next_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> bytes:
+        raise RuntimeError("secret detail")
+
+    with running(tmp_path) as server, live(server) as socket:
+        with monkeypatch.context() as patched:
+            patched.setattr("vega_edge.serve.live.encode", broken)
+            patched.setattr("vega_edge.serve.live.encode_preview", broken)
+            send(socket, type="draw", id=1, prompt="a star", previews="on")
+            why = "an internal error; it is in the log"
+            assert receive(socket) == {"type": "error", "id": 1, "slot": "a", "error": why}
+        send(socket, type="draw", id=2, prompt="a star", previews="off")
+        assert until(socket, "picture")["id"] == 2
 
 
 def test_too_many_pages_are_told_so(tmp_path: Path) -> None:

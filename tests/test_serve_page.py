@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +18,6 @@ from vega_edge.serve import keys
 from .serve_fakes import FakeDrawer, Gate
 from .serve_running import Running, running, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
@@ -33,38 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 Open = Callable[..., Any]
-
-
-@pytest.fixture
-def page_of(browser: Any) -> Iterator[Open]:
-    faults: list[str] = []
-    contexts = []
-
-    def open_page(server: Running, path: str = "/", **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith((server.url, "blob:")) else None)
-        page.goto(server.url + path)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []  # no script error, and nothing was fetched from anywhere else
 
 
 def drawn(page: Any, act: Callable[[], Any]) -> dict[str, Any]:

@@ -157,6 +157,43 @@ def test_a_new_folder_of_jobs_is_its_owners_alone(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_the_database_promises(tmp_path: Path) -> None:
+    """A write-ahead log, and on the disk before a call returns: also when the power fails."""
+    store = Store(tmp_path)
+    store.open()
+    answers = [store._read(f"PRAGMA {name}")[0][0] for name in ("journal_mode", "synchronous", "locking_mode")]
+    assert answers == ["wal", 2, "exclusive"]  # 2: FULL
+    store.close()
+
+
+def test_jobs_come_back_in_their_order_and_a_stop_is_no_attempt(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    names = [f"{n:x}" * 32 for n in (5, 3, 9, 1)]
+    for name in names:
+        store.add(record(name, files=(f"{name}.jpeg",)))
+    for _ in range(3):
+        store.begin(names[2])
+        store.put_back(names[2])
+    store.put_back(names[0])  # it had not begun
+    assert [(r.id, r.attempts) for r in store.recover()] == [(name, 0) for name in names]
+    store.begin(names[1])
+    assert [(r.id, r.attempts) for r in store.recover()] == [(name, int(name == names[1])) for name in names]
+    store.close()
+
+
+def test_files_of_nobody_are_kept_while_they_are_new(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open()
+    old, new = store.pictures / "old.jpeg", store.pictures / "new.jpeg"
+    for path in (old, new):
+        path.write_bytes(b"jpeg")
+    os.utime(old, (1, 1))
+    store.expire(time.time() - 60)
+    assert not old.exists() and new.exists()
+    store.close()
+
+
 def test_the_first_end_of_a_job_is_its_only_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.open()

@@ -245,6 +245,18 @@ def test_the_least_recently_used_model_makes_room() -> None:
     assert drawers["c"].closed and residents.names == []
 
 
+def test_a_budget_that_is_just_enough_closes_nothing() -> None:
+    drawers = {name: FakeDrawer(name) for name in "abc"}
+    residents = Residents(drawers.__getitem__, {"a": 60, "b": 40, "c": 1}.__getitem__, 100)
+    residents.get("a")
+    assert residents.fits_beside("b", ["a"]) and residents.fits_beside("a", ["a", "b"])
+    residents.get("b")
+    assert residents.names == ["a", "b"] and residents.bytes == 100
+    assert not residents.fits_beside("c", ["a", "b"]) and residents.fits_beside("c", ["a"])
+    residents.get("c")
+    assert residents.names == ["b", "c"] and drawers["a"].closed
+
+
 def test_batching_learns_what_is_faster() -> None:
     batching = Batching(4)
     assert batching.best("kind", [1, 2, 4]) == 4  # never tried: the largest
@@ -256,6 +268,19 @@ def test_batching_learns_what_is_faster() -> None:
     assert batching.best("kind", [1, 4]) == 1
     batching.learn("kind", 2, float("inf"))
     assert batching.best("kind", [1, 2, 4]) == 1
+
+
+def test_batching_takes_the_least_of_the_last_few_and_forgets_in_time() -> None:
+    batching = Batching(4)
+    batching.learn("kind", 1, 1.0)
+    batching.learn("kind", 2, 9.0)  # slowed by something else
+    batching.learn("kind", 2, 1.0)
+    assert batching.best("kind", [1, 2]) == 2
+    for _ in range(3):
+        batching.learn("kind", 2, 9.0)
+    assert batching.best("kind", [1, 2]) == 1
+    assert batching.best("another kind", [1, 2]) == 2
+    assert 2 in [batching.best("kind", [1, 2]) for _ in range(200)]  # it is tried again
 
 
 def test_shares_are_fair_and_remember_nobody_for_ever() -> None:

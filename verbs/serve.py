@@ -72,8 +72,9 @@ def _add_server(p: argparse.ArgumentParser) -> None:
         help="such as 6G, for the weights of open models; the least recently used one is closed to make room",
     )  # fmt: skip
     p.add_argument(
-        "--batch", type=whole, default=4, metavar="N", help="pictures drawn at once at most; default: %(default)s"
-    )
+        "--batch", type=whole, default=4, metavar="N",
+        help="pictures of several requests drawn at once at most; default: %(default)s",
+    )  # fmt: skip
     p.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     p.add_argument("-v", "--verbose", action="store_true", help="say which models are opened and closed")
 
@@ -99,9 +100,9 @@ def _add_safety(p: argparse.ArgumentParser) -> None:
 def _add_limits(p: argparse.ArgumentParser) -> None:
     numbers = (
         ("--queue", whole, 64, "jobs that may wait; more are answered 429"),
-        ("--rate", whole, 600, "requests and live drawings a minute for each key, 0 for no limit"),
+        ("--rate", whole, 600, "pictures that each key may ask for in a minute, live ones too; 0 for no limit"),
         ("--sockets", whole, 64, "live pages at a time"),
-        ("--prompt-chars", whole, 4000, "the longest prompt"),
+        ("--prompt-chars", whole, 4000, "the longest prompt, in characters"),
         ("--job-seconds", number, 300.0, "device time for one job"),
         ("--grace-seconds", number, 30.0, "for the running picture when stopping"),
         ("--keep-seconds", number, 3600.0, "how long finished v2 jobs and their pictures are kept"),

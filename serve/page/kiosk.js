@@ -10,7 +10,11 @@ export function runKiosk({ live, draw, dice, type, busy }) {
   const root = document.documentElement;
   let lastActive = -IDLE_MS + 3000; // begins by itself, three seconds after it was opened
   root.classList.add("kiosk");
-  for (const what of ["pointerdown", "keydown"]) addEventListener(what, () => { lastActive = performance.now(); if (!document.fullscreenElement) root.requestFullscreen?.().catch(() => {}); });
+  // Browsers grant full screen to a mouse that is pressed and to a finger that is lifted. Its button does it by itself.
+  for (const what of ["pointerdown", "pointerup", "keydown"]) addEventListener(what, (event) => {
+    lastActive = performance.now();
+    if (!document.fullscreenElement && !event.target.closest?.("#kiosk")) root.requestFullscreen?.().catch(() => {});
+  });
   navigator.wakeLock?.request("screen").catch(() => {});
   let next = 0;
   const loop = async () => {
