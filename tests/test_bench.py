@@ -162,6 +162,17 @@ def test_an_export_is_held_against_its_models_goals() -> None:
     assert export.held_against_goals("path/to/folder", "fp16", parts) == []
 
 
+def test_a_lora_is_held_against_the_goals_for_vegarts() -> None:
+    from vega_edge.bench import lora
+
+    patched = {"modules": 233, "patch_s": 20.5, "patched_mb": 1475.0, "patch_peak_mb": 1390.06}
+    assert lora.held_against_goals(patched) == [
+        {"what": "patch_s", "got": 20.5, "goal": 20.0, "met": False},
+        {"what": "patch_peak_mb", "got": 1390.1, "goal": 1475.0, "met": True},
+    ]
+    assert lora.held_against_goals({**patched, "modules": 232}) == []
+
+
 def test_memory_is_held_against_the_goals_for_openvino() -> None:
     results = {
         f"{engine}, {way}": {"resident_ratio": ratio}
