@@ -6,7 +6,6 @@ the configs is for others to understand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from .errors import BundleError
 from .manifest import AGAIN, INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
-from .whole_file import writing
+from .whole_file import sha256_of, writing
 
 __all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
 __all__ += ["check_files", "describe_files", "write_manifest"]
@@ -148,14 +147,10 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        return sha256_of(path)
     except OSError as failure:
         raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
-    return digest.hexdigest()
 
 
 def _read_text(path: Path) -> str:

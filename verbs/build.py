@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), progress=progress,
+            bundle, options, weights=patches.of, loras=patches.hashes, progress=progress,
             ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
         )  # fmt: skip
     if arguments.json:
@@ -121,9 +121,3 @@ def _ranges(bundle: Bundle, graph: Path, loras: list[tuple[Path, float]]) -> dic
     from ..runtime.calibration import unet_feeds
 
     return largest_values(graph, unet_feeds(bundle.path, loras))
-
-
-def _hashes(loras: list[tuple[Path, float]]) -> list[tuple[str, float]]:
-    import hashlib
-
-    return [(hashlib.sha256(path.read_bytes()).hexdigest(), strength) for path, strength in loras]
