@@ -79,6 +79,26 @@ class Bundle:
         """The part's config.json as diffusers or transformers wrote it, read anew on each call."""
         return _read_object(self.file(f"{part}/config.json"))
 
+    def number(self, part: str, key: str) -> int:
+        """A whole number from 1 in the part's configuration. Raises BundleError if it has none, or something else."""
+        value = self.config(part).get(key)
+        if type(value) is not int or value < 1:
+            raise self._misconfigured(part, key, value, "a whole number from 1")
+        return value
+
+    def levels(self, part: str) -> int:
+        """How many resolutions a network or an autoencoder works at, each half the one before: its list of channels
+        has one entry for each. Raises BundleError if there is no such list."""
+        config = self.config(part)
+        channels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
+        if not isinstance(channels, list):
+            raise self._misconfigured(part, "block_out_channels", channels, "a list, an entry a level")
+        return len(channels)
+
+    def _misconfigured(self, part: str, key: str, got: Any, wanted: str) -> BundleError:
+        said = "has no" if got is None else f"has {json.dumps(got)} for"
+        return _damaged(self.path, part, f"{part}/config.json {said} {key}, which must be {wanted}")
+
     @property
     def scheduler_config(self) -> dict[str, Any]:
         return _read_object(self.file("scheduler/scheduler_config.json"))

@@ -93,8 +93,7 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     if arguments.size:
         width, height = size_range(arguments.size)
         sizes = dataclasses.replace(sizes, width=width, height=height)
-        levels = len(bundle.config("unet")["block_out_channels"])
-        check_multiple(sizes, latent_px(bundle) * 2 ** (levels - 1))
+        check_multiple(sizes, latent_px(bundle) * 2 ** (bundle.levels("unet") - 1))
     if arguments.batch:
         sizes = dataclasses.replace(sizes, batch=batch_range(arguments.batch))
     sizes = dataclasses.replace(sizes, tiling=Tiling(TILE_PX, TILED_ABOVE_PX[True], TILED_ABOVE_PX[False]))
