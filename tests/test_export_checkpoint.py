@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from vega_edge.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
-from vega_edge.export.checkpoint import load_module, open_checkpoint  # noqa: E402
+from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
 from vega_edge.export.parts import load_packed  # noqa: E402
 from vega_edge.models import architectures  # noqa: E402
 
@@ -212,8 +212,8 @@ def test_refuses_missing_weights(broken: Path, part: str, file: str) -> None:
     with pytest.raises(ExportError) as caught:
         open_checkpoint(broken)
     assert str(caught.value) == (
-        f"{broken / part}: 1 weights are not as config.json says, the first is {name} (missing here, {shape} there); "
-        "fetch both again"
+        f"{broken / part}: 1 weights are not as config.json says, the first is {published_name(part, name)} "
+        f"(missing here, {shape} there); fetch both again"
     )
 
 
