@@ -6,7 +6,6 @@ the configs is for others to understand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from .errors import BundleError
 from .manifest import AGAIN, INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
-from .whole_file import writing
+from .whole_file import sha256_of, writing
 
 __all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
 __all__ += ["check_files", "describe_files", "write_manifest"]
@@ -79,6 +78,26 @@ class Bundle:
     def config(self, part: str) -> dict[str, Any]:
         """The part's config.json as diffusers or transformers wrote it, read anew on each call."""
         return _read_object(self.file(f"{part}/config.json"))
+
+    def number(self, part: str, key: str) -> int:
+        """A whole number from 1 in the part's configuration. Raises BundleError if it has none, or something else."""
+        value = self.config(part).get(key)
+        if type(value) is not int or value < 1:
+            raise self._misconfigured(part, key, value, "a whole number from 1")
+        return value
+
+    def levels(self, part: str) -> int:
+        """How many resolutions a network or an autoencoder works at, each half the one before: its list of channels
+        has one entry for each. Raises BundleError if there is no such list."""
+        config = self.config(part)
+        channels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
+        if not isinstance(channels, list):
+            raise self._misconfigured(part, "block_out_channels", channels, "a list, an entry a level")
+        return len(channels)
+
+    def _misconfigured(self, part: str, key: str, got: Any, wanted: str) -> BundleError:
+        said = "has no" if got is None else f"has {json.dumps(got)} for"
+        return _damaged(self.path, part, f"{part}/config.json {said} {key}, which must be {wanted}")
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -148,14 +167,10 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        return sha256_of(path)
     except OSError as failure:
         raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
-    return digest.hexdigest()
 
 
 def _read_text(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Is a bundle whole, and does it run here? Hashes, the shapes its configurations promise, one small run of each graph.
+"""Is a bundle whole, and does it run here? Hashes, the parts that a picture needs, one small run of each graph at the
+shapes its configurations promise.
 
 Needs no torch: it repeats on the machine that runs a bundle what its export checked on the machine that made it. What
 the numbers should be is not known here; that they are numbers, and of the right shape, is.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .engines import Engine, built_graphs, built_shapes, check_dtype, choose_engine, has_attention, open_engine
 from .errors import BundleError, EngineError, VegaEdgeError
-from .manifest import plain_form
+from .manifest import INDEX, plain_form
+from .runtime.decoder import Scaling
+from .runtime.schedulers import get_scheduler, scheduler_named_in
+from .runtime.tokenizer import ClipTokenizer
 
 TOKENS = 77
 Shape = tuple[int, ...]
@@ -28,7 +33,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Check:
-    """One graph. dtype, weights: as the manifest says; fault: '' if all is well, else what is wrong, in one line."""
+    """One graph, or another file of the bundle that a picture needs. dtype, weights: a graph's, as the manifest says;
+    fault: '' if all is well, else what is wrong, in one line."""
 
     graph: str
     dtype: str
@@ -78,23 +84,71 @@ def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | Non
     graphs = sorted(file.relative_to(bundle.path).as_posix() for file in files_run)
     if engine not in ("onnxruntime-cpu", "onnxruntime-cuda") or not has_attention():  # nobody else takes such nodes
         graphs = [graph for graph in graphs if graph == plain_form(graph)]
-    checks = tuple(_check(bundle, graph, engine, device) for graph in graphs)
+    checks = (*(_graph(bundle, graph, engine, device) for graph in graphs), *_others(bundle, graphs))
     name = bundle.manifest.name if bundle.manifest else bundle.path.name
     return Verdict(str(bundle.path), name, engine, files, checks)
 
 
-def _check(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check:
-    part = graph.partition("/")[0]
-    start = time.perf_counter()
-    fault = ""
-    try:
+def _graph(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check:
+    def judge() -> str:
+        if not bundle.has(graph):
+            return "the manifest does not list it"
         with contextlib.closing(open_engine(bundle.path / graph, engine, device=device)) as opened:
-            fault = _fault(opened, _smoke(bundle, graph, built_shapes(bundle.path / graph, engine, device)))
+            return _fault(opened, _smoke(bundle, graph, built_shapes(bundle.path / graph, engine, device)))
+
+    return _check(graph, _files(bundle.path / graph), judge, _precision(bundle, graph.partition("/")[0]))
+
+
+def _others(bundle: Bundle, graphs: list[str]) -> Iterator[Check]:
+    """What a picture needs besides `graphs`: by the model index, as the pipeline reads it."""
+    if unnamed := [
+        part for part in ("text_encoder", "tokenizer", "unet", "scheduler") if part not in bundle.model_index
+    ]:
+        fault = f"names no {', '.join(unnamed)}"
+        yield _check(INDEX, [bundle.path / INDEX], lambda: fault)
+    suffixes = ("", "_2") if "text_encoder_2" in bundle.model_index else ("",)
+    for graph in (*(f"text_encoder{s}/model.onnx" for s in suffixes), "unet/model.onnx", "vae_decoder/model.onnx"):
+        forms = {graph, graph.replace("decoder/model", "decoder/pixels")}
+        if not (forms & {*graphs} or any(map(bundle.has, forms))):
+            yield _check(graph, [], lambda: "is missing")
+    for part in (f"tokenizer{s}" for s in suffixes):
+        files = [file for file in (bundle.path / part).glob("*") if file.is_file()]
+        yield _check(part, files, partial(_tokenizer_fault, bundle, part))
+    files = list(bundle.path.glob("scheduler/scheduler_config.json"))
+    yield _check("scheduler", files, partial(_scheduler_fault, bundle))
+
+
+def _tokenizer_fault(bundle: Bundle, part: str) -> str:
+    ClipTokenizer(bundle.file(f"{part}/vocab.json").parent)  # raises what is wrong with it
+    return ""
+
+
+def _scheduler_fault(bundle: Bundle) -> str:
+    """Its noise levels, by the scheduler that a picture would be drawn with."""
+    config, defaults = bundle.scheduler_config, bundle.manifest.defaults if bundle.manifest else {}
+    if "_class_name" not in config:
+        return "scheduler_config.json names no scheduler: it has no _class_name"
+    name = defaults.get("scheduler") or scheduler_named_in(config)
+    scheduler = get_scheduler(name, defaults.get("family") or "diffusers")
+    levels = scheduler.schedule(scheduler.noise_model(config), max(scheduler.least_steps, 4)).sigmas
+    return "" if np.isfinite(levels).all() else "its noise levels are not finite"
+
+
+def _check(name: str, files: list[Path], judge: Callable[[], str], precision: tuple[str, str] = ("", "")) -> Check:
+    start = time.perf_counter()
+    try:
+        fault = judge()
     except VegaEdgeError as failure:
         fault = str(failure)
-    size = sum(file.stat().st_size for file in _files(bundle.path / graph))
-    dtype, weights = _precision(bundle, part)
-    return Check(graph, dtype, weights, size, time.perf_counter() - start, fault)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        ArithmeticError,
+    ) as failure:  # what a garbled configuration does
+        fault = f"its configuration can't be used: {type(failure).__name__}: {failure}"
+    return Check(name, *precision, sum(file.stat().st_size for file in files), time.perf_counter() - start, fault)
 
 
 def _fault(engine: Engine, smoke: _Smoke) -> str:
@@ -116,23 +170,22 @@ def _smoke(bundle: Bundle, graph: str, built: Mapping[str, Shape]) -> _Smoke:
     part, _, file = plain_form(graph).partition("/")
     random = np.random.default_rng(0)
     if part.startswith("text_encoder"):
-        config = bundle.config(part)
         # 0 to 76 are ids in any vocabulary; the largest id ends a text for CLIP's pooling
         count = built.get("input_ids", (1,))[0]
-        ids = np.tile(np.minimum(np.arange(TOKENS), int(config["vocab_size"]) - 1).astype(np.int64), (count, 1))
-        return _Smoke({"input_ids": ids}, {"last_hidden_state": (count, TOKENS, int(config["hidden_size"]))})
-    unet = bundle.config("unet")
-    side = 2 * 2 ** (len(unet["block_out_channels"]) - 1)
-    channels = int(unet["in_channels"])
+        ids = np.tile(np.minimum(np.arange(TOKENS), bundle.number(part, "vocab_size") - 1).astype(np.int64), (count, 1))
+        return _Smoke({"input_ids": ids}, {"last_hidden_state": (count, TOKENS, bundle.number(part, "hidden_size"))})
+    side = 2 * 2 ** (bundle.levels("unet") - 1)
+    channels = bundle.number("unet", "in_channels")
     n, _, high, wide = next((shape for shape in built.values() if len(shape) == 4), (1, 0, side, side))
     if part == "unet":
         latents = random.standard_normal((n, channels, high, wide))
-        return _Smoke(_unet_feeds(unet, latents, random), {"out_sample": (n, int(unet["out_channels"]), high, wide)})
+        return _Smoke(
+            _unet_feeds(bundle, latents, random), {"out_sample": (n, bundle.number(part, "out_channels"), high, wide)}
+        )
     if part not in ("vae_encoder", "vae_decoder", "tiny_vae_decoder"):
         raise BundleError(f"{graph} is of no part that is known: it can't be run")
-    config = bundle.config(part)
-    levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    scale = 2 ** (len(levels) - 1)
+    scale = 2 ** (bundle.levels(part) - 1)
+    Scaling.of(bundle.config(part))
     if part == "vae_encoder":
         high, wide = (high // scale, wide // scale) if built else (high, wide)  # what it was built for is in pixels
         picture = random.uniform(-1, 1, (n, 3, high * scale, wide * scale))
@@ -143,22 +196,24 @@ def _smoke(bundle: Bundle, graph: str, built: Mapping[str, Shape]) -> _Smoke:
     return _Smoke(feeds, {"sample": (n, 3, high * scale, wide * scale)})
 
 
-def _unet_feeds(unet: Mapping[str, Any], latents: NDArray[Any], random: np.random.Generator) -> dict[str, NDArray[Any]]:
+def _unet_feeds(bundle: Bundle, latents: NDArray[Any], random: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Feeds of both kinds; those that the graph does not have are left out."""
+    width = bundle.number("unet", "cross_attention_dim")
     feeds = {
         "sample": latents,
         "timestep": np.array([500.0]),
-        "encoder_hidden_states": random.standard_normal((len(latents), TOKENS, int(unet["cross_attention_dim"]))),
+        "encoder_hidden_states": random.standard_normal((len(latents), TOKENS, width)),
     }
-    if unet.get("addition_embed_type") == "text_time":
-        width = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
+    if bundle.config("unet").get("addition_embed_type") == "text_time":
+        sizes = 6 * bundle.number("unet", "addition_time_embed_dim")
+        width = bundle.number("unet", "projection_class_embeddings_input_dim") - sizes
         feeds["text_embeds"] = random.standard_normal((len(latents), width))
         feeds["time_ids"] = np.tile([512.0, 512, 0, 0, 512, 512], (len(latents), 1))
     return feeds
 
 
 def _precision(bundle: Bundle, part: str) -> tuple[str, str]:
-    if bundle.manifest is None:
+    if bundle.manifest is None or part not in bundle.manifest.parts:
         return "", ""
     told = bundle.manifest.parts[part]
     return told.dtype or bundle.manifest.dtype, told.weights or bundle.manifest.weights
@@ -173,7 +228,9 @@ def render(verdict: Verdict) -> str:
     """The table for people; no final newline."""
     rows = [("graph", "dtype, weights", "size", "time", "")]
     for check in verdict.checks:
-        precision = f"{check.dtype}, {check.weights}" if check.dtype else "not said"
+        precision = (
+            f"{check.dtype}, {check.weights}" if check.dtype else "not said" if check.graph.endswith(".onnx") else ""
+        )
         rows.append(
             (check.graph, precision, f"{check.bytes / 1e6:.1f} MB", f"{check.seconds:.1f} s", check.fault or "ok")
         )
@@ -186,12 +243,12 @@ def render(verdict: Verdict) -> str:
         f"{verdict.files} files are as the manifest says" if verdict.files else "no manifest: nothing to compare with"
     )
     faulty = sum(bool(check.fault) for check in verdict.checks)
-    state = f"{faulty} of {len(verdict.checks)} graphs are faulty" if faulty else "all graphs run"
+    state = f"{faulty} of {len(verdict.checks)} checks failed" if faulty else "all checks passed"
     return "\n".join([*lines, f"{verdict.name} on {verdict.engine}: {files}; {state}"])
 
 
 def raise_for(verdict: Verdict) -> None:
-    """EngineError if a graph is faulty: the first one's fault."""
+    """EngineError if a check failed: the first one's fault."""
     for check in verdict.checks:
         if check.fault:
             raise EngineError(f"bundle {verdict.path}, {check.graph}: {check.fault}; export the bundle again")

@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written, and what tells one from another."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ def writing(path: Path, permissions: int = 0o666, *, replace: bool = True) -> It
             _take_name(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, 64 lower-case hex digits; read piece by piece. OSError as it comes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _take_name(part: Path, path: Path) -> None:

@@ -7,17 +7,21 @@ whole within a size by removing what was used longest ago.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from ..errors import EngineError
 from ..onnx_file import read_weights
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,40 @@ def identity_of(path: Path, weights: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"\n{name} {weights[name].shape}".encode())
         digest.update(weights[name].data)
     return digest.hexdigest()
+
+
+def prepared_bytes(path: Path, width: int = 4) -> int:
+    """About what a backend keeps of a graph: its weights, floats at `width` bytes each, the precision it computes in."""
+    weights = read_weights(path).values()
+    return sum(math.prod(w.shape) * (width if w.dtype in ("fp32", "fp16", "bf16") else 1) for w in weights)
+
+
+def has_room(folder: Path, size: int, needed: bool = False) -> bool:
+    """Can `size` bytes be kept in `folder`, one of `entry`'s? If not, a warning; EngineError where that is `needed`."""
+    cache = folder.parent.parent
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            free = shutil.disk_usage(folder.parent).free
+        fault = f"has only {free >> 20} MB free" if free < size else ""
+    except OSError as failure:
+        fault = f"can't be written ({failure.strerror})"
+    if fault and needed:
+        raise EngineError(
+            f"{cache} {fault}, and --memory low keeps {(size >> 20) + 1} MB of this network there; set VEGA_EDGE_HOME to a "
+            "folder with room, or VEGA_EDGE_CACHE_GB=0 to do without, which takes more memory"
+        )
+    if fault:
+        _warn(f"{cache} {fault}")
+    return not fault
+
+
+@functools.cache  # once a process, not once a network
+def _warn(fault: str) -> None:
+    log.warning(
+        "%s: what is compiled is not kept, and compiled again next time; set VEGA_EDGE_HOME to a folder with room, or "
+        "VEGA_EDGE_CACHE_GB=0", fault,
+    )  # fmt: skip
 
 
 def used(folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from ..onnx_file import read_weights
-from .compiled import used
+from .compiled import has_room, prepared_bytes, used
 from .protocol import Opening, Spec
 
 CUDA = "CUDAExecutionProvider"
@@ -123,6 +123,7 @@ def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:
     """
     done = folder / path.name
     if not done.is_file():
+        has_room(folder, prepared_bytes(path), needed=True)
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         part.mkdir(parents=True)
         try:

@@ -23,6 +23,7 @@ from ..manifest import MANIFEST, Manifest
 from ..onnx_file import read_weights
 from . import nvidia
 from . import onnxruntime as common
+from .compiled import has_room
 from .device_io import Held
 from .onnxruntime import CUDA
 from .protocol import Opening
@@ -150,7 +151,7 @@ def _tensorrt(path: Path, how: Opening) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "device_id": how.gpu, "trt_fp16_enable": dtype == "fp16", "trt_bf16_enable": dtype == "bf16"
     }  # fmt: skip
-    if how.cache is not None:
+    if how.cache is not None and has_room(how.cache, 0):
         how.cache.mkdir(parents=True, exist_ok=True)
         settings |= {
             "trt_engine_cache_enable": True, "trt_engine_cache_path": str(how.cache),

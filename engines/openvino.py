@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]
 
 from ..errors import EngineError
-from .compiled import used
+from .compiled import has_room, prepared_bytes, used
 from .protocol import Opening, Spec
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,18 +56,19 @@ def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if how.threads:
         settings["INFERENCE_NUM_THREADS"] = how.threads
-    compiled = _compile(core, model, settings, how)
+    compiled = _compile(core, model, settings, how, path)
     got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if got != precision:
         raise EngineError(f"asked for {precision} arithmetic, got {got}")
     return OpenVinoEngine(compiled)
 
 
-def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening) -> Any:
-    if how.cache is None:
+def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening, path: Path) -> Any:
+    fresh = how.cache is not None and not any(how.cache.glob("*.blob"))
+    width = 2 if settings["INFERENCE_PRECISION_HINT"] == "bf16" else 4
+    if how.cache is None or (fresh and not has_room(how.cache, prepared_bytes(path, width), how.low_memory)):
         return core.compile_model(model, "CPU", settings)
     settings["CACHE_DIR"] = str(how.cache)  # of its own: one shared between precisions once gave NaN
-    fresh = not any(how.cache.glob("*.blob"))
     compiled = core.compile_model(model, "CPU", settings)
     used(how.cache)
     if fresh and how.low_memory:  # read back, its weights are mapped from the file; as compiled they are copies

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..manifest import MANIFEST, Manifest
+from ..whole_file import sha256_of
 
 
 def graph_hash(graph: Path) -> str:
@@ -26,7 +27,7 @@ def graph_hash(graph: Path) -> str:
     digest = hashlib.sha256()
     for name in names:
         entry = listed.get(f"{folder.name}/{name}")
-        digest.update(f"{name} {entry.sha256 if entry else _sha256(folder / name)}\n".encode())
+        digest.update(f"{name} {entry.sha256 if entry else sha256_of(folder / name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -46,12 +47,4 @@ def file_hash(path: Path, state: os.stat_result) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _remembered(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path)

@@ -1,12 +1,13 @@
 """A diffusers folder on disk: what is in it, whether it can be exported, and its parts as torch modules.
 
-Everything that can be refused is refused from JSON and file headers, before torch is imported. Weights that are not in
+Everything that can be refused is refused from JSON and file headers, before a weight is read. Weights that are not in
 the folder's safetensors files (a single file's, random ones) come from a `Loader`; `sources.py` puts them together.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from ..errors import ExportError
 from ..lora import LoraLayer
 from ..safetensors_file import read_header
+from .config_check import check_config, check_same_latents
+from .modules import CLASSES, misfits, published_name
 from .pickles import pickled_shapes
 from .quiet import quiet
+from .tokenizer_files import check_tokenizer
 from .weight_files import choose_weights, expected, pickled
 
 if TYPE_CHECKING:
@@ -27,13 +31,7 @@ PIPELINES = {
     "StableDiffusionPipeline": ("text_encoder", "vae", "unet"),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "vae", "unet"),
 }
-_CLASSES = {
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "vae": ("AutoencoderKL",),
-    "unet": ("UNet2DConditionModel",),
-    "tiny_vae": ("AutoencoderTiny",),
-}
+_log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -85,14 +83,36 @@ def open_checkpoint(path: Path, tiny_vae: Path | None = None, *, allow_pickle: b
 
 
 def with_weights(checkpoint: Checkpoint, parts: Iterable[str], allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint with the files of these parts, which must be in their folders."""
+    """The checkpoint with the files of these parts, which must be in their folders and fit their configurations."""
     found = {part: _weight_files(part, checkpoint.parts[part], allow_pickle) for part in parts}
-    return replace(
+    checkpoint = replace(
         checkpoint,
         weight_files={**checkpoint.weight_files, **{p: () if f.pickled else f.files for p, f in found.items()}},
         variant={**checkpoint.variant, **{part: f.variant for part, f in found.items()}},
         pickles={part: f.files for part, f in found.items() if f.pickled},
     )
+    for part in found:
+        _check_shapes(checkpoint, part)
+    return checkpoint
+
+
+def _check_shapes(checkpoint: Checkpoint, part: str) -> None:
+    """ExportError for a weight that the configuration's network lacks in the files, or has in another shape. One that
+    only the files have is left out by the libraries, as of an older training; that is said."""
+    folder, found = checkpoint.parts[part], checkpoint.weight_shapes(part)
+    faults = misfits(part, checkpoint.configs[part], found)
+    extra = [name for name in faults if faults[name].wanted is None]
+    if len(faults) > len(extra):
+        name, fault = next((n, f) for n, f in faults.items() if f.wanted is not None)
+        raise ExportError(
+            f"{folder}: {len(faults) - len(extra)} weights are not as config.json says, the first is {name} ({fault}); "
+            "fetch both again"
+        )
+    if extra:
+        _log.warning(
+            "%s: %d weights are of no layer that config.json has, the first is %s; they are left out",
+            folder, len(extra), extra[0],
+        )  # fmt: skip
 
 
 def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
@@ -100,16 +120,18 @@ def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
     _require_folder(path)
     index = read_json(path / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise ExportError(f"{path} is a {kind}; exported are {' and '.join(PIPELINES)}")
     parts = {name: path / name for name in PIPELINES[kind]}
     if tiny_vae is not None:
         parts["tiny_vae"] = tiny_vae
     configs = {name: read_json(folder / "config.json") for name, folder in parts.items()}
     for name, config in configs.items():
-        _check_config(name, config)
+        check_config(name, config)
+        if name.startswith("text_encoder"):
+            check_tokenizer(path / name.replace("text_encoder", "tokenizer"))
     if tiny_vae is not None:
-        _check_same_latents(configs["vae"], configs["tiny_vae"])
+        check_same_latents(configs["vae"], configs["tiny_vae"])
     nothing: dict[str, tuple[Path, ...]] = dict.fromkeys(parts, ())
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return Checkpoint(path, index, parts, configs, nothing, dict.fromkeys(parts), scheduler)
@@ -127,13 +149,6 @@ def fused(weight: torch.Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> to
     for layer, strength in layers:
         weight = weight.float() + torch.from_numpy(layer.delta(tuple(weight.shape), strength))
     return weight
-
-
-def published_name(part: str, name: str) -> str:
-    """transformers 5 dropped the level 'text_model.' of CLIPTextModel; published checkpoints and LoRA files have it."""
-    if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
-        return f"text_model.{name}"
-    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -186,39 +201,6 @@ def shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _check_config(part: str, config: Mapping[str, Any]) -> None:
-    kind = config.get("_class_name") or (config.get("architectures") or [None])[0]
-    if kind not in _CLASSES[part]:
-        raise ExportError(f"{part} is a {kind}; exported is {_CLASSES[part][0]}")
-    if part != "unet":
-        return
-    allowed = {
-        "addition_embed_type": (None, "text_time"),
-        "class_embed_type": (None,),
-        "encoder_hid_dim_type": (None,),
-        "time_cond_proj_dim": (None,),
-        "in_channels": (config.get("out_channels", 4),),  # inpainting and editing models have more
-    }
-    for key, values in allowed.items():
-        got = config.get(key, values[0])
-        if got not in values:
-            raise ExportError(f"unet: {key} is {got!r}; text-to-image models with {_or(values)} are exported")
-
-
-def _check_same_latents(vae: Mapping[str, Any], tiny: Mapping[str, Any]) -> None:
-    channels = vae.get("latent_channels", 4), tiny.get("latent_channels", 4)
-    levels = len(vae["block_out_channels"]), len(tiny["decoder_block_out_channels"])
-    if len(set(channels)) > 1 or len(set(levels)) > 1:
-        raise ExportError(
-            f"tiny_vae decodes {channels[1]} channels over {levels[1]} levels, the checkpoint's latents have "
-            f"{channels[0]} over {levels[0]}; use a tiny autoencoder made for these latents"
-        )
-
-
-def _or(values: tuple[Any, ...]) -> str:
-    return " or ".join("null" if v is None else repr(v) for v in values)
-
-
 def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
     if part in checkpoint.loaders:
         return checkpoint.loaders[part].load(part)
@@ -250,7 +232,7 @@ def _from_pretrained(checkpoint: Checkpoint, part: str) -> nn.Module:
             import diffusers
 
             library = diffusers
-        module, info = getattr(library, _CLASSES[part][0]).from_pretrained(folder, **options)
+        module, info = getattr(library, CLASSES[part]).from_pretrained(folder, **options)
     for parameter in module.parameters() if part in checkpoint.pickles else ():
         parameter.data = parameter.data.contiguous()  # pickles keep strides; distill-sd's are not in order
     if missing := info["missing_keys"]:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from ..models.architectures import Architecture
 from ..safetensors_file import read_header
-from .checkpoint import published_name
-from .modules import new_module
+from .modules import NOT_WEIGHTS, misfits, new_module, published_name
 from .pickles import read_pickle
 from .quiet import quiet
 
@@ -29,7 +28,6 @@ PREFIXES = {
     "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
-_NOT_WEIGHTS = ("position_ids", "logit_scale")  # tables and training leftovers that some files carry
 
 
 class SingleFile:
@@ -48,16 +46,12 @@ class SingleFile:
                 raise CheckpointError(
                     f"{self.path} holds no {part} (no {'* or '.join(PREFIXES[part])}*); use a complete checkpoint"
                 )
-            own = new_module(part, self._architecture.config(part)).state_dict()
-            wanted = {published_name(part, name): tuple(tensor.shape) for name, tensor in own.items()}
-            found = self.shapes(part)
-            faults = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+            faults = misfits(part, self._architecture.config(part), self.shapes(part))
             if faults:
-                name = faults[0]
+                name, fault = next(iter(faults.items()))
                 raise CheckpointError(
                     f"{self.path}: {len(faults)} weights of {part} are not {self._architecture.name}'s, the first is "
-                    f"{name} ({_x(found.get(name))} here, {_x(wanted.get(name))} there); use a checkpoint of a known "
-                    "architecture"
+                    f"{name} ({fault}); use a checkpoint of a known architecture"
                 )
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
@@ -97,7 +91,7 @@ class SingleFile:
             else:
                 (prefix,) = PREFIXES[part]
                 converted = ldm.convert_open_clip_checkpoint(new_module(part, config), tensors, prefix)
-        kept = {n: t for n, t in converted.items() if not n.endswith(_NOT_WEIGHTS)}
+        kept = {n: t for n, t in converted.items() if not n.endswith(NOT_WEIGHTS)}
         return {published_name(part, name): tensor for name, tensor in kept.items()}
 
 
@@ -120,8 +114,4 @@ def _reader(path: Path) -> Iterator[Callable[[str], Any]]:
 
 
 def _belongs(part: str, name: str) -> bool:
-    return name.startswith(PREFIXES[part]) and not name.endswith(_NOT_WEIGHTS)
-
-
-def _x(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape))
+    return name.startswith(PREFIXES[part]) and not name.endswith(NOT_WEIGHTS)

@@ -15,14 +15,19 @@ TOKENS = 77  # CLIP's context, start and end token included
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' CLIP tokenizer from vocab.json and merges.txt, or from tokenizer.json where those are missing."""
+def check_tokenizer(folder: Path) -> None:
+    """ExportError unless a tokenizer's files are there."""
     if not folder.is_dir():
         raise ExportError(f"{folder} is missing; export needs a whole diffusers folder (as save_pretrained writes it)")
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise ExportError(f"{folder / name} is missing, and there is no tokenizer.json; fetch it again")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' CLIP tokenizer from vocab.json and merges.txt, or from tokenizer.json where those are missing."""
+    check_tokenizer(folder)
     from transformers import CLIPTokenizerFast
 
     with quiet():

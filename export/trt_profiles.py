@@ -80,7 +80,7 @@ def bundle_sizes(bundle: Bundle) -> Sizes:
     """From the bundle's defaults and limits: the recipe's, as they were when it was exported."""
     defaults = bundle.manifest.defaults if bundle.manifest else {}
     limits = bundle.manifest.limits if bundle.manifest else {}
-    native = int(bundle.config("unet")["sample_size"]) * latent_px(bundle)
+    native = bundle.number("unet", "sample_size") * latent_px(bundle)
     least, most = limits.get("size_px", (native, native))
     width, height = (int(defaults.get(side, native)) for side in ("width", "height"))
     guided = Range(1, 2 if float(defaults.get("guidance", 7.5)) > 1 else 1, 2)
@@ -92,8 +92,7 @@ def bundle_sizes(bundle: Bundle) -> Sizes:
 
 def latent_px(bundle: Bundle) -> int:
     """Pixels a latent, each way."""
-    config = bundle.config("vae_decoder")
-    return int(2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1))
+    return int(2 ** (bundle.levels("vae_decoder") - 1))
 
 
 def profile(

@@ -20,6 +20,7 @@ from ..engines import has_attention
 from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
+from ..whole_file import sha256_of
 from .checkpoint import Checkpoint
 from .heap import map_tensors
 from .needs import bundle_parts, check_room
@@ -163,7 +164,7 @@ def _key(checkpoint: Checkpoint, request: _Request) -> str:
     versions = {name: importlib.metadata.version(name) for name in _MAKERS}
     told = {
         "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
-        "loras": [(_sha256(path), strength) for path, strength in request.loras],
+        "loras": [(sha256_of(path), strength) for path, strength in request.loras],
         "precision": [request.precision.dtype, request.precision.weights], "vae": request.vae,
         "attention": request.attention,
     }  # fmt: skip
@@ -226,7 +227,7 @@ def _manifest(
     for name in names:
         files = describe_files(folder, name)
         parts[name] = _part(files, done[name], request.precision) if name in done else Part(files)
-    loras = tuple(Lora(path.name, _sha256(path), float(s)) for path, s in request.loras)
+    loras = tuple(Lora(path.name, sha256_of(path), float(s)) for path, s in request.loras)
     return Manifest(
         name=request.name,
         created_by=f"vega-edge {__version__}",
@@ -249,10 +250,6 @@ def _part(files: Mapping[str, FileEntry], exported: Exported, bundle: Precision)
         None if report.weights == bundle.weights else report.weights,  # type: ignore[arg-type]
         None if scale == 1 else scale,
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _left_out(checkpoint: Checkpoint) -> Iterator[str]:

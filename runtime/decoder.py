@@ -55,8 +55,7 @@ class Decoder:
 
     def __init__(self, parts: Parts, name: str = "vae_decoder") -> None:
         config = parts.bundle.config(name)
-        channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
-        self.scale = 2 ** (len(channels) - 1)
+        self.scale = 2 ** (parts.bundle.levels(name) - 1)
         self.scaling = Scaling.of(config)
         pixels = f"{name}/pixels.onnx"
         self._bakes_pixels = parts.bundle.has(pixels)

@@ -7,7 +7,6 @@ as large in memory. Knows no engine.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..errors import BundleError, CheckpointError
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import Parameter
 from ..onnx_file import Weight, read_weights, to_stored
+from ..whole_file import sha256_of
 
 Loras = Sequence[tuple[Path, float]]
 _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
@@ -29,12 +29,13 @@ _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
 class Patches:
     """The LoRAs of one opened bundle, checked when made: CheckpointError or BundleError says what does not fit.
 
-    `parts`: those that they change. `key`: a text that two sets of LoRAs share only if they are the same; '' for none.
+    `parts`: those that they change. `hashes`: each file's sha256 with its strength. `key`: a text that two sets of LoRAs
+    share only if they are the same; '' for none.
     """
 
     def __init__(self, bundle: Bundle, loras: Loras) -> None:
         self._bundle, self.loras = bundle, tuple(loras)
-        self.key, self.parts = "", frozenset[str]()
+        self.key, self.parts, self.hashes = "", frozenset[str](), tuple[tuple[str, float], ...]()
         if not loras:
             return
         _check_bundle(bundle)
@@ -49,7 +50,8 @@ class Patches:
         self._shapes = shapes
         touched = {part for path, _ in loras for part in match_lora(read_lora(path), shapes)}
         self.parts = frozenset(touched)
-        self.key = " ".join(f"{_sha256(path)}:{strength!r}" for path, strength in loras)
+        self.hashes = tuple((sha256_of(path), strength) for path, strength in loras)
+        self.key = " ".join(f"{digest}:{strength!r}" for digest, strength in self.hashes)
 
     def of(self, part: str) -> dict[str, NDArray[Any]]:
         """Initializer -> its new values, for the graph of `part`. Made anew each time: the caller owns the memory."""
@@ -111,11 +113,3 @@ def _parts(bundle: Bundle) -> Iterator[tuple[str, Any]]:
 
 def _is_number(weight: Weight) -> bool:
     return weight.dtype in _LARGEST
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -73,21 +73,20 @@ class Pipeline:
         self.bundle, self.engine, self._parts, self._vae = bundle, parts.engine, parts, vae
         self.name = bundle.manifest.name if bundle.manifest else bundle.path.name
         self.loras = parts.patches.loras if parts.patches else ()
-        unet = bundle.config("unet")
-        self._channels = int(unet["in_channels"])
+        self._channels = bundle.number("unet", "in_channels")
         self._text = TextEncoder(parts)
         self._unet = parts.part("unet/model.onnx")
         self._decoder, self._previewer = find_decoders(parts, vae)
         self._encoder = ImageEncoder(parts)
-        for part in (self._text, self._unet, self._decoder):
-            part.load()
         self._scheduler_config = bundle.scheduler_config
         # A U-Net halves the latents between its levels and must meet itself again on the way up.
-        multiple = self._decoder.scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        multiple = self._decoder.scale * 2 ** (bundle.levels("unet") - 1)
         self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
-        assumed = foreign_defaults(self._scheduler_config, int(unet["sample_size"]) * self._decoder.scale)
+        assumed = foreign_defaults(self._scheduler_config, bundle.number("unet", "sample_size") * self._decoder.scale)
         warn_of_no_manifest(bundle, assumed, self._scheduler_config)
         self.defaults: Mapping[str, Any] = {**assumed, **(bundle.manifest.defaults if bundle.manifest else {})}
+        for part in (self._text, self._unet, self._decoder):
+            part.load()
 
     @classmethod
     def open(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from vega_edge.errors import CheckpointError, ExportError, UsageError  # noqa: E402
 from vega_edge.export import export_bundle  # noqa: E402
-from vega_edge.export.checkpoint import load_module, open_checkpoint  # noqa: E402
+from vega_edge.export.checkpoint import load_module, open_checkpoint, published_name  # noqa: E402
 from vega_edge.export.parts import load_packed  # noqa: E402
 from vega_edge.models import architectures  # noqa: E402
 
@@ -96,11 +96,96 @@ def test_refuses_what_is_no_checkpoint(checkpoint: Path, broken: Path, out: Path
             {"architectures": ["T5EncoderModel"]},
             "text_encoder is a T5EncoderModel; exported is CLIPTextModel",
         ),
+        (
+            "text_encoder",
+            {"architectures": 5},
+            "text_encoder: architectures is 5, not a list; exported is ['CLIPTextModel']",
+        ),
+        (
+            "text_encoder",
+            {"architectures": "CLIPTextModel"},
+            "text_encoder: architectures is 'CLIPTextModel', not a list; exported is ['CLIPTextModel']",
+        ),
+        (
+            "vae",
+            {"block_out_channels": None},
+            "vae: block_out_channels is None; it must be a list of whole numbers; fetch its config.json again",
+        ),
+        (
+            "unet",
+            {"block_out_channels": [16, "32"]},
+            "unet: block_out_channels is [16, '32']; it must be a list of whole numbers; fetch its config.json again",
+        ),
     ],
 )
 def test_refuses_other_architectures(broken: Path, out: Path, part: str, change: dict[str, Any], message: str) -> None:
     edit(broken / part / "config.json", **change)
     assert refusal(broken, out) == message
+
+
+def test_refuses_a_model_index_that_names_a_list(broken: Path, out: Path) -> None:
+    edit(broken / "model_index.json", _class_name=["x"])
+    kinds = "StableDiffusionPipeline and StableDiffusionXLPipeline"
+    assert refusal(broken, out) == f"{broken} is a ['x']; exported are {kinds}"
+
+
+def test_refuses_weights_that_are_not_the_configurations(broken: Path, out: Path) -> None:
+    """Before anything is exported: a U-Net is the last part."""
+    edit(broken / "unet" / "config.json", cross_attention_dim=24)
+    wanted = (
+        f"{broken / 'unet'}: 6 weights are not as config.json says, the first is "
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight (16x16 here, 16x24 there); fetch both again"
+    )
+    assert refusal(broken, out) == wanted
+
+
+def test_refuses_a_configuration_that_describes_no_network(broken: Path, out: Path) -> None:
+    edit(broken / "text_encoder" / "config.json", hidden_size="wide")
+    got = refusal(broken, out)
+    assert got.startswith("text_encoder: its config.json describes no CLIPTextModel (")
+    assert got.endswith("); fetch it again") and "hidden_size" in got and "\n" not in got
+
+
+def test_says_which_weights_are_left_out(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = load_file(broken / "unet" / WEIGHTS)
+    save_file({**tensors, "gone.weight": tensors["conv_in.bias"].clone()}, broken / "unet" / WEIGHTS)
+    open_checkpoint(broken)
+    assert [record.message for record in caplog.records] == [
+        f"{broken / 'unet'}: 1 weights are of no layer that config.json has, the first is gone.weight; they are left out"
+    ]
+
+
+def test_an_autoencoder_with_the_names_of_2022(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Stable Diffusion 1.5's is published; diffusers renames them when it loads them."""
+    wanted = load_file(broken / "vae" / WEIGHTS)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = dict(wanted)
+    for name in wanted:
+        for new, before in old.items():
+            if f".{new}." in name:
+                tensors[name.replace(f".{new}.", f".{before}.")] = tensors.pop(name)
+    assert tensors.keys() != wanted.keys()
+    save_file(tensors, broken / "vae" / WEIGHTS, metadata={"format": "pt"})
+    loaded = load_module(open_checkpoint(broken), "vae").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items()) and not caplog.records
+
+
+@pytest.mark.parametrize("missing", [None, "merges.txt"])
+def test_refuses_a_missing_tokenizer_before_anything_is_exported(
+    broken: Path, out: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    monkeypatch.setattr("vega_edge.export.writer._export_parts", lambda *_: pytest.fail("exported"))
+    folder = broken / "tokenizer"
+    if missing:
+        (folder / missing).unlink()
+        assert refusal(broken, out) == (
+            f"{folder / missing} is missing, and there is no tokenizer.json; fetch it again"
+        )
+        return
+    shutil.rmtree(folder)
+    assert refusal(broken, out) == (
+        f"{folder} is missing; export needs a whole diffusers folder (as save_pretrained writes it)"
+    )
 
 
 def test_refuses_damaged_weights(broken: Path, out: Path) -> None:
@@ -121,10 +206,15 @@ def test_refuses_missing_weights(broken: Path, part: str, file: str) -> None:
     """The libraries would fill them with random numbers and a warning."""
     tensors = load_file(broken / part / file)
     name = min(n for n in tensors if n.endswith("bias"))
+    shape = "x".join(map(str, tensors[name].shape))
     del tensors[name]
     save_file(tensors, broken / part / file, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=f"1 weights are missing, the first is {name}; fetch it again"):
-        load_module(open_checkpoint(broken), part)
+    with pytest.raises(ExportError) as caught:
+        open_checkpoint(broken)
+    assert str(caught.value) == (
+        f"{broken / part}: 1 weights are not as config.json says, the first is {published_name(part, name)} "
+        f"(missing here, {shape} there); fetch both again"
+    )
 
 
 def test_refuses_a_lora_for_a_weight_that_the_model_lacks(checkpoint: Path) -> None:

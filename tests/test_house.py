@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "engines": {"errors", "records", "manifest", "onnx_file", "whole_file"},
     "runtime": {"errors", "bundle", "lora", "manifest", "models", "onnx_file", "engines", "whole_file"},
     "doctor": {"", "errors", "manifest", "engines"},
-    "verify": {"errors", "bundle", "engines", "manifest"},
+    "verify": {"errors", "bundle", "engines", "manifest", "runtime"},
     "export": {
         "",
         "errors",

@@ -7,13 +7,14 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vega_edge.bundle import Bundle
-from vega_edge.engines import BuiltFor, compiled
+from vega_edge.engines import BuiltFor, compiled, open_engine
 from vega_edge.engines.choice import missing_here
 from vega_edge.errors import BundleError, EngineError, NotEnoughMemoryError, UsageError
 from vega_edge.models import find_bundle
@@ -277,6 +278,57 @@ def test_the_key_is_the_contents(tmp_path: Path) -> None:
         for e, v, i in (("a", "1", "x"), ("b", "1", "x"), ("a", "2", "x"), ("a", "1", "y"))
     }
     assert len(others) == 4
+
+
+@pytest.fixture(params=["full", "not a folder"])
+def no_room(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """VEGA_EDGE_HOME where nothing can be kept, and what is said of its cache."""
+    compiled._warn.cache_clear()
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    for backend in ("onnxruntime", "openvino"):
+        module = pytest.importorskip(f"vega_edge.engines.{backend}")
+        monkeypatch.setattr(module, "prepared_bytes", lambda *_: 3 << 20)
+    if request.param == "full":
+        monkeypatch.setattr(compiled.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+        return tmp_path, f"{tmp_path / 'compiled'} has only 1 MB free"
+    (tmp_path / "compiled").write_text("")  # root may write where modes forbid it, but not into a file
+    return tmp_path, f"{tmp_path / 'compiled'} can't be written (Not a directory)"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another text of the system's")
+@pytest.mark.parametrize("engine", ["onnxruntime-cpu", "openvino"])
+def test_without_room_little_memory_is_refused(engine: str, no_room: tuple[Path, str]) -> None:
+    if missing := missing_here(engine):
+        pytest.skip(missing.why)
+    graph = find_bundle("demo-vegart") / "tiny_vae_decoder" / "model.onnx"
+    with pytest.raises(EngineError) as error:
+        open_engine(graph, engine, cache=cache_folder(), low_memory=True)
+    assert str(error.value) == (
+        f"engine {engine} can't open {graph}: {no_room[1]}, and --memory low keeps 4 MB of this network there; set "
+        "VEGA_EDGE_HOME to a folder with room, or VEGA_EDGE_CACHE_GB=0 to do without, which takes more memory"
+    )
+    assert not [file for file in no_room[0].rglob("*") if file.is_file() and file.stat().st_size]
+
+
+def test_without_room_nothing_is_kept(no_room: tuple[Path, str], caplog: pytest.LogCaptureFixture) -> None:
+    """One warning for all networks."""
+    if missing := missing_here("openvino"):
+        pytest.skip(missing.why)
+    pipe = Pipeline.open("demo-vegart", "openvino", verify=False)
+    assert pipe("a star", steps=1, width=64, height=64).images
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
+        f"{no_room[1]}: what is compiled is not kept, and compiled again next time; set VEGA_EDGE_HOME to a folder with "
+        "room, or VEGA_EDGE_CACHE_GB=0"
+    ]
+
+
+def test_what_is_kept_of_a_network_is_about_as_large_as_was_thought(tmp_path: Path) -> None:
+    graph = find_bundle("demo-vegart") / "unet" / "model.onnx"
+    thought = compiled.prepared_bytes(graph)
+    open_engine(graph, "onnxruntime-cpu", cache=tmp_path, low_memory=True).close()
+    kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert 0.9 * kept <= thought <= kept
+    assert 0.5 * thought <= compiled.prepared_bytes(graph, 2) <= 0.51 * thought
 
 
 def test_generate_closes_its_pipeline_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

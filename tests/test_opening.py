@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 
 from vega_edge import Pipeline
 from vega_edge.cli import main
-from vega_edge.errors import UsageError, unknown
+from vega_edge.errors import BundleError, UsageError, unknown
+from vega_edge.manifest import MANIFEST
+from vega_edge.models import find_bundle
 from vega_edge.runtime.opening import checked_loras, foreign_defaults
 from vega_edge.verbs.export import _progress
 
@@ -43,6 +47,31 @@ def test_what_a_pipeline_is_opened_with(options: dict[str, Any], message: str) -
     with pytest.raises(UsageError) as error:
         Pipeline.open(**{"model": "demo-vegart", **options})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("part", "key", "value", "fault"), [
+    ("unet", "sample_size", None, "has no sample_size, which must be a whole number from 1"),
+    ("unet", "sample_size", True, "has true for sample_size, which must be a whole number from 1"),
+    ("unet", "in_channels", 4.5, "has 4.5 for in_channels, which must be a whole number from 1"),
+    ("unet", "block_out_channels", None, "has no block_out_channels, which must be a list, an entry a level"),
+    ("vae_decoder", "block_out_channels", "8", 'has "8" for block_out_channels, which must be a list, an entry a level'),
+])  # fmt: skip
+def test_a_configuration_that_lacks_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, key: str, value: Any, fault: str
+) -> None:
+    """Told before any network is opened."""
+    monkeypatch.setattr("vega_edge.runtime.parts.open_engine", lambda *a, **k: pytest.fail("opened"))
+    bundle = shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle")
+    (bundle / MANIFEST).unlink()
+    config = bundle / part / "config.json"
+    told = json.loads(config.read_text())
+    told.pop(key)
+    config.write_text(json.dumps(told if value is None else told | {key: value}))
+    with pytest.raises(BundleError) as error:
+        Pipeline.open(bundle, "onnxruntime-cpu")
+    assert str(error.value) == (
+        f"bundle {bundle}, part {part}: {part}/config.json {fault}; copy or export the bundle again"
+    )
 
 
 def test_loras_may_be_lists_and_generators() -> None:

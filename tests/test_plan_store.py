@@ -272,7 +272,7 @@ def test_an_unchanged_plan_is_read_once(store, bundle, monkeypatch):
     """With little memory a network is opened again for each picture."""
     added, read = store.add(plan(bundle), b"plan", 0), []
     monkeypatch.setattr(
-        plan_hash, "_sha256", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
+        plan_hash, "sha256_of", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
     )
     for _ in range(3):
         assert store.read(added) == b"plan"

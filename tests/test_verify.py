@@ -24,6 +24,22 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle"))
 
 
+@pytest.fixture
+def foreign(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that has no manifest to tell of anything; its graphs are taken to run, which is not what is looked at."""
+    (copy / MANIFEST).unlink()
+    monkeypatch.setattr("vega_edge.verify._fault", lambda engine, smoke: "")
+    return copy
+
+
+def faults_of(verdict: Verdict) -> dict[str, str]:
+    return {check.graph: check.fault for check in verdict.checks}
+
+
+def failed(bundle: Path) -> dict[str, str]:
+    return {name: fault for name, fault in faults_of(verify(bundle, "onnxruntime-cpu")).items() if fault}
+
+
 def test_the_embedded_model_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "demo-vegart", "--engine", "onnxruntime-cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -32,7 +48,8 @@ def test_the_embedded_model_is_whole(capsys: pytest.CaptureFixture[str]) -> None
     assert manifest and told["files"] == sum(len(part.files) for part in manifest.parts.values())
     by_graph = {check["graph"]: check for check in told["checks"]}
     assert {"text_encoder/model.onnx", "unet/model.onnx", "vae_decoder/pixels.onnx"} <= by_graph.keys()
-    assert all(check["fault"] == "" and check["bytes"] > 1000 for check in told["checks"])
+    assert {"tokenizer", "tokenizer_2", "scheduler"} <= by_graph.keys()
+    assert all(check["fault"] == "" and check["bytes"] > 100 for check in told["checks"])
 
 
 def test_an_altered_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,12 +74,78 @@ def test_a_configuration_that_promises_other_shapes(copy: Path) -> None:
     told = json.loads(unet.read_text())
     unet.write_text(json.dumps(told | {"cross_attention_dim": told["cross_attention_dim"] + 8}))
     verdict = verify(copy, "onnxruntime-cpu")
-    faults = {check.graph: check.fault for check in verdict.checks}
+    faults = faults_of(verdict)
     assert faults["text_encoder/model.onnx"] == (
         f"last_hidden_state has shape [1, 77, {width}], its configuration promises [1, 77, {width + 1}]"
     )
     assert "encoder_hidden_states" in faults["unet/model.onnx"] and not faults["vae_decoder/model.onnx"]
     assert not verdict.ok and verdict.files == 0
+
+
+def test_parts_that_a_picture_needs_are_missing(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (foreign / "text_encoder" / "model.onnx").unlink()
+    (foreign / "vae_decoder" / "pixels.onnx").unlink()
+    assert failed(foreign) == {"text_encoder/model.onnx": "is missing"}
+    (foreign / "vae_decoder" / "model.onnx").unlink()
+    (foreign / "tokenizer_2" / "merges.txt").unlink()
+    shutil.rmtree(foreign / "tokenizer")
+    (foreign / "scheduler" / "scheduler_config.json").write_text("{}")
+    faults = failed(foreign)
+    assert faults.pop("tokenizer").startswith(f"bundle {foreign} has no tokenizer/vocab.json; it has the parts: ")
+    assert faults.pop("tokenizer_2").startswith(f"{foreign / 'tokenizer_2'}: the tokenizer can't be read: ")
+    assert faults == {
+        "text_encoder/model.onnx": "is missing",
+        "vae_decoder/model.onnx": "is missing",
+        "scheduler": "scheduler_config.json names no scheduler: it has no _class_name",
+    }
+    assert main(["verify", str(foreign), "--engine", "onnxruntime-cpu"]) == 1
+    told = capsys.readouterr()
+    assert f"bundle {foreign}, text_encoder/model.onnx: is missing; export the bundle again\n" in told.err
+    assert "5 of 10 checks failed" in told.out
+
+
+def test_a_model_index_that_says_nothing(foreign: Path) -> None:
+    (foreign / "model_index.json").write_text("{}")
+    assert failed(foreign) == {"model_index.json": "names no text_encoder, tokenizer, unet, scheduler"}
+
+
+def edit(path: Path, **values: object) -> None:
+    """None takes a key away."""
+    told = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+
+
+def test_configurations_that_lack_or_garble_a_number(foreign: Path) -> None:
+    edit(foreign / "text_encoder" / "config.json", vocab_size="many")
+    edit(foreign / "text_encoder_2" / "config.json", hidden_size=None)
+    edit(foreign / "unet" / "config.json", addition_time_embed_dim=0)
+    edit(foreign / "vae_decoder" / "config.json", scaling_factor="none")
+    edit(foreign / "tiny_vae_decoder" / "config.json", block_out_channels=3, decoder_block_out_channels=3)
+    edit(foreign / "scheduler" / "scheduler_config.json", beta_start="low")
+    garbled = "must be a whole number from 1; copy or export the bundle again"
+    faults = failed(foreign)
+    assert faults["text_encoder/model.onnx"] == (
+        f'bundle {foreign}, part text_encoder: text_encoder/config.json has "many" for vocab_size, which {garbled}'
+    )
+    assert faults["text_encoder_2/model.onnx"] == (
+        f"bundle {foreign}, part text_encoder_2: text_encoder_2/config.json has no hidden_size, which {garbled}"
+    )
+    assert faults["unet/model.onnx"].endswith(f"has 0 for addition_time_embed_dim, which {garbled}")
+    assert faults["tiny_vae_decoder/pixels.onnx"] == (
+        f"bundle {foreign}, part tiny_vae_decoder: tiny_vae_decoder/config.json has 3 for block_out_channels, which "
+        "must be a list, an entry a level; copy or export the bundle again"
+    )
+    for name, kind in (("vae_decoder/pixels.onnx", "ValueError"), ("scheduler", "TypeError")):
+        assert faults[name].startswith(f"its configuration can't be used: {kind}: ")
+
+
+def test_a_manifest_that_lacks_a_part(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.verify._fault", lambda engine, smoke: "")
+    told = json.loads((copy / MANIFEST).read_text())
+    del told["parts"]["text_encoder"]
+    (copy / MANIFEST).write_text(json.dumps(told))
+    checks = [check for check in verify(copy, "onnxruntime-cpu").checks if check.fault]
+    assert [(c.graph, c.fault) for c in checks] == [("text_encoder/model.onnx", "the manifest does not list it")]
 
 
 def test_what_is_told() -> None:
@@ -72,7 +155,7 @@ def test_what_is_told() -> None:
         "graph            dtype, weights    size   time",
         "unet/model.onnx  fp16, int8      7.4 MB  0.2 s  ok",
         "b/x.onnx         not said        0.0 MB  1.0 s  bad",
-        "mine on onnxruntime-cpu: no manifest: nothing to compare with; 1 of 2 graphs are faulty",
+        "mine on onnxruntime-cpu: no manifest: nothing to compare with; 1 of 2 checks failed",
     ]
     with pytest.raises(EngineError) as caught:
         raise_for(verdict)
@@ -104,7 +187,7 @@ def test_engines_of_tensorrt_are_run_at_the_shapes_they_were_built_for(monkeypat
     monkeypatch.setattr("vega_edge.verify.open_engine", lambda path, *a, **k: Recorder(path))
     monkeypatch.setattr("vega_edge.verify.built_shapes", lambda path, *a: built[path.parent.name])
     verdict = verify(find_bundle("demo-vegart"), "tensorrt-rtx")
-    assert [check.fault for check in verdict.checks] == [""] * 6
+    assert [check.fault for check in verdict.checks] == [""] * 9  # tokenizers and scheduler too
     assert set(seen) == {f"{part}/{'pixels' if 'decoder' in part else 'model'}.onnx" for part in built}
     for graph, shapes in seen.items():
         assert built[graph.split("/")[0]].items() <= shapes.items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from vega_edge.whole_file import writing
+from vega_edge.whole_file import sha256_of, writing
 
 
 def names(folder: Path) -> list[str]:
@@ -77,3 +78,18 @@ def test_permissions(tmp_path: Path) -> None:
             assert (tmp_path / "a").stat().st_mode & 0o777 == expected
     finally:
         os.umask(before)
+
+
+def test_a_files_hash_is_read_piece_by_piece(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256_of(tmp_path / "small") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with open(tmp_path / "large", "wb") as stream:
+        stream.truncate(1 << 25)
+    tracemalloc.start()
+    try:
+        sha256_of(tmp_path / "large")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(FileNotFoundError):
+        sha256_of(tmp_path / "gone")

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=_hashes(arguments.lora), progress=progress,
+            bundle, options, weights=patches.of, loras=patches.hashes, progress=progress,
             ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
         )  # fmt: skip
     if arguments.json:
@@ -93,8 +93,7 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     if arguments.size:
         width, height = size_range(arguments.size)
         sizes = dataclasses.replace(sizes, width=width, height=height)
-        levels = len(bundle.config("unet")["block_out_channels"])
-        check_multiple(sizes, latent_px(bundle) * 2 ** (levels - 1))
+        check_multiple(sizes, latent_px(bundle) * 2 ** (bundle.levels("unet") - 1))
     if arguments.batch:
         sizes = dataclasses.replace(sizes, batch=batch_range(arguments.batch))
     sizes = dataclasses.replace(sizes, tiling=Tiling(TILE_PX, TILED_ABOVE_PX[True], TILED_ABOVE_PX[False]))
@@ -121,9 +120,3 @@ def _ranges(bundle: Bundle, graph: Path, loras: list[tuple[Path, float]]) -> dic
     from ..runtime.calibration import unet_feeds
 
     return largest_values(graph, unet_feeds(bundle.path, loras))
-
-
-def _hashes(loras: list[tuple[Path, float]]) -> list[tuple[str, float]]:
-    import hashlib
-
-    return [(hashlib.sha256(path.read_bytes()).hexdigest(), strength) for path, strength in loras]
