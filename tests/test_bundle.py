@@ -227,10 +227,10 @@ def test_a_config_that_is_not_json(tmp_path, content, fault):
 
 
 def test_a_file_that_cannot_be_read(folder, monkeypatch):
-    def fail(path, mode):
+    def fail(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bundles, "open", fail, raising=False)
+    monkeypatch.setattr(bundles, "sha256_of", fail)
     assert refused(Bundle.open, folder) == f"{folder / 'model_index.json'} can't be read: Permission denied"
 
 
