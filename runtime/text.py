@@ -53,7 +53,7 @@ class TextEncoder:
         suffixes = ("", "_2") if self.sdxl else ("",)
         self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self.sdxl))
         self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
-        self._layers = [int(bundle.config(f"text_encoder{s}")["num_hidden_layers"]) for s in suffixes]
+        self._layers = [bundle.number(f"text_encoder{s}", "num_hidden_layers") for s in suffixes]
         self._parts = [parts.part(f"text_encoder{s}/model.onnx") for s in suffixes]
         self._remembered: OrderedDict[Text, TextInputs] = OrderedDict()
 
