@@ -93,6 +93,7 @@ class FakeProgram:
         self.inputs = {"x": Spec(F32, (None, None)), "b": Spec(F32, (1,))}
         self.outputs = {"y": Spec(F32, (None, None))}
         self.contexts, self.opened, self.closed = [], 0, False
+        self.capturable = True
 
     def context(self, profile, shapes):
         self.opened += 1
@@ -113,6 +114,11 @@ class FakeContext:
 
     def bind(self, addresses, scratch):
         self.addresses, self.scratch = dict(addresses), scratch
+
+    def check_capturable(self):
+        assert self.addresses
+        if not self.program.capturable:
+            raise EngineError("not this one")
 
     def enqueue(self):
         memory, at, shape = self.program.device.memory, self.addresses, self.shapes["x"]

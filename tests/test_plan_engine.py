@@ -71,6 +71,17 @@ def test_what_cannot_be_captured_says_so_once_and_runs(caplog):
     assert bench.calls["launch"] == 4
 
 
+def test_a_context_that_the_library_would_not_capture_is_never_captured(caplog):
+    bench = Bench()
+    bench.program.capturable = False
+    for i in range(3):
+        bench.run(x(start=i))
+    assert [r.getMessage() for r in caplog.records] == [
+        "this plan can't be captured as a CUDA graph, and runs without one, slower: not this one"
+    ]
+    assert (bench.calls["launch"], bench.calls["capture"]) == (3, 0)
+
+
 def test_each_shape_has_a_graph_of_its_own():
     bench = Bench()
     for _ in range(3):
