@@ -522,6 +522,25 @@ def test_calibration_takes_the_largest_of_all_inputs(graph):
     assert largest_values(graph, feeds) == {"x": 5}
 
 
+def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
+    bundle = SimpleNamespace(
+        path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
+        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+    )  # fmt: skip
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "check_targets", lambda *args: ("ampere+",))
+    monkeypatch.setattr(trt_network, "set_targets", lambda *args: None)
+    options, store = BuildOptions("tensorrt-rtx", SIZES), PlanStore(bundle.path)
+
+    def build():
+        (engine,) = build_engines(bundle, options)
+        return engine.seconds > 0
+
+    assert (build(), build()) == (True, False)
+    monkeypatch.setattr(trt_build, "REVISION", trt_build.REVISION + 1)
+    assert (build(), build(), len(store.plans())) == (True, False, 1)
+
+
 def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     """What the LoRA makes larger would be cut off at the scale that was measured without it."""
     new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
@@ -685,6 +704,12 @@ def test_turing_is_built_of_half_precision_only(rtx, tmp_path):
     message = refused(EngineError, build_one, rtx, full, targets=("sm_75",))
     assert message.startswith("f/model.onnx: tensorrt-rtx can't build it: ")
     assert message.endswith("sm_75 has no fp32 matrix product in TensorRT-RTX: export the bundle with --dtype fp16")
+
+
+@pytest.mark.parametrize(("flags", "capturable"), [((), True), (("weight-streaming",), False)])
+def test_the_library_takes_what_it_is_told_about_captures(rtx, graph, flags, capturable):
+    assert ("REQUIRE_USER_ALLOCATION" in trt_network.builder_flags(rtx.module, flags)) is capturable
+    assert build_one(rtx, graph, flags=flags)[:4] == b"vtrt"
 
 
 def test_int8_weights_make_a_smaller_plan(rtx, tmp_path):
