@@ -47,7 +47,9 @@ class RuntimeCache:
             return
         serialized = self._cache.serialize()
         if serialized is None:
-            _log.warning("%s can't be kept (the library gives nothing to keep): the next start compiles again", self._file)
+            _log.warning(
+                "%s can't be kept (the library gives nothing to keep): the next start compiles again", self._file
+            )
             return
         content = memoryview(serialized)
         digest = hashlib.sha256(content).digest()
