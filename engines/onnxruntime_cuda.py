@@ -108,7 +108,7 @@ def open_graph(path: Path, provider: str, how: Opening) -> BoundEngine:
     except Exception as failure:
         if "graph capture" not in str(failure):
             raise
-        _log.info("%s/%s runs without a CUDA graph: part of it runs on the CPU", path.parent.name, path.name)
+        _log.warning("%s/%s runs without a CUDA graph, slower: part of it runs on the CPU", path.parent.name, path.name)
     return BoundEngine(_session(path, how, [(CUDA, settings)]), how.gpu, captures=False)
 
 

@@ -48,8 +48,10 @@ def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str
     `weights` that are made when they are looked at are not, where no plan of the graph could run anyway.
     """
     name = f"{graph.parent.name}/{graph.name}"
-    command = build_command(store.bundle, here.library, part_of(name), lora=bool(weights))
-    there = [plan for plan in store.plans() if plan.graph == name and plan.library == here.library]
+    built = sorted(store.plans(), key=lambda plan: _built_at(store, plan), reverse=True)
+    part = part_of(name) if any(_runs(plan, here) for plan in built) else ""  # else all parts have to be built
+    command = build_command(store.bundle, here.library, part, lora=bool(weights))
+    there = [plan for plan in built if plan.graph == name and plan.library == here.library]
     current = graph_hash(graph) if there else ""
     faults = [_fault(plan, current, here) for plan in there]
     replaced = "" if all(faults) else weights_hash(weights)
@@ -58,7 +60,7 @@ def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str
     if not fitting:
         why = f"the one there is {faults[0]}" if faults else "none has been built"
         raise EngineError(f"no engine of {name} can be used here: {why}; run: {command}")
-    fitting.sort(key=lambda plan: (plan.weights == replaced, _built_at(store, plan)), reverse=True)
+    fitting.sort(key=lambda plan: plan.weights != replaced)  # stays in that order otherwise
     return [Chosen(plan, plan.weights != replaced, Rebuild(command, plan.unit_px)) for plan in fitting]
 
 
@@ -98,8 +100,9 @@ def built_graphs(bundle: Path) -> list[Path]:
     return [found[folder] for folder in sorted(found)]
 
 
-def build_command(bundle: Path, library: str, part: str, lora: bool = False) -> str:
-    command = f"vega-edge build {shlex.quote(str(bundle))} --engine {library} --part {part}"
+def build_command(bundle: Path, library: str, part: str = "", lora: bool = False) -> str:
+    """Of all parts, or of one."""
+    command = f"vega-edge build {shlex.quote(str(bundle))} --engine {library}{f' --part {part}' if part else ''}"
     return f"{command} --lora FILE:STRENGTH" if lora else command
 
 
@@ -111,6 +114,10 @@ def _fault(plan: Plan, current: str, here: Here) -> str:
     if plan.graph_hash != current:
         return "of another export of the bundle"
     return ""
+
+
+def _runs(plan: Plan, here: Here) -> bool:
+    return plan.library == here.library and plan.version == here.version and _fits(plan.targets, here)
 
 
 def _fits(targets: tuple[str, ...], here: Here) -> bool:

@@ -26,13 +26,15 @@ _log = logging.getLogger(__name__)
 
 class Context(Protocol):
     """A plan ready to run with one set of shapes. `scratch_bytes`: of the memory that it works in, which all contexts of
-    a plan share, since only one runs at a time."""
+    a plan share, since only one runs at a time. `check_capturable` raises EngineError where a bound one is known not to
+    go into a CUDA graph."""
 
     @property
     def outputs(self) -> Mapping[str, Shape]: ...
     @property
     def scratch_bytes(self) -> int: ...
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None: ...
+    def check_capturable(self) -> None: ...
     def enqueue(self) -> None: ...
     def close(self) -> None: ...
 
@@ -131,6 +133,7 @@ class PlanEngine:
 
     def _capture(self, prepared: _Prepared) -> None:
         try:
+            prepared.context.check_capturable()
             prepared.graph = self._device.capture(prepared.context.enqueue)
         except EngineError as failure:
             self._graphs = False

@@ -27,6 +27,7 @@ from .plan_hash import file_hash, graph_hash, weights_hash
 __all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of", "weights_hash"]
 
 INDEX, FORMAT = "engines.json", 1
+REVISION = 1  # of how plans are built, raised where the same `Plan` gives another engine
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
 _STRAY_AFTER_S = 600
 BUILD_PREFIX = ".build-"  # of the folders that changed copies of graphs are written to, for the time of a build
@@ -48,7 +49,8 @@ class Plan:
     graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
     targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
     every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
-    pixels for each step of its inputs' height and width. bytes and sha256 are of the file.
+    pixels for each step of its inputs' height and width. revision: the `REVISION` that it was built with. bytes and
+    sha256 are of the file.
     """
 
     file: str
@@ -66,6 +68,7 @@ class Plan:
     loras: tuple[PlanLora, ...] = ()
     seconds: float = 0.0
     unit_px: int = 1
+    revision: int = 0
 
     @property
     def key(self) -> str:
@@ -153,14 +156,16 @@ class PlanStore:
         return f"build it again: vega-edge build {self.bundle} --engine {plan.library} --part {part_of(plan.graph)}"
 
     def add(self, plan: Plan, content: bytes | memoryview, seconds: float) -> Plan:
-        """Writes a plan and lists it, in place of one with the same key; what is not known of it before is filled in."""
+        """Writes a plan and lists it, in place of one with the same key, of whatever revision; what is not known of it
+        before is filled in."""
         size = len(memoryview(content).cast("B"))
         name = f"{plan.graph.replace('/', '.').removesuffix('.onnx')}.{plan.key[:16]}.{plan.library}.plan"
         digest = hashlib.sha256(content).hexdigest()
         plan = dataclasses.replace(plan, file=name, bytes=size, sha256=digest, seconds=round(seconds, 2))
         self.write(self.folder / name, content)
         with self.lock(INDEX):
-            kept = [other for other in self.plans() if other.file != name]  # whose name is made of its key
+            others = self.plans()
+            kept = [each for each in others if dataclasses.replace(each, revision=plan.revision).key != plan.key]
             self._list([*kept, plan])
         return plan
 

@@ -18,9 +18,11 @@ class RuntimeCache:
     TensorRT has none to keep: nothing here does anything then.
     """
 
-    def __init__(self, trt: Any, engine: Any, folder: Path | None, gpu: str) -> None:
+    def __init__(self, trt: Any, engine: Any, folder: Path | None, gpu: str, key: str) -> None:
+        """`key`: the plan's. Plans of one graph share `folder`, and what one writes has none of another's kernels."""
         self._trt, self._engine = trt, engine
-        self._file = folder / f"{gpu.replace(' ', '-').replace('/', '-')}.rtxcache" if folder is not None else None
+        name = f"{gpu.replace(' ', '-').replace('/', '-')}-{key[:16]}.rtxcache"
+        self._file = folder / name if folder is not None else None
         self._cache: Any = None
         self._kept = b""  # the digest of what the file holds
 
@@ -43,7 +45,13 @@ class RuntimeCache:
         """Writes it, whole or not at all, where it changed; without it the next start only takes longer."""
         if self._cache is None or self._file is None:
             return
-        content = memoryview(self._cache.serialize())
+        serialized = self._cache.serialize()
+        if serialized is None:
+            _log.warning(
+                "%s can't be kept (the library gives nothing to keep): the next start compiles again", self._file
+            )
+            return
+        content = memoryview(serialized)
         digest = hashlib.sha256(content).digest()
         if digest == self._kept:
             return

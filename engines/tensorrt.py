@@ -5,7 +5,6 @@ What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Her
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
-from . import nvidia
+from . import nvidia, trt_errors
 from .cuda import CudaDevice, load_runtime
 from .plan_choice import Chosen, Here, choose_plans
 from .plan_engine import PlanEngine
@@ -23,10 +22,11 @@ from .plan_store import Plan, PlanStore
 from .protocol import Engine, Opening, Spec
 from .rtx_cache import RuntimeCache
 
-_log = logging.getLogger(__name__)
 JETSON = Path("/etc/nv_tegra_release")  # of Jetson Linux
 # names of TensorRT's DataType members that numpy has too
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
+# of weights that are replaced; the bits of bfloat16, which numpy lacks, come as uint16
+_WEIGHTS = {**{np.dtype(kind): name for name, kind in _DTYPES.items()}, np.dtype("u2"): "BF16"}
 
 
 def open_graph(path: Path, module: str, how: Opening) -> Engine:
@@ -45,7 +45,8 @@ def _open_plan(trt: Any, store: PlanStore, chosen: Chosen, path: Path, how: Open
         program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
         if chosen.refit or "stripped" in chosen.plan.flags:  # one that was built with a LoRA has lost that too
             program.refit(path, how.weights)
-        return PlanEngine(program, device, chosen.rebuild)
+        streams = "weight-streaming" in chosen.plan.flags  # its runs copy weights, and it was not built to be captured
+        return PlanEngine(program, device, chosen.rebuild, graphs=not streams)
     except BaseException:
         device.close()
         raise
@@ -93,11 +94,12 @@ class _Program:
 
     def __init__(self, trt: Any, plan: Plan, content: memoryview, device: CudaDevice, cache: Path | None) -> None:
         self._trt, self._device, self._said = trt, device, list[str]()
-        self._logger = _logger(trt, self._said)
+        self._logger = trt_errors.logger(trt, self._said)
         self._runtime = trt.Runtime(self._logger)
+        self._file, self._header = plan.file, bytes(content[: getattr(self._runtime, "engine_header_size", 0)])
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise EngineError(f"{plan.file} can't be loaded: {not_loaded(self._said, device.memory())}")
+            raise EngineError(f"{plan.file} can't be loaded: {self._not_usable()}")
         if "weight-streaming" in plan.flags:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -106,7 +108,7 @@ class _Program:
         self.outputs = {name: self._spec(name) for name in names if name not in inputs}
         self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
         self._managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._cache = RuntimeCache(trt, self._engine, cache, nvidia.devices()[device.index])
+        self._cache = RuntimeCache(trt, self._engine, cache, nvidia.devices()[device.index], plan.key)
 
     @property
     def scratch_bytes(self) -> int:
@@ -118,7 +120,7 @@ class _Program:
         config = self._cache.config(self._managed)
         context = self._engine.create_execution_context(self._managed if config is None else config)
         if context is None:
-            raise EngineError(f"no room to run it: {_why(self._said)}; draw smaller or fewer pictures")
+            raise EngineError(f"{self._file} can't be run: {self._not_usable()}")
         return _Context(context, self._device, profile, shapes, self)
 
     def refit(self, graph: Path, weights: Mapping[str, Any]) -> None:
@@ -126,23 +128,26 @@ class _Program:
         only with the others."""
         trt = self._trt
         refitter = trt.Refitter(self._engine, self._logger)
-        if not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
-            raise EngineError(
-                f"{graph.parent.name}/{graph.name} does not fit the engine built of it: {_why(self._said)}"
-            )
+        parser = trt.OnnxParserRefitter(refitter, self._logger)  # kept until the end: it may hold what it read
+        if not parser.refit_from_file(str(graph)):
+            self._said += trt_errors.parser_errors(parser)
+            raise EngineError(f"{graph.parent.name}/{graph.name} does not fit the engine built of it: {self.why()}")
         kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # read when it refits, not before
         for name, array in kept.items():
-            given = trt.Weights(array)
-            if array.dtype == np.uint16:  # the bits of bfloat16
-                given = trt.Weights(trt.DataType.BF16, array.ctypes.data, array.size)
-            if not refitter.set_named_weights(name, given):
-                raise EngineError(f"the engine takes no new {name!r}: {_why(self._said)}; build with --lora instead")
+            kind = getattr(trt.DataType, _WEIGHTS[array.dtype])
+            if not refitter.set_named_weights(name, trt.Weights(kind, array.ctypes.data, array.size)):
+                raise EngineError(f"the engine takes no new {name!r}: {self.why()}; build with --lora instead")
         if not refitter.refit_cuda_engine():
             missing = refitter.get_missing_weights()
-            raise EngineError(f"refitting failed ({len(missing)} weights are missing): {_why(self._said)}")
+            raise EngineError(f"refitting failed ({len(missing)} weights are missing): {self.why()}")
 
     def why(self) -> str:
-        return _why(self._said)
+        return trt_errors.why(self._said)
+
+    def _not_usable(self) -> str:
+        found = trt_errors.diagnose(self._trt, self._runtime, self._header)
+        capability = nvidia.compute_capability(self._device.index)
+        return trt_errors.not_usable(self._said, found, self._device.memory(), capability)
 
     def compiled(self) -> None:
         """A context ran for the first time, and may have compiled kernels: kept now, as nobody may come to close it."""
@@ -174,29 +179,34 @@ class _Context:
     ) -> None:
         self._context, self._device, self._program = context, device, program
         self._compiled = False
-        context.set_optimization_profile_async(profile, int(device.stream))
+        if not context.set_optimization_profile_async(profile, int(device.stream)):
+            raise EngineError(f"profile {profile} can't be used: {program.why()}")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"input {name!r} can't be {shape}: {program.why()}")
         if unknown := context.infer_shapes():
             raise EngineError(f"the shapes leave {', '.join(unknown)} open")
         self.outputs = {name: tuple(map(int, context.get_tensor_shape(name))) for name in program.outputs}
-        # The size of these shapes is for device_memory alone: set_device_memory wants the largest shape's. Without
-        # RUNTIME_ACTIVATION_RESIZE_10_10 in the plan it is the largest shape's too.
-        self._sized = hasattr(context, "update_device_memory_size_for_shapes") and hasattr(
-            type(context), "device_memory"
-        )
-        largest = program.scratch_bytes
-        self.scratch_bytes = int(context.update_device_memory_size_for_shapes()) if self._sized else largest
+        # Of these shapes; without RUNTIME_ACTIVATION_RESIZE_10_10 in the plan, or this method, it is the largest shape's.
+        # 0 may also mean that the library could not tell.
+        size = getattr(context, "update_device_memory_size_for_shapes", int)
+        self.scratch_bytes = int(size()) or program.scratch_bytes
         device.synchronize()
 
     def bind(self, addresses: Mapping[str, int], scratch: int) -> None:
-        if scratch and (self._sized or not hasattr(self._context, "set_device_memory")):
-            self._context.device_memory = scratch
-        elif scratch:
+        if scratch and hasattr(self._context, "set_device_memory"):
             self._context.set_device_memory(scratch, self.scratch_bytes)
+        elif scratch:
+            self._context.device_memory = scratch
         for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
+            if not self._context.set_tensor_address(name, address):
+                raise EngineError(f"{name!r} can't be bound to its memory: {self._program.why()}")
+
+    def check_capturable(self) -> None:
+        """TensorRT can't tell."""
+        asks = getattr(self._context, "is_stream_capturable", None)
+        if asks is not None and not asks(int(self._device.stream)):
+            raise EngineError("the library says that its runs can't be captured; build it again with vega-edge build")
 
     def enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._device.stream)):
@@ -207,34 +217,3 @@ class _Context:
 
     def close(self) -> None:
         self._context = None
-
-
-def _logger(trt: Any, said: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                said.append(" ".join(message.split()))
-            _log.debug("%s", message)
-
-    return Logger()
-
-
-def not_loaded(said: list[str], memory: tuple[int, int]) -> str:
-    """Why a plan whose hash was right could not be loaded, and the cure; `memory`: bytes free and in all."""
-    free, total = memory
-    text = " ".join(said).lower()
-    if "memory" in text:
-        return (
-            f"the GPU has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, too little for it; close what else uses it (see "
-            "nvidia-smi), or use --memory low"
-        )
-    if "driver" in text:
-        return f"{_why(said)}; update the NVIDIA driver"
-    return f"{_why(said)}; build it again with vega-edge build"
-
-
-def _why(said: list[str]) -> str:
-    return said[-1] if said else "the library gave no reason"

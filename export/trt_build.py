@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..bundle import Bundle
 from ..engines import nvidia
 from ..engines.cuda import free_bytes
-from ..engines.plan_store import Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
+from ..engines.plan_store import REVISION, Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
 from ..errors import EngineError, UsageError, unknown
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
@@ -96,6 +96,7 @@ def build_engines(
             version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
             profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
             loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
+            revision=REVISION,
         )  # fmt: skip
         with store.lock(wanted.key):  # another process that wants the same plan waits, and then finds it
             there = _find(store, wanted)

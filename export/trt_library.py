@@ -13,7 +13,7 @@ from ..errors import EngineError, UsageError, unknown
 
 AMPERE_PLUS = "ampere+"
 TURING = "sm_75"
-_FP8 = ("sm_89", "sm_120", "sm_121")  # have fp8 arithmetic: Ada and Blackwell
+_FP8 = 89  # compute capability 8.9, Ada, and all later ones have fp8 arithmetic
 PRECISIONS = ("graph", "int8", "fp8")
 
 
@@ -56,21 +56,27 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: str, gp
         here = nvidia.compute_capability(gpu)
         if targets not in ((), (here,)):
             raise UsageError(f"{library.name} builds for the GPU it runs on, {here}, not for {', '.join(targets)}")
-        targets = (here,)
-    else:
-        known = [AMPERE_PLUS, *_capabilities(library)]
-        for target in targets:
-            if target not in known:
-                raise unknown("target", target, known)
-        targets = targets or (AMPERE_PLUS,)
-        if len(targets) > 1 and set(targets) & {AMPERE_PLUS, TURING}:
-            raise UsageError(
-                f"{AMPERE_PLUS} and {TURING} are each an engine of its own, not to be mixed with others: build one after "
-                "the other"
-            )
-    if precision == "fp8" and (refused := [target for target in targets if target not in _FP8]):
-        raise UsageError(f"fp8 needs {', '.join(_FP8)}; {', '.join(refused)} has none: name targets, or use int8")
+        if precision == "fp8" and not _has_fp8(here):
+            raise UsageError(f"fp8 needs sm_{_FP8} or later, and this GPU is {here}; use int8")
+        return (here,)
+    known = [AMPERE_PLUS, *_capabilities(library)]
+    for target in targets:
+        if target not in known:
+            raise unknown("target", target, known)
+    targets = targets or (AMPERE_PLUS,)
+    if len(targets) > 1 and set(targets) & {AMPERE_PLUS, TURING}:
+        raise UsageError(
+            f"{AMPERE_PLUS} and {TURING} are each an engine of its own, not to be mixed with others: build one after "
+            "the other"
+        )
+    if precision == "fp8" and (refused := [target for target in targets if not _has_fp8(target)]):
+        able = ", ".join(filter(_has_fp8, known))
+        raise UsageError(f"fp8 needs {able}; {', '.join(refused)} has none: name targets, or use int8")
     return targets
+
+
+def _has_fp8(target: str) -> bool:
+    return target != AMPERE_PLUS and int(target.removeprefix("sm_")) >= _FP8
 
 
 def set_targets(library: Library, config: Any, targets: tuple[str, ...]) -> None:

@@ -128,6 +128,9 @@ def builder_flags(trt: Any, flags: tuple[str, ...]) -> list[str]:
     """The library's names. A stripped plan gets back the weights that it was built with, and is as fast as one that has
     them, unless it is to take others too."""
     found = {"REFIT"} if "refit" in flags else set()
+    # TensorRT-RTX 1.2's release notes: CUDA stream capture needs it; its builder refuses it with weight streaming.
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and "weight-streaming" not in flags:
+        found.add("REQUIRE_USER_ALLOCATION")
     if "stripped" in flags:
         found |= {"STRIP_PLAN", "REFIT_IDENTICAL" if hasattr(trt.BuilderFlag, "REFIT_IDENTICAL") else "REFIT"}
     if "refit" in flags:

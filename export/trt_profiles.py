@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..bundle import Bundle
 from ..errors import UsageError
+from ..tiling import TILING, Tiling
 
 TOKENS, MOST_TOKENS = 77, 231  # CLIP's context, and three of it side by side for long prompts
 _PIXELS = ("vae_encoder",)  # parts whose pictures are in px; all others have latents
@@ -27,16 +28,6 @@ class Range(NamedTuple):
 
 _GUIDED = Range(1, 1, 2)
 _TOKENS = Range(TOKENS, TOKENS, MOST_TOKENS)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the runtime decodes large pictures: in tiles of `side` px, from some side above `from_px` on with little
-    memory, above `always_px` in any case."""
-
-    side: int
-    from_px: int
-    always_px: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ class Sizes:
 
 
 def bundle_sizes(bundle: Bundle) -> Sizes:
-    """From the bundle's defaults and limits: the recipe's, as they were when it was exported."""
+    """From the bundle's defaults and limits, the recipe's as they were when it was exported, and the runtime's tiles."""
     defaults = bundle.manifest.defaults if bundle.manifest else {}
     limits = bundle.manifest.limits if bundle.manifest else {}
     native = bundle.number("unet", "sample_size") * latent_px(bundle)
@@ -87,7 +78,7 @@ def bundle_sizes(bundle: Bundle) -> Sizes:
     most_guided = limits.get("guidance", (0, 2))[1]
     if most_guided <= 1:
         guided = Range(1, 1, 1)
-    return Sizes(Range(least, width, most), Range(least, height, most), Range(1, 1, 4), guided)
+    return Sizes(Range(least, width, most), Range(least, height, most), Range(1, 1, 4), guided, tiling=TILING)
 
 
 def latent_px(bundle: Bundle) -> int:

@@ -16,11 +16,11 @@ from PIL import Image
 
 from ..engines import Engine
 from ..errors import EngineError, NotFiniteError
+from ..tiling import TILING
 from .parts import Part, Parts
 from .tiles import decode_in_tiles
 
 _log = logging.getLogger(__name__)
-TILED_ABOVE_PX = {False: 1280, True: 768}  # a side, by low_memory: a decoder's memory grows with the picture's area
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ class Decoder:
     def pixels(self, latents: NDArray[np.float32], tiled: bool | None = None) -> NDArray[np.uint8]:
         """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3].
 
-        tiled: None decides by size; see `TILED_ABOVE_PX`.
+        tiled: None decides by size; see `Tiling`.
         """
         if not np.isfinite(latents).all():
             raise NotFiniteError(f"{self._engine_name}: the last step's latents are not finite; fewer steps may help")
         if tiled is None:
-            tiled = max(latents.shape[-2:]) * self.scale > TILED_ABOVE_PX[self._low_memory]
+            whole_px = TILING.from_px if self._low_memory else TILING.always_px
+            tiled = max(latents.shape[-2:]) * self.scale > whole_px
         with self._part.running() as engine:
             if tiled:
                 return decode_in_tiles(latents, self.scale, lambda tile: self._decode(engine, tile))

@@ -11,13 +11,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..tiling import TILING
+
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
-TILE_PX = 512  # a side
 _OVERLAP = 0.25  # of a tile
 
 
 def decode_in_tiles(
-    latents: NDArray[np.float32], scale: int, decode: Decode, tile_px: int = TILE_PX
+    latents: NDArray[np.float32], scale: int, decode: Decode, tile_px: int = TILING.side
 ) -> NDArray[np.uint8]:
     """Latents [n, c, h, w] -> pixels uint8 [n, h * scale, w * scale, 3]; `decode` gets tiles [1, c, th, tw]."""
     n, _, h, w = latents.shape

@@ -17,7 +17,7 @@ F32 = np.dtype(np.float32)
 
 class FakeDevice:
     def __init__(self):
-        self.memory, self.next, self.pinned, self.graphs = {}, 0x1000, {}, {}
+        self.allocated, self.next, self.pinned, self.graphs = {}, 0x1000, {}, {}
         self.calls = Counter()
         self.capturing = None
         self.refuse_capture = False
@@ -29,11 +29,11 @@ class FakeDevice:
     def allocate(self, size):
         self.calls["allocate"] += 1
         self.next += 0x1000000
-        self.memory[self.next] = np.zeros(size, np.uint8)
+        self.allocated[self.next] = np.zeros(size, np.uint8)
         return self.next
 
     def free(self, pointer):
-        del self.memory[pointer]
+        del self.allocated[pointer]
 
     def pin(self, size):
         staging = np.zeros(size, np.uint8)
@@ -46,11 +46,11 @@ class FakeDevice:
     def upload(self, pointer, staging):
         assert self.capturing is None
         self.calls["upload"] += 1
-        self.memory[pointer][: staging.nbytes] = staging
+        self.allocated[pointer][: staging.nbytes] = staging
 
     def download(self, staging, pointer):
         self.calls["download"] += 1
-        staging[:] = self.memory[pointer][: staging.nbytes]
+        staging[:] = self.allocated[pointer][: staging.nbytes]
 
     def synchronize(self):
         pass
@@ -93,6 +93,7 @@ class FakeProgram:
         self.inputs = {"x": Spec(F32, (None, None)), "b": Spec(F32, (1,))}
         self.outputs = {"y": Spec(F32, (None, None))}
         self.contexts, self.opened, self.closed = [], 0, False
+        self.capturable = True
 
     def context(self, profile, shapes):
         self.opened += 1
@@ -114,8 +115,13 @@ class FakeContext:
     def bind(self, addresses, scratch):
         self.addresses, self.scratch = dict(addresses), scratch
 
+    def check_capturable(self):
+        assert self.addresses
+        if not self.program.capturable:
+            raise EngineError("not this one")
+
     def enqueue(self):
-        memory, at, shape = self.program.device.memory, self.addresses, self.shapes["x"]
+        memory, at, shape = self.program.device.allocated, self.addresses, self.shapes["x"]
 
         def work():
             count = int(np.prod(shape))

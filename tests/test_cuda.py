@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vega_edge.engines import cuda, nvidia
-from vega_edge.engines.tensorrt import not_loaded
+from vega_edge.engines.trt_errors import not_usable
 from vega_edge.errors import EngineError
 
 
@@ -110,27 +110,42 @@ def test_a_stream_is_destroyed_once(opened):
         ([], "the library gave no reason; build it again with vega-edge build"),
     ],
 )  # fmt: skip
-def test_a_plan_that_is_not_loaded(said, why):
-    assert not_loaded(said, (1_500_000_000, 8_000_000_000)) == why
+def test_why_a_plan_is_not_loaded_by_what_was_said(said, why):
+    assert not_usable(said, set(), (1_500_000_000, 8_000_000_000), "sm_89") == why
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ("OLD_CUDA_DRIVER", "the NVIDIA driver is too old for it; update the driver"),
+        ("UNSUPPORTED_CC", "it was not built for this GPU, sm_89; build it with vega-edge build --target sm_89"),
+        ("INSUFFICIENT_GPU_MEMORY", "the GPU has 1.5 of 8.0 GB free, too little for it; close what else uses it (see nvidia-smi), or use --memory low"),
+        ("MALFORMED_ENGINE", "words; build it again with vega-edge build"),
+    ],
+)  # fmt: skip
+def test_why_a_plan_is_not_loaded_by_what_the_library_finds(found, why):
+    assert not_usable(["words"], {found}, (1_500_000_000, 8_000_000_000), "sm_89") == why
 
 
 # What is called without a GPU being there to call it: the names at least must exist in the packages that are installed.
 
 TENSORRT_NAMES = {
-    "Runtime": "deserialize_cuda_engine",
+    "Runtime": "deserialize_cuda_engine get_engine_validity engine_header_size",
+    "EngineInvalidityDiagnostics": "INSUFFICIENT_GPU_MEMORY OLD_CUDA_DRIVER UNSUPPORTED_CC",
     "ICudaEngine": "get_tensor_name num_io_tensors get_tensor_mode num_optimization_profiles create_execution_context "
     "get_tensor_dtype get_tensor_shape get_tensor_profile_shape create_runtime_config weight_streaming_budget_v2 "
     "get_weight_streaming_automatic_budget device_memory_size_v2",
     "IExecutionContext": "set_optimization_profile_async set_input_shape infer_shapes get_tensor_shape "
-    "set_device_memory set_tensor_address execute_async_v3 update_device_memory_size_for_shapes device_memory",
+    "set_device_memory set_tensor_address execute_async_v3 update_device_memory_size_for_shapes device_memory "
+    "is_stream_capturable",
     "IBuilderConfig": "set_preview_feature",
     "PreviewFeature": "RUNTIME_ACTIVATION_RESIZE_10_10",
-    "BuilderFlag": "REFIT REFIT_IDENTICAL STRIP_PLAN WEIGHT_STREAMING",
+    "BuilderFlag": "REFIT REFIT_IDENTICAL REQUIRE_USER_ALLOCATION STRIP_PLAN WEIGHT_STREAMING",
     "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy "
     "cuda_graph_strategy create_runtime_cache set_runtime_cache",
     "IRuntimeCache": "serialize deserialize",
     "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
-    "OnnxParserRefitter": "refit_from_file",
+    "OnnxParserRefitter": "refit_from_file num_errors get_error",
     "ExecutionContextAllocationStrategy": "USER_MANAGED",
     "DynamicShapesKernelSpecializationStrategy": "EAGER",
     "CudaGraphStrategy": "DISABLED",

@@ -65,6 +65,9 @@ class CopyContext:
     def bind(self, addresses, scratch):
         self.addresses = dict(addresses)
 
+    def check_capturable(self):
+        pass
+
     def enqueue(self):
         from cuda.bindings import runtime
 

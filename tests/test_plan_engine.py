@@ -71,6 +71,17 @@ def test_what_cannot_be_captured_says_so_once_and_runs(caplog):
     assert bench.calls["launch"] == 4
 
 
+def test_a_context_that_the_library_would_not_capture_is_never_captured(caplog):
+    bench = Bench()
+    bench.program.capturable = False
+    for i in range(3):
+        bench.run(x(start=i))
+    assert [r.getMessage() for r in caplog.records] == [
+        "this plan can't be captured as a CUDA graph, and runs without one, slower: not this one"
+    ]
+    assert (bench.calls["launch"], bench.calls["capture"]) == (3, 0)
+
+
 def test_each_shape_has_a_graph_of_its_own():
     bench = Bench()
     for _ in range(3):
@@ -121,18 +132,18 @@ def test_after_a_move_the_first_run_warms_up_again():
 def test_scratch_memory_is_that_of_the_largest_shape_met():
     """Of the largest that could come it may be gigabytes, on boards that have eight."""
     bench = Bench()
-    assert bench.device.memory == {}  # nothing is taken before the first run
+    assert bench.device.allocated == {}  # nothing is taken before the first run
     for _ in range(3):
         bench.run(x(1, 64))
-    assert bench.device.memory[bench.engine._scratch].size == 8
+    assert bench.device.allocated[bench.engine._scratch].size == 8
     bench.run(x(4, 8))
-    assert bench.device.memory[bench.engine._scratch].size == 32
-    assert len(bench.device.memory) == 4
+    assert bench.device.allocated[bench.engine._scratch].size == 32
+    assert len(bench.device.allocated) == 4
     captured = bench.calls["capture"]
     for i in range(3):
         bench.run(x(1, 64, start=i))  # its graph knew the old place
     assert bench.calls["capture"] == captured + 1
-    assert bench.device.memory[bench.engine._scratch].size == 32
+    assert bench.device.allocated[bench.engine._scratch].size == 32
 
 
 def test_no_room_for_more_scratch_memory_leaves_the_engine_working():
@@ -148,7 +159,7 @@ def test_no_room_for_more_scratch_memory_leaves_the_engine_working():
     bench.run(x(1, 8))
     bench.run(x(4, 8))
     bench.engine.close()
-    assert bench.device.memory == {}
+    assert bench.device.allocated == {}
 
 
 def refuse_allocation(size):
@@ -176,7 +187,7 @@ def test_buffers_grow_and_stay():
     for i in range(50):
         bench.run(x(1 + i % 4, 1 + i))
     assert bench.calls["allocate"] == allocated
-    assert len(bench.device.memory) == 4  # x, b, y, scratch
+    assert len(bench.device.allocated) == 4  # x, b, y, scratch
 
 
 def test_a_constant_feed_is_sent_once():
@@ -255,7 +266,7 @@ def test_close_frees_everything():
     for shape in ((1, 4), (1, 4), (2, 8)):
         bench.run(x(*shape))
     bench.engine.close()
-    assert (bench.device.memory, bench.device.pinned, bench.device.graphs) == ({}, {}, {})
+    assert (bench.device.allocated, bench.device.pinned, bench.device.graphs) == ({}, {}, {})
     assert bench.program.closed
     assert bench.device.closed
 

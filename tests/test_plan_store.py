@@ -200,19 +200,20 @@ def chosen(store, here=ADA, weights=None):
 
 
 @pytest.mark.parametrize(
-    ("changes", "here", "why"),
+    ("changes", "here", "why", "part"),
     [
-        (None, ADA, "none has been built"),
-        ({"version": "1.6"}, ADA, "the one there is of tensorrt-rtx 1.6, and this is 1.7"),
-        ({"targets": ("sm_89",)}, ORIN, "the one there is built for sm_89, and this GPU is sm_87"),
-        ({"graph_hash": "0"}, ADA, "the one there is of another export of the bundle"),
-        ({"weights": "0"}, ADA, "the one there is built with another LoRA"),
+        (None, ADA, "none has been built", ""),
+        ({"version": "1.6"}, ADA, "the one there is of tensorrt-rtx 1.6, and this is 1.7", ""),
+        ({"targets": ("sm_89",)}, ORIN, "the one there is built for sm_89, and this GPU is sm_87", ""),
+        ({"graph_hash": "0"}, ADA, "the one there is of another export of the bundle", " --part unet"),
+        ({"weights": "0"}, ADA, "the one there is built with another LoRA", " --part unet"),
     ],
 )
-def test_why_none_fits(store, bundle, changes, here, why):
+def test_why_none_fits(store, bundle, changes, here, why, part):
+    """All parts are to be built where no part has a plan for this library and GPU: else each run would name the next."""
     if changes is not None:
         store.add(plan(bundle, **changes), b"plan", 0)
-    command = f"vega-edge build {bundle} --engine tensorrt-rtx --part unet"
+    command = f"vega-edge build {bundle} --engine tensorrt-rtx{part}"
     assert refused(chosen, store, here) == f"no engine of unet/model.onnx can be used here: {why}; run: {command}"
 
 
@@ -226,6 +227,31 @@ def test_one_for_all_rtx_gpus_is_not_for_turing_hopper_or_orin(store, bundle, ca
         assert chosen(store, here).plan == store.plans()[0]
     else:
         assert f"built for ampere+, and this GPU is {capability}" in refused(chosen, store, here)
+
+
+def test_one_part_is_built_where_another_has_a_plan(store, bundle):
+    store.add(plan(bundle, "vae_decoder/pixels.onnx", library="tensorrt"), b"plan", 0)
+    assert refused(chosen, store).endswith(f"; run: vega-edge build {bundle} --engine tensorrt-rtx")
+    store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
+    assert refused(chosen, store).endswith(f"; run: vega-edge build {bundle} --engine tensorrt-rtx --part unet")
+
+
+def test_of_several_plans_the_last_built_ones_fault_is_told(store, bundle):
+    other = store.add(plan(bundle, graph_hash="0"), b"plan", 0)
+    old = store.add(plan(bundle, version="1.6"), b"plan", 0)
+    for newest, why in ((other, "of another export of the bundle"), (old, "of tensorrt-rtx 1.6, and this is 1.7")):
+        for each in (other, old):
+            os.utime(store.folder / each.file, (2e9, 2e9) if each is newest else (1e9, 1e9))
+        assert f"the one there is {why}; run: " in refused(chosen, store)
+
+
+def test_a_plan_of_a_later_revision_takes_the_place_of_the_earlier(store, bundle):
+    """It is the same to whoever asks for one, but another file: the earlier may be loaded now."""
+    earlier, static = (store.add(plan(bundle, flags=flags), b"old", 0) for flags in ((), ("static",)))
+    later = store.add(plan(bundle, revision=1), b"new", 0)
+    assert later.key != earlier.key
+    assert {each.file for each in store.plans()} == {later.file, static.file}
+    assert (store.folder / earlier.file).is_file()  # until gc: see `stray`
 
 
 def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bundle):

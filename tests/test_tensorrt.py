@@ -14,18 +14,19 @@ from vega_edge.engines.protocol import Opening
 from vega_edge.errors import EngineError
 
 from .fake_device import FakeDevice
-from .fake_runtime import Context, FakeRuntime, LaterContext
+from .fake_runtime import Context, FakeRuntime, OldContext, SizedContext, UnsureContext
 
 pytest.importorskip("filelock")
 RANGES = {"x": ((1, 4), (1, 4), (8, 4))}
 LORA = {"w": np.ones(3, np.float32)}
+SET_LORA = ("set", "w", [1, 1, 1])
 
 
 class Device(FakeDevice):
     index, stream = 0, 7
 
-    def memory_left(self):
-        return 1, 2
+    def memory(self):
+        return 1_500_000_000, 8_000_000_000
 
 
 @pytest.fixture
@@ -58,10 +59,23 @@ def run(engine, n=1):
     engine.run({"x": np.zeros((n, 4), np.float32)})
 
 
-def test_compiled_kernels_are_kept_after_a_first_run(start, tmp_path):
+def refused(call, *args, **options):
+    with pytest.raises(EngineError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+def cache_file(folder, graph, flags=()):
+    """Of the plan in its bundle with these flags."""
+    (key,) = (plan.key for plan in PlanStore(graph.parent.parent).plans() if plan.flags == flags)
+    return folder / f"RTX-4090-{key[:16]}.rtxcache"
+
+
+def test_compiled_kernels_are_kept_after_a_first_run(start, graph, tmp_path):
     """A process that is killed, or does not close its pipeline, has them too."""
-    trt, file = FakeRuntime(), tmp_path / "cache" / "RTX-4090.rtxcache"
+    trt = FakeRuntime()
     engine = start(trt, cache=tmp_path / "cache")
+    file = cache_file(tmp_path / "cache", graph)
     run(engine)
     assert file.read_bytes() == b"kernel"
     written = file.stat().st_mtime_ns
@@ -81,12 +95,13 @@ def test_compiled_kernels_are_kept_after_a_first_run(start, tmp_path):
     assert file.stat().st_mtime_ns == written
 
 
-def test_a_cache_of_another_driver_is_made_anew(start, tmp_path, caplog):
-    file = tmp_path / "cache" / "RTX-4090.rtxcache"
+def test_a_cache_of_another_driver_is_made_anew(start, graph, tmp_path, caplog):
+    engine = start(FakeRuntime(), cache=tmp_path / "cache")
+    file = cache_file(tmp_path / "cache", graph)
     file.parent.mkdir()
     file.write_bytes(b"old")
     with caplog.at_level(logging.INFO, "vega_edge"):
-        run(start(FakeRuntime(), cache=tmp_path / "cache"))
+        run(engine)
     assert f"{file} is of another driver or version; it is made anew" in caplog.text
     assert file.read_bytes() == b"kernel"
 
@@ -97,6 +112,27 @@ def test_a_cache_that_can_not_be_written_is_a_warning(start, tmp_path, caplog):
     assert "can't be kept (" in caplog.text and ": the next start compiles again" in caplog.text
 
 
+def test_plans_of_one_graph_have_a_cache_each(start, graph, tmp_path):
+    """Else the one that is written last would drop what the other compiled."""
+    first = start(FakeRuntime(), cache=tmp_path)
+    run(first)
+    run(start(FakeRuntime(), flags=("static",), cache=tmp_path))
+    files = [cache_file(tmp_path, graph, flags) for flags in ((), ("static",))]
+    assert [file.read_bytes() for file in files] == [b"kernel"] * 2
+
+
+def test_a_library_that_gives_no_cache_ends_no_picture(start, graph, tmp_path, caplog):
+    trt = FakeRuntime()
+    trt.cache.serialize = lambda: None
+    engine = start(trt, cache=tmp_path)
+    run(engine)
+    file = cache_file(tmp_path, graph)
+    assert not file.exists()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file} can't be kept (the library gives nothing to keep): the next start compiles again"
+    ]
+
+
 def test_tensorrt_has_no_such_cache(start, tmp_path):
     engine = start(FakeRuntime(rtx=False), cache=tmp_path / "cache")
     run(engine)
@@ -104,28 +140,89 @@ def test_tensorrt_has_no_such_cache(start, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [(None, [200, 300]), (Context, [1_000_000]), (LaterContext, [1_000_000])])
-def test_scratch_memory_is_asked_for_each_shape_where_the_library_tells(start, kind, sizes):
-    """Else it is the largest shape's."""
-    trt = FakeRuntime() if kind is None else FakeRuntime(kind)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "told"),
+    [
+        (SizedContext, [200, 300], [("scratch", 200), ("scratch", 300), ("scratch", 100)]),
+        (OldContext, [200, 300], ["scratch"] * 3),
+        (Context, [1_000_000], [("scratch", 1_000_000)] * 3),
+        (UnsureContext, [1_000_000], [("scratch", 1_000_000)] * 3),
+    ],
+)
+def test_scratch_memory_is_asked_for_each_shape_where_the_library_tells(start, kind, sizes, told):
+    """Else it is the largest shape's: without any, the library would write anywhere."""
+    trt = FakeRuntime(kind)
     engine, taken = start(trt), []
     allocate = engine._device.allocate
     engine._device.allocate = lambda size: taken.append(size) or allocate(size)
     for n in (2, 3, 1):
         run(engine, n)
     assert [size for size in taken if size >= 200] == sizes  # x and y take 48 bytes at most
-    assert trt.told.count("scratch") == (3 if kind is None else 0)
-    assert trt.told.count(("scratch", 1_000_000)) == (0 if kind is None else 3)
+    assert [what for what in trt.told if "scratch" in what] == told
+
+
+@pytest.mark.parametrize(
+    ("trt", "flags", "captured", "warned"),
+    [
+        (FakeRuntime(), (), 1, []),
+        (FakeRuntime(), ("weight-streaming",), 0, []),
+        (FakeRuntime(refuses=["capture"]), (), 0, [
+            "this plan can't be captured as a CUDA graph, and runs without one, slower: the library says that its runs "
+            "can't be captured; build it again with vega-edge build"
+        ]),
+    ],
+    ids=["as built", "weights move", "built before"],
+)  # fmt: skip
+def test_what_is_captured(start, trt, flags, captured, warned, caplog):
+    engine = start(trt, flags=flags)
+    for _ in range(3):
+        run(engine)
+    assert engine._device.calls["capture"] == captured
+    assert [record.getMessage() for record in caplog.records] == warned
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("profile", "profile 0 can't be used: the library gave no reason"),
+        ("y", "'y' can't be bound to its memory: the library gave no reason"),
+    ],
+)
+def test_what_the_library_refuses_is_told(start, what, message):
+    assert refused(lambda: run(start(FakeRuntime(refuses=[what])))) == message
+
+
+@pytest.mark.parametrize(
+    ("finds", "why"),
+    [
+        (0, "the library gave no reason; build it again with vega-edge build"),
+        (2, "it was not built for this GPU, sm_89; build it with vega-edge build --target sm_89"),
+        (16, "the GPU has 1.5 of 8.0 GB free, too little for it; close what else uses it (see nvidia-smi), or use "
+         "--memory low"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_fails_is_asked_for_its_faults(start, graph, finds, why):
+    messages = [
+        refused(start, FakeRuntime(refuses=["plan"], finds=finds)),
+        refused(lambda: run(start(FakeRuntime(context_class=None, finds=finds)))),
+    ]
+    (plan,) = PlanStore(graph.parent.parent).plans()
+    assert messages == [f"{plan.file} can't be loaded: {why}", f"{plan.file} can't be run: {why}"]
+
+
+def test_tensorrt_can_not_be_asked(start, graph):
+    message = refused(start, FakeRuntime(refuses=["plan"], finds=16, rtx=False))
+    assert message.endswith(" can't be loaded: the library gave no reason; build it again with vega-edge build")
 
 
 def test_a_lora_is_put_over_all_of_the_bundles_weights(start, graph):
     """The library combines weights, and refuses one of them alone."""
     trt = FakeRuntime()
     start(trt, flags=("refit",), weights=LORA)
-    assert trt.told == [("load", b"plan"), ("all of", str(graph)), ("set", "w"), "refit"]
+    assert trt.told == [("load", b"plan"), ("all of", str(graph)), SET_LORA, "refit"]
 
 
-@pytest.mark.parametrize(("lora", "told"), [({}, []), (LORA, [("set", "w")])])
+@pytest.mark.parametrize(("lora", "told"), [({}, []), (LORA, [SET_LORA])])
 def test_a_stripped_plan_gets_the_weights_it_was_built_with(start, graph, lora, told):
     trt = FakeRuntime()
     start(trt, flags=("stripped",), built_with=lora, weights=lora)
@@ -140,6 +237,19 @@ def test_a_plan_with_its_weights_is_not_refitted(start):
 
 
 def test_refitting_that_fails_says_how_many_are_missing(start):
-    with pytest.raises(EngineError) as caught:
-        start(FakeRuntime(missing=["a", "b"]), flags=("refit",), weights=LORA)
-    assert str(caught.value) == "refitting failed (2 weights are missing): the library gave no reason"
+    message = refused(start, FakeRuntime(missing=["a", "b"]), flags=("refit",), weights=LORA)
+    assert message == "refitting failed (2 weights are missing): the library gave no reason"
+
+
+def test_refitting_with_a_graph_that_does_not_fit_tells_what_its_parser_found(start):
+    """Some versions log it, some keep it to themselves."""
+    message = refused(start, FakeRuntime(refuses=["graph"]), flags=("refit",), weights=LORA)
+    assert message == "unet/model.onnx does not fit the engine built of it: no weights of that name"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+def test_replaced_weights_are_handed_over_in_their_own_type(start, dtype):
+    """uint16 holds the bits of bfloat16."""
+    trt, new = FakeRuntime(), np.arange(6).reshape(3, 2).astype(dtype)
+    start(trt, flags=("refit",), weights={"w": new})
+    assert ("set", "w", [0, 1, 2, 3, 4, 5]) in trt.told

@@ -36,7 +36,6 @@ from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
 from vega_edge.export.trt_profiles import (
     Range,
     Sizes,
-    Tiling,
     batch_range,
     bundle_sizes,
     check_multiple,
@@ -47,6 +46,7 @@ from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
 from vega_edge.runtime.calibration import unet_feeds
 from vega_edge.runtime.patches import Patches
+from vega_edge.tiling import TILING
 
 from .fake_tensorrt import FakeTensorRT
 
@@ -114,9 +114,6 @@ def test_other_parts_shapes():
     assert profile("text_encoder", {"input_ids": (-1, 77)}, SIZES.static(), 8) == {"input_ids": ((1, 77),) * 3}
 
 
-TILING = Tiling(512, 768, 1280)
-
-
 @pytest.mark.parametrize(
     ("sizes", "sides"),
     [
@@ -138,6 +135,15 @@ def test_a_decoder_gets_tiles_and_no_picture_that_is_tiled(sizes, sides):
         sizes[1].most // 8,
         sizes[0].most // 8,
     )
+
+
+def test_a_bundles_decoder_takes_the_runtimes_tiles():
+    configs = {"unet": {"sample_size": 128}, "vae_decoder": {"block_out_channels": [1] * 4}}
+    sdxl = SimpleNamespace(manifest=None, config=configs.__getitem__)
+    sizes = bundle_sizes(sdxl)
+    assert sizes.tiling == TILING
+    assert profile("vae_decoder", {"latent_sample": (-1, 4, -1, -1)}, sizes, 8)["latent_sample"][0] == (1, 4, 64, 64)
+    assert profile("unet", {"sample": (-1, 4, -1, -1)}, sizes, 8)["sample"][0] == (1, 4, 128, 128)
 
 
 def test_a_foreign_timestep_with_a_free_axis_is_one_number():
@@ -242,6 +248,16 @@ def test_flags(graph, flags, told):
     assert fake.told["preview"] == ("RESIZE", True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"), [((), ["REQUIRE_USER_ALLOCATION"]), (("weight-streaming",), ["WEIGHT_STREAMING"])]
+)
+def test_tensorrt_rtx_is_told_that_its_plans_are_captured(graph, flags, told):
+    fake = FakeTensorRT()
+    fake.BuilderFlag.REQUIRE_USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
+    build_plan(Job(Library("tensorrt-rtx", fake), graph, flags=flags))
+    assert fake.told["flags"] == told
+
+
 def test_tensorrt_tries_kernels_in_half_of_the_memory_that_is_free(graph, monkeypatch):
     fake = FakeTensorRT()
     build_plan(Job(Library("tensorrt", fake), graph))
@@ -336,8 +352,8 @@ def test_targets(targets, precision, got):
     [
         (("sm_90",), "graph", "unknown target 'sm_90'; did you mean 'sm_89'? there are: ampere+, sm_120, sm_75, sm_86, sm_89"),
         (("sm_75", "sm_86"), "graph", "ampere+ and sm_75 are each an engine of its own, not to be mixed with others: build one after the other"),
-        ((), "fp8", "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
-        (("sm_86", "sm_89"), "fp8", "fp8 needs sm_89, sm_120, sm_121; sm_86 has none: name targets, or use int8"),
+        ((), "fp8", "fp8 needs sm_89, sm_120; ampere+ has none: name targets, or use int8"),
+        (("sm_86", "sm_89"), "fp8", "fp8 needs sm_89, sm_120; sm_86 has none: name targets, or use int8"),
         ((), "int4", "unknown precision 'int4'; did you mean 'int8'? there are: fp8, graph, int8"),
     ],
 )  # fmt: skip
@@ -352,6 +368,20 @@ def test_tensorrt_builds_for_the_gpu_here(monkeypatch):
     assert check_targets(library, (), "graph", gpu=1) == ("sm_89",)
     assert refused(UsageError, check_targets, library, ("sm_89",), "graph") == (
         "tensorrt builds for the GPU it runs on, sm_87, not for sm_89"
+    )
+
+
+@pytest.mark.parametrize("capability", ["sm_89", "sm_90", "sm_103", "sm_121"])
+def test_tensorrt_has_fp8_from_ada_on(monkeypatch, capability):
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: capability)
+    assert check_targets(Library("tensorrt", FakeTensorRT()), (), "fp8") == (capability,)
+
+
+def test_tensorrt_has_no_fp8_before_ada(monkeypatch):
+    """No target can be named for it: it builds for the GPU here."""
+    monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_87")
+    assert refused(UsageError, check_targets, Library("tensorrt", FakeTensorRT()), (), "fp8") == (
+        "fp8 needs sm_89 or later, and this GPU is sm_87; use int8"
     )
 
 
@@ -490,6 +520,25 @@ def test_a_cast_that_others_use_too_stays(half_stored, tmp_path):
 def test_calibration_takes_the_largest_of_all_inputs(graph):
     feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
     assert largest_values(graph, feeds) == {"x": 5}
+
+
+def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
+    bundle = SimpleNamespace(
+        path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
+        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+    )  # fmt: skip
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "check_targets", lambda *args: ("ampere+",))
+    monkeypatch.setattr(trt_network, "set_targets", lambda *args: None)
+    options, store = BuildOptions("tensorrt-rtx", SIZES), PlanStore(bundle.path)
+
+    def build():
+        (engine,) = build_engines(bundle, options)
+        return engine.seconds > 0
+
+    assert (build(), build()) == (True, False)
+    monkeypatch.setattr(trt_build, "REVISION", trt_build.REVISION + 1)
+    assert (build(), build(), len(store.plans())) == (True, False, 1)
 
 
 def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
@@ -655,6 +704,12 @@ def test_turing_is_built_of_half_precision_only(rtx, tmp_path):
     message = refused(EngineError, build_one, rtx, full, targets=("sm_75",))
     assert message.startswith("f/model.onnx: tensorrt-rtx can't build it: ")
     assert message.endswith("sm_75 has no fp32 matrix product in TensorRT-RTX: export the bundle with --dtype fp16")
+
+
+@pytest.mark.parametrize(("flags", "capturable"), [((), True), (("weight-streaming",), False)])
+def test_the_library_takes_what_it_is_told_about_captures(rtx, graph, flags, capturable):
+    assert ("REQUIRE_USER_ALLOCATION" in trt_network.builder_flags(rtx.module, flags)) is capturable
+    assert build_one(rtx, graph, flags=flags)[:4] == b"vtrt"
 
 
 def test_int8_weights_make_a_smaller_plan(rtx, tmp_path):

@@ -85,9 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     from ..export.trt_build import BuildOptions
-    from ..export.trt_profiles import Tiling, batch_range, bundle_sizes, check_multiple, latent_px, size_range
-    from ..runtime.decoder import TILED_ABOVE_PX
-    from ..runtime.tiles import TILE_PX
+    from ..export.trt_profiles import batch_range, bundle_sizes, check_multiple, latent_px, size_range
 
     sizes = bundle_sizes(bundle)
     if arguments.size:
@@ -96,7 +94,6 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
         check_multiple(sizes, latent_px(bundle) * 2 ** (bundle.levels("unet") - 1))
     if arguments.batch:
         sizes = dataclasses.replace(sizes, batch=batch_range(arguments.batch))
-    sizes = dataclasses.replace(sizes, tiling=Tiling(TILE_PX, TILED_ABOVE_PX[True], TILED_ABOVE_PX[False]))
     if arguments.static:
         sizes = sizes.static()
     flags = tuple(flag.replace("_", "-") for flag in _FLAGS if getattr(arguments, flag))
