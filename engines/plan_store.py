@@ -22,9 +22,9 @@ from types import MappingProxyType
 from .. import records
 from ..errors import EngineError
 from ..whole_file import PART, writing
-from .plan_hash import file_hash, graph_hash, weights_hash
+from .plan_hash import file_hash, graph_hash
 
-__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of", "weights_hash"]
+__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of"]
 
 INDEX, FORMAT = "engines.json", 1
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
@@ -45,7 +45,7 @@ class PlanLora:
 class Plan:
     """One built engine, and everything that its `key` covers.
 
-    graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
+    graph: 'unet/model.onnx'; graph_hash: of it and its weights; loras: that changed these, in the order they were added.
     targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
     every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
     pixels for each step of its inputs' height and width. bytes and sha256 are of the file.
@@ -62,7 +62,6 @@ class Plan:
     profile: Mapping[str, tuple[tuple[int, ...], ...]]
     precision: str = "graph"
     flags: tuple[str, ...] = ()
-    weights: str = ""
     loras: tuple[PlanLora, ...] = ()
     seconds: float = 0.0
     unit_px: int = 1
@@ -70,8 +69,7 @@ class Plan:
     @property
     def key(self) -> str:
         """Hex; two plans share it only if one can stand for the other."""
-        # the LoRAs are in `weights`, by what they did
-        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px", "loras")
+        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px")
         facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

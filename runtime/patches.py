@@ -29,12 +29,13 @@ _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
 class Patches:
     """The LoRAs of one opened bundle, checked when made: CheckpointError or BundleError says what does not fit.
 
-    `parts`: those that they change. `key`: a text that two sets of LoRAs share only if they are the same; '' for none.
+    `parts`: those that they change. `hashes`: (sha256 of its file, strength) of each, in order. `key`: a text that two sets of LoRAs share only if they are the same; '' for none.
     """
 
     def __init__(self, bundle: Bundle, loras: Loras) -> None:
         self._bundle, self.loras = bundle, tuple(loras)
         self.key, self.parts = "", frozenset[str]()
+        self.hashes: tuple[tuple[str, float], ...] = ()
         if not loras:
             return
         _check_bundle(bundle)
@@ -49,7 +50,8 @@ class Patches:
         self._shapes = shapes
         touched = {part for path, _ in loras for part in match_lora(read_lora(path), shapes)}
         self.parts = frozenset(touched)
-        self.key = " ".join(f"{_sha256(path)}:{strength!r}" for path, strength in loras)
+        self.hashes = tuple((_sha256(path), float(strength)) for path, strength in loras)
+        self.key = " ".join(f"{sha256}:{strength!r}" for sha256, strength in self.hashes)
 
     def of(self, part: str) -> dict[str, NDArray[Any]]:
         """Initializer -> its new values, for the graph of `part`. Made anew each time: the caller owns the memory."""
