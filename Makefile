@@ -25,7 +25,7 @@ test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m pytest tests/test_full_engines.py
 
 test-gpu: .venv-gpu/installed
-	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_engines.py
+	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py
 
 test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
 test-interop: .venv-test/installed

@@ -88,10 +88,13 @@ class PlanStore:
 
     @property
     def folder(self) -> Path:
-        """BUNDLE.engines beside the bundle, or in the folder that VEGA_EDGE_ENGINES names."""
-        bundle = self.bundle.absolute()
-        elsewhere = os.environ.get(FOLDER_VARIABLE)
-        return (Path(elsewhere) if elsewhere else bundle.parent) / f"{bundle.name}.engines"
+        """BUNDLE.engines beside the bundle; in the folder that VEGA_EDGE_ENGINES names, BUNDLE-HASH.engines, by a hash of
+        the bundle's path: bundles of one name elsewhere have their own there."""
+        bundle, elsewhere = self.bundle.absolute(), os.environ.get(FOLDER_VARIABLE)
+        if not elsewhere:
+            return bundle.with_name(f"{bundle.name}.engines")
+        place = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:8]
+        return Path(elsewhere) / f"{bundle.name}-{place}.engines"
 
     def plans(self) -> tuple[Plan, ...]:
         """Those listed, whether their files are there or not. Raises EngineError for a damaged manifest."""

@@ -60,4 +60,4 @@ def test_each_environment_has_one_onnxruntime(target, environment, runtime):
 
 def test_on_a_gpu_every_engine_that_is_there_runs_the_parametrised_tests():
     told = commands("test-gpu", ".venv-gpu/")[-1].split(" -m pytest ")[1].split()
-    assert told == ["tests/test_gpu.py", "tests/test_engines.py"]
+    assert told == ["tests/test_gpu.py", "tests/test_gpu_plans.py", "tests/test_engines.py"]

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,23 @@ def test_a_folder_that_cannot_be_made(bundle, monkeypatch):
         f"{store.folder} can't be made (Not a directory); copy the bundle to a folder of yours, or set "
         "VEGA_EDGE_ENGINES to one where engines may be kept"
     )
+
+
+def test_bundles_of_one_name_do_not_share_a_folder(bundle, monkeypatch, tmp_path, capsys):
+    """Else `engines gc` on the one would take the other's plans away, as of another export."""
+    from vega_edge.cli import main
+
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path / "kept"))
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    other = tmp_path / "elsewhere" / bundle.name
+    shutil.copytree(bundle, other)
+    (other / "unet" / "model.onnx").write_bytes(b"another export")
+    added = [PlanStore(each).add(plan(each), b"plan", 0) for each in (bundle, other)]
+    assert main(["engines", "gc", str(other)]) == 0
+    assert [PlanStore(each).plans() for each in (bundle, other)] == [(added[0],), (added[1],)]
+    monkeypatch.chdir(bundle.parent)
+    assert PlanStore(Path(bundle.name)).plans() == (added[0],)
+    assert PlanStore(bundle).folder.parent == tmp_path / "kept"
 
 
 def test_many_processes_list_their_plans_at_once(store, bundle):
