@@ -1,7 +1,8 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
 # make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
-# exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, with
-# onnxruntime-gpu or tensorrt installed into .venv-test.
+# exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, in an
+# environment of its own, .venv-gpu, which is also that of python -m vega_edge.bench.gpu; what else can run there, such as
+# tensorrt, is installed into it.
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
 BIN := Scripts
@@ -23,8 +24,8 @@ test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
 	.venv-test/$(BIN)/python -m pytest tests/test_full_engines.py
 
-test-gpu: .venv-test/installed
-	.venv-test/$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+test-gpu: .venv-gpu/installed
+	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py
 
 test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
 test-interop: .venv-test/installed
@@ -52,5 +53,14 @@ check: .venv-test/installed
 	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	@$(PYTHON) -c "open('$@', 'w').close()"
 
+# The extra `export` compares what it exports on onnxruntime, and onnxruntime-gpu has files of the same names: both go, and
+# the one for GPUs comes back, which has the CPU's provider too.
+.venv-gpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cuda,tensorrt-rtx,serve,export,test]"
+	.venv-gpu/$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
+	.venv-gpu/$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[cuda]"
+	@$(PYTHON) -c "open('$@', 'w').close()"
+
 clean:
-	$(PYTHON) -c "import shutil; [shutil.rmtree(p, True) for p in ('.venv', '.venv-test', '.venv-interop', 'build')]"
+	$(PYTHON) -c "import shutil; [shutil.rmtree(p, True) for p in ('.venv', '.venv-test', '.venv-gpu', '.venv-interop', 'build')]"

@@ -19,6 +19,8 @@ from ..bundle import Bundle
 
 _LATENT_PX = 8
 TOKENS = 77
+# dynamic=False: else the second batch's size makes it compile for any, slower
+COMPILED: dict[str, Any] = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
 
 
 class Peer:
@@ -119,9 +121,7 @@ def peer(bundle: Bundle, defaults: Mapping[str, Any], device: str, *, compiled: 
         networks[name] = networks[name].to(memory_format=torch.channels_last)
     forward, decode = networks["unet"], networks["vae"].decode
     if compiled:
-        # dynamic=False: else the second batch's size makes it compile for any, slower
-        forward = torch.compile(forward, mode="max-autotune", fullgraph=True, dynamic=False)
-        decode = torch.compile(decode, mode="max-autotune", fullgraph=True, dynamic=False)
+        forward, decode = torch.compile(forward, **COMPILED), torch.compile(decode, **COMPILED)
     return Peer(
         {**networks, "forward": forward, "decode": lambda z: decode(z, return_dict=False)}, defaults, device, batch
     )
@@ -186,7 +186,9 @@ def pipeline_flops(work: Mapping[str, float], defaults: Mapping[str, Any], batch
 
 
 def matmul_peak(device: str, side: int = 8192) -> float:
-    """FLOP/s of a large matrix product, the best of ten: what this card can do, by measurement. On a CPU a small one."""
+    """FLOP/s of a large matrix product, the best of ten: what this card can do, by measurement. On a CPU a small one.
+
+    torch keeps no memory of it: a peer that was given that again would seem to take less than it does."""
     on_gpu = device != "cpu"
     side, kind = (side, torch.float16) if on_gpu else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
@@ -199,4 +201,7 @@ def matmul_peak(device: str, side: int = 8192) -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
+    del a, b
+    if on_gpu:
+        torch.cuda.empty_cache()
     return 2 * side**3 / best

@@ -30,6 +30,15 @@ def summary(taken: list[dict[str, float]], batch: int, work: float, peak: float)
     }  # fmt: skip
 
 
+def captured(engine: Any) -> int | None:
+    """How many CUDA graphs a plan's engine holds, as `open_engine` gives it; None where the backend captures by itself."""
+    inner = engine._engine
+    plans = inner._open.values() if hasattr(inner, "_open") else [inner]
+    if not all(hasattr(plan, "_prepared") for plan in plans):
+        return None
+    return sum(prepared.graph is not None for plan in plans for prepared in plan._prepared.values())
+
+
 def outside(row: dict[str, Any]) -> float:
     """Share of our time that is spent outside the engines."""
     ours = row["sides"]["ours"]

@@ -1,9 +1,11 @@
 #!/bin/sh
 # jetson-start MODEL [serve's options]: builds MODEL's engines where they are missing, then serves it.
-# VEGA_EDGE_BUILD: more of build's options, such as "--static --stripped".
+# VEGA_EDGE_BUILD: more of build's options, such as "--static". What serve would refuse is told before minutes of building.
 set -eu
 model=$1
 shift
+set -- --host 0.0.0.0 --engine tensorrt --preload "$model" "$@"
+vega-edge serve "$@" --check
 # shellcheck disable=SC2086 # options, one word each
 vega-edge build "$model" --engine tensorrt ${VEGA_EDGE_BUILD:-}
-exec vega-edge serve --host 0.0.0.0 --engine tensorrt --preload "$model" "$@"
+exec vega-edge serve "$@"

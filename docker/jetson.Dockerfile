@@ -26,4 +26,5 @@ EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=1800s \
     CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["jetson-start"]
+# Refuses to start, before it builds, until it is told who may come in: --api-keys FILE, or --no-auth.
 CMD ["demo-vegart"]

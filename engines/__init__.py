@@ -82,7 +82,7 @@ def open_engine(
         raise EngineError(f"engine {engine} can't open {path}: there is no such file")
     if isinstance(weights, LazyWeights):
         given = weights
-        weights = LazyWeights(lambda: _checked(path, given))
+        weights = LazyWeights(lambda: _checked(path, given), given.loras)
     else:
         weights = _checked(path, weights or {})
     backend = ENGINES[engine]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from .plan_range import Rebuild
-from .plan_store import Plan, PlanStore, graph_hash, part_of, weights_hash
+from .plan_store import Plan, PlanStore, graph_hash, part_of
+from .protocol import LazyWeights
 
 _PORTABLE = "ampere+"
 _GRAPHS = ("pixels.onnx", "model.onnx")
@@ -45,7 +46,8 @@ def choose_plan(store: PlanStore, graph: Path, here: Here, weights: Mapping[str,
 def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str, NDArray[Any]]) -> list[Chosen]:
     """The plans of `graph` that fit, the one built last first. EngineError says why none does, and what to run.
 
-    `weights` that are made when they are looked at are not, where no plan of the graph could run anyway.
+    `weights` are told by their LoRAs and not looked at: making those of a large network takes longer than a picture.
+    Where these are not known, only a plan that can be refitted takes them.
     """
     name = f"{graph.parent.name}/{graph.name}"
     built = sorted(store.plans(), key=lambda plan: _built_at(store, plan), reverse=True)
@@ -54,14 +56,13 @@ def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str
     there = [plan for plan in built if plan.graph == name and plan.library == here.library]
     current = graph_hash(graph) if there else ""
     faults = [_fault(plan, current, here) for plan in there]
-    replaced = "" if all(faults) else weights_hash(weights)
-    faults = [fault or _weights_fault(plan, replaced) for plan, fault in zip(there, faults, strict=True)]
+    faults = [fault or _weights_fault(plan, weights) for plan, fault in zip(there, faults, strict=True)]
     fitting = [plan for plan, fault in zip(there, faults, strict=True) if not fault]
     if not fitting:
         why = f"the one there is {faults[0]}" if faults else "none has been built"
         raise EngineError(f"no engine of {name} can be used here: {why}; run: {command}")
-    fitting.sort(key=lambda plan: plan.weights != replaced)  # stays in that order otherwise
-    return [Chosen(plan, plan.weights != replaced, Rebuild(command, plan.unit_px)) for plan in fitting]
+    fitting.sort(key=lambda plan: not _holds(plan, weights))  # stays in that order otherwise
+    return [Chosen(plan, not _holds(plan, weights), Rebuild(command, plan.unit_px)) for plan in fitting]
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,17 @@ def _fits(targets: tuple[str, ...], here: Here) -> bool:
     return here.capability in targets or (_PORTABLE in targets and here.capability != "sm_75")
 
 
-def _weights_fault(plan: Plan, replaced: str) -> str:
+def _holds(plan: Plan, weights: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the plan was built of these weights."""
+    loras = weights.loras if isinstance(weights, LazyWeights) else ()
+    return tuple((lora.sha256, lora.strength) for lora in plan.loras) == loras and bool(loras) == bool(weights)
+
+
+def _weights_fault(plan: Plan, weights: Mapping[str, NDArray[Any]]) -> str:
     """A plan that can be refitted takes any weights, if it was built of the bundle's own."""
-    if plan.weights == replaced:
+    if _holds(plan, weights) or (not plan.loras and "refit" in plan.flags):
         return ""
-    if not plan.weights and "refit" in plan.flags:
-        return ""
-    return "built with another LoRA" if plan.weights else "built without this LoRA"
+    return "built with another LoRA" if plan.loras else "built without this LoRA"
 
 
 def _built_at(store: PlanStore, plan: Plan) -> float:

@@ -1,4 +1,4 @@
-"""What tells one graph, one set of weights and one file from another: hex sha256. Knows no TensorRT."""
+"""What tells one graph and one file from another: hex sha256. Knows no TensorRT."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from ..manifest import MANIFEST, Manifest
 from ..whole_file import sha256_of
@@ -29,15 +27,6 @@ def graph_hash(graph: Path) -> str:
         entry = listed.get(f"{folder.name}/{name}")
         digest.update(f"{name} {entry.sha256 if entry else sha256_of(folder / name)}\n".encode())
     return digest.hexdigest()
-
-
-def weights_hash(weights: Mapping[str, NDArray[Any]]) -> str:
-    """Of replaced initializers; '' for none."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {weights[name].shape}\n".encode())
-        digest.update(weights[name].data)
-    return digest.hexdigest() if weights else ""
 
 
 def file_hash(path: Path, state: os.stat_result) -> str:

@@ -22,9 +22,9 @@ from types import MappingProxyType
 from .. import records
 from ..errors import EngineError
 from ..whole_file import PART, writing
-from .plan_hash import file_hash, graph_hash, weights_hash
+from .plan_hash import file_hash, graph_hash
 
-__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of", "weights_hash"]
+__all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of"]
 
 INDEX, FORMAT = "engines.json", 1
 REVISION = 1  # of how plans are built, raised where the same `Plan` gives another engine
@@ -46,7 +46,7 @@ class PlanLora:
 class Plan:
     """One built engine, and everything that its `key` covers.
 
-    graph: 'unet/model.onnx'; graph_hash: of it and its weights; weights: of those a LoRA replaced, '' for none.
+    graph: 'unet/model.onnx'; graph_hash: of it and its weights; loras: that changed these, in the order they were added.
     targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
     every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
     pixels for each step of its inputs' height and width. revision: the `REVISION` that it was built with. bytes and
@@ -64,7 +64,6 @@ class Plan:
     profile: Mapping[str, tuple[tuple[int, ...], ...]]
     precision: str = "graph"
     flags: tuple[str, ...] = ()
-    weights: str = ""
     loras: tuple[PlanLora, ...] = ()
     seconds: float = 0.0
     unit_px: int = 1
@@ -73,8 +72,7 @@ class Plan:
     @property
     def key(self) -> str:
         """Hex; two plans share it only if one can stand for the other."""
-        # the LoRAs are in `weights`, by what they did
-        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px", "loras")
+        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px")
         facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -93,10 +91,13 @@ class PlanStore:
 
     @property
     def folder(self) -> Path:
-        """BUNDLE.engines beside the bundle, or in the folder that VEGA_EDGE_ENGINES names."""
-        bundle = self.bundle.absolute()
-        elsewhere = os.environ.get(FOLDER_VARIABLE)
-        return (Path(elsewhere) if elsewhere else bundle.parent) / f"{bundle.name}.engines"
+        """BUNDLE.engines beside the bundle; in the folder that VEGA_EDGE_ENGINES names, BUNDLE-HASH.engines, by a hash of
+        the bundle's path: bundles of one name elsewhere have their own there."""
+        bundle, elsewhere = self.bundle.absolute(), os.environ.get(FOLDER_VARIABLE)
+        if not elsewhere:
+            return bundle.with_name(f"{bundle.name}.engines")
+        place = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:8]
+        return Path(elsewhere) / f"{bundle.name}-{place}.engines"
 
     def plans(self) -> tuple[Plan, ...]:
         """Those listed, whether their files are there or not. Raises EngineError for a damaged manifest."""

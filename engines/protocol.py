@@ -23,10 +23,16 @@ class Spec(NamedTuple):
 
 class LazyWeights(Mapping[str, NDArray[Any]]):
     """Initializer -> its new values, made when one of them is first asked for: a backend that opens what it compiled of
-    them before never asks. There is at least one."""
+    them before never asks. There is at least one.
 
-    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
-        self._make = make
+    `loras`: (sha256 of its file, strength) of each LoRA that they come of, in the order in which it is added: by these a
+    backend tells what was compiled of them. () where that is not known.
+    """
+
+    def __init__(
+        self, make: Callable[[], Mapping[str, NDArray[Any]]], loras: tuple[tuple[str, float], ...] = ()
+    ) -> None:
+        self._make, self.loras = make, loras
         self._made: Mapping[str, NDArray[Any]] | None = None
 
     def _values(self) -> Mapping[str, NDArray[Any]]:

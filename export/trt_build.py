@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..bundle import Bundle
 from ..engines import nvidia
 from ..engines.cuda import free_bytes
-from ..engines.plan_store import REVISION, Plan, PlanLora, PlanStore, graph_hash, part_of, weights_hash
+from ..engines.plan_store import REVISION, Plan, PlanLora, PlanStore, graph_hash, part_of
 from ..errors import EngineError, UsageError, unknown
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
@@ -77,7 +77,8 @@ def build_engines(
     ranges: Callable[[Path], Ranges] = lambda graph: {},
     progress: Callable[[str, float, str], None] = lambda graph, share, phase: None,
 ) -> list[BuiltEngine]:
-    """Builds what is not there. `weights`: part -> initializers a LoRA changed; `loras`: (sha256, strength), for the list.
+    """Builds what is not there. `weights`: part -> initializers that `loras`, (sha256, strength) each, change; looked at
+    only for a build, since the LoRAs tell whether there is one already.
 
     ranges: a graph's file, which has the weights that the LoRA changed -> ranges for fp8, see `prepared`. Raises UsageError, EngineError, and KeyboardInterrupt after Ctrl-C;
     plans that were ready by then stay.
@@ -89,12 +90,13 @@ def build_engines(
     for graph in graphs(bundle, options.parts):
         part = part_of(graph)
         replaced = weights(part)
+        assert loras or not replaced, "their plan would pass for the one without"
         precision = options.precision if part.startswith(_QUANTIZED[options.precision]) else "graph"
         path = bundle.file(graph)
         wanted = Plan(
             file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
             version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
-            profile=profile(part, read_inputs(library, path), options.sizes, scale), weights=weights_hash(replaced),
+            profile=profile(part, read_inputs(library, path), options.sizes, scale),
             loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
             revision=REVISION,
         )  # fmt: skip

@@ -126,7 +126,7 @@ class Parts:
 
 def weights_of(patches: Patches, part: str) -> Mapping[str, NDArray[Any]]:
     """What the LoRAs make of a part's weights, when somebody looks; {} for a part that they do not touch."""
-    return LazyWeights(partial(patches.of, part)) if part in patches.parts else {}
+    return LazyWeights(partial(patches.of, part), patches.hashes) if part in patches.parts else {}
 
 
 def cache_folder() -> Path | None:

@@ -29,8 +29,8 @@ _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
 class Patches:
     """The LoRAs of one opened bundle, checked when made: CheckpointError or BundleError says what does not fit.
 
-    `parts`: those that they change. `hashes`: each file's sha256 with its strength. `key`: a text that two sets of LoRAs
-    share only if they are the same; '' for none.
+    `parts`: those that they change. `hashes`: each file's sha256 with its strength, in order. `key`: a text that two sets
+    of LoRAs share only if they are the same; '' for none.
     """
 
     def __init__(self, bundle: Bundle, loras: Loras) -> None:
@@ -50,7 +50,7 @@ class Patches:
         self._shapes = shapes
         touched = {part for path, _ in loras for part in match_lora(read_lora(path), shapes)}
         self.parts = frozenset(touched)
-        self.hashes = tuple((sha256_of(path), strength) for path, strength in loras)
+        self.hashes = tuple((sha256_of(path), float(strength)) for path, strength in loras)
         self.key = " ".join(f"{digest}:{strength!r}" for digest, strength in self.hashes)
 
     def of(self, part: str) -> dict[str, NDArray[Any]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vega_edge import Pipeline
@@ -12,9 +15,16 @@ from vega_edge.bundle import Bundle
 from vega_edge.models import recipes
 
 pytest.importorskip("torch")
-from vega_edge.bench import gpu
-from vega_edge.bench.gpu_peers import decoder_dtype, flops, pipeline_flops
-from vega_edge.bench.gpu_report import shortfalls, summary
+import torch
+
+from vega_edge.bench import gpu, gpu_peers
+from vega_edge.bench.gpu_peers import decoder_dtype, flops, matmul_peak, pipeline_flops
+from vega_edge.bench.gpu_report import captured, shortfalls, summary
+from vega_edge.engines.checked import CheckedEngine
+from vega_edge.engines.plan_engine import PlanEngine
+from vega_edge.engines.plan_range import Rebuild, SeveralPlans
+
+from .fake_device import FakeDevice, FakeProgram
 
 
 def test_on_a_cpu(tmp_path, capsys):
@@ -32,6 +42,8 @@ def test_on_a_cpu(tmp_path, capsys):
         assert row["ratios"]["eager"] == pytest.approx(eager["p50_s"] / ours["p50_s"], rel=0.02)
         assert 0 < ours["parts"]["outside the engines"]["p50_s"] < ours["p50_s"]
         assert row["first_picture_s"] > 0
+        assert set(row["cuda_graphs"]) >= {"text_encoder/model.onnx", "unet/model.onnx", "vae_decoder/pixels.onnx"}
+        assert set(row["cuda_graphs"].values()) == {None}  # onnxruntime's own
     assert {"date", "commit", "versions", "matmul_tflops", "gpu"} <= set(result)
     assert capsys.readouterr().out.count("\n| demo-vegart | onnxruntime-cpu |") == 1
 
@@ -40,9 +52,9 @@ def test_both_sides_take_the_same_steps_and_other_words_each_time(monkeypatch):
     pipe = Pipeline.open(recipes()["demo-vegart"].bundle_path, "onnxruntime-cpu", verify=False)
     settings, prompts = {"steps": 2}, []
     request = pipe.request
-    monkeypatch.setattr(pipe, "request", lambda prompt, **o: prompts.append(prompt) or request(prompt, **o))
+    monkeypatch.setattr(pipe, "request", lambda p, **o: prompts.append((p, o["negative"])) or request(p, **o))
     parts = [gpu.draw_ours(pipe, settings, seed, 1) for seed in range(2)]
-    assert len(set(prompts)) == 2
+    assert [len(set(texts)) for texts in zip(*prompts, strict=True)] == [2, 2]
     assert all(part["text"] > 0 for part in parts)
     with pytest.raises(SystemExit, match="ours ran its U-Net 2 times for 3 steps; nothing was compared"):
         gpu.check_calls("ours", 2, 3)
@@ -98,3 +110,49 @@ def test_work_counted_on_the_embedded_model():
     work = {"text": 1.0, "denoise": 10.0, "decode": 100.0}
     assert pipeline_flops(work, {"steps": 4, "guidance": 0}, 2) == 1 + 2 * (40 + 100)
     assert pipeline_flops(work, {"steps": 4, "guidance": 3.0}, 1) == 2 + 80 + 100
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_graphs_that_were_captured_are_counted(several):
+    device, wide = FakeDevice(), {"x": ((1, 1), (1, 8), (4, 64))}
+    engine = PlanEngine(FakeProgram(device, [wide]), device, Rebuild(""))
+    opened = CheckedEngine(
+        SeveralPlans([wide], lambda i: engine) if several else engine, "tensorrt", Path("unet/m.onnx")
+    )
+    counts = []
+    for n in (16, 16, 16, 8, 8):
+        opened.run({"x": np.zeros((1, n), np.float32), "b": np.float32([0])})
+        counts.append(captured(opened))
+    assert counts == [0, 1, 1, 1, 2]
+
+
+def test_what_the_peak_was_measured_with_is_given_back(monkeypatch):
+    """Else a peer is given it again, and what it takes of the GPU's memory seems less than it is."""
+    alive = []
+
+    def empty_cache():
+        alive.append(sum(type(o) is torch.Tensor and o.shape == (123, 123) for o in gc.get_objects()))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    assert matmul_peak("meta", 123) > 0
+    assert alive == [0]
+
+
+def test_the_compiled_peer_is_one_graph_and_draws(monkeypatch):
+    """Traced whole, as fullgraph asks, but run by torch as it is: compiling for a CPU takes minutes."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(gpu_peers, "COMPILED", {**gpu_peers.COMPILED, "mode": None, "backend": backend})
+    bundle = Bundle.open(recipes()["demo-vegart"].bundle_path, verify=False)
+    settings = {"steps": 2, "guidance": 3.0, "width": 64, "height": 64}
+    compiled = gpu_peers.peer(bundle, settings, "cpu", compiled=True, batch=1)
+    for seed in range(2):
+        assert set(compiled(seed)) == {"text", "denoise", "decode"}
+        gpu.check_calls("compiled", compiled.calls, 2)
+    compiled.close()
+    assert len(traced) == 2  # the U-Net and the decoder, each once for all steps and pictures

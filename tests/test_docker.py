@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -111,10 +112,37 @@ def test_a_jetson_builds_with_the_options_it_is_told_and_then_serves(tmp_path, o
         ["/bin/sh", str(ROOT / "docker" / "jetson-start.sh"), "segmind-vegart", "--no-auth", "--memory", "low"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "VEGA_EDGE_BUILD": options}, capture_output=True, text=True, check=True,
     )  # fmt: skip
+    serve = "serve --host 0.0.0.0 --engine tensorrt --preload segmind-vegart --no-auth --memory low"
     assert done.stdout.splitlines() == [
+        f"{serve} --check",
         f"build segmind-vegart --engine tensorrt{built}",
-        "serve --host 0.0.0.0 --engine tensorrt --preload segmind-vegart --no-auth --memory low",
+        serve,
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_a_jetson_that_was_not_told_who_may_come_in_builds_nothing(tmp_path):
+    """As `docker run vega-edge:jetson` without more: minutes of building would end in a refusal."""
+    pytest.importorskip("uvicorn", reason="the server's packages are not installed")
+    fake = tmp_path / "vega-edge"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = build ] && echo built && exit\nexec {sys.executable} -m vega_edge "$@"\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", str(ROOT / "docker" / "jetson-start.sh"), "demo-vegart", "--engine", "onnxruntime-cpu"],
+        env={**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        "vega-edge: others can reach 0.0.0.0; give --api-keys FILE (make one: vega-edge serve keys add NAME --api-keys FILE), "
+        "or say --no-auth"
+    )
+
+
+def test_stripped_engines_are_not_for_little_memory():
+    """A network that is opened for each picture is refitted for each."""
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8")
+    commands = re.sub(r"(?m)^- .*\n(?:  .*\n)*", "", text)
+    assert "--memory low" in commands and "--stripped" not in commands
 
 
 def test_the_kiosks_unit_says_what_serve_understands():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from vega_edge import Pipeline, engines
+from vega_edge.bench.gpu_report import captured
 from vega_edge.bundle import Bundle
 from vega_edge.engines import Spec, nvidia
 from vega_edge.engines.plan_engine import PlanEngine
@@ -263,14 +264,6 @@ def unet_feeds(spec, seed=0):
         filled = [size if isinstance(size, int) else wanted[axis] for axis, size in enumerate(shape)]
         found[name] = rng.standard_normal(filled).astype(dtype)
     return {**found, "timestep": np.full_like(found["timestep"], 500)}
-
-
-def captured(engine):
-    """How many CUDA graphs a plan's engine has; None where the backend captures by itself."""
-    inner = engine._engine
-    first = inner._open[0] if hasattr(inner, "_open") else inner
-    prepared = getattr(first, "_prepared", None)
-    return prepared and sum(each.graph is not None for each in prepared.values())
 
 
 def test_a_cuda_graph_changes_nothing(engine_name, bundle):

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ import pytest
 from vega_edge.bundle import describe_files, write_manifest
 from vega_edge.engines import LazyWeights, plan_hash
 from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, choose_plans, lacking
-from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash, weights_hash
+from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash
 from vega_edge.errors import EngineError
 from vega_edge.manifest import Manifest, Part, Source
 from vega_edge.verbs import engines as verbs_engines
 
 pytest.importorskip("filelock")
+STYLE, INK = PlanLora("0", 1.0), PlanLora("1", 1.0)
 RANGES = {"sample": ((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))}
 
 
@@ -67,11 +70,12 @@ def test_the_key_covers_what_makes_a_plan_another(bundle):
     one = plan(bundle)
     others = [
         {"graph_hash": "0"}, {"library": "tensorrt"}, {"version": "1.6"}, {"targets": ("sm_75",)}, {"profile": {}},
-        {"precision": "int8"}, {"flags": ("static",)}, {"weights": "0"}, {"graph": "unet/other.onnx"},
+        {"precision": "int8"}, {"flags": ("static",)}, {"graph": "unet/other.onnx"},
+        {"loras": (STYLE,)}, {"loras": (INK,)}, {"loras": (PlanLora("0", 0.5),)}, {"loras": (STYLE, INK)}, {"loras": (INK, STYLE)},
     ]  # fmt: skip
     keys = {dataclasses.replace(one, **other).key for other in others}
     assert len(keys | {one.key}) == len(others) + 1
-    same = dataclasses.replace(one, seconds=3.0, file="x", bytes=3, sha256="0", loras=(PlanLora("0", 1.0),))
+    same = dataclasses.replace(one, seconds=3.0, file="x", bytes=3, sha256="0", unit_px=8)
     assert same.key == one.key
 
 
@@ -164,6 +168,23 @@ def test_a_folder_that_cannot_be_made(bundle, monkeypatch):
     )
 
 
+def test_bundles_of_one_name_do_not_share_a_folder(bundle, monkeypatch, tmp_path, capsys):
+    """Else `engines gc` on the one would take the other's plans away, as of another export."""
+    from vega_edge.cli import main
+
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path / "kept"))
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    other = tmp_path / "elsewhere" / bundle.name
+    shutil.copytree(bundle, other)
+    (other / "unet" / "model.onnx").write_bytes(b"another export")
+    added = [PlanStore(each).add(plan(each), b"plan", 0) for each in (bundle, other)]
+    assert main(["engines", "gc", str(other)]) == 0
+    assert [PlanStore(each).plans() for each in (bundle, other)] == [(added[0],), (added[1],)]
+    monkeypatch.chdir(bundle.parent)
+    assert PlanStore(Path(bundle.name)).plans() == (added[0],)
+    assert PlanStore(bundle).folder.parent == tmp_path / "kept"
+
+
 def test_many_processes_list_their_plans_at_once(store, bundle):
     """Without the lock, one would write back a manifest that it read before another's was there."""
     code = (
@@ -192,7 +213,18 @@ def test_a_lock_ends_with_its_process(store):
 
 ADA = Here("tensorrt-rtx", "1.7", "sm_89", frozenset({"sm_75", "sm_86", "sm_89"}))
 ORIN = dataclasses.replace(ADA, capability="sm_87")
-LORA = {"w": np.float32([1])}
+
+
+def not_made():
+    raise AssertionError("made")
+
+
+def with_loras(*loras):
+    """Weights that nobody may look at: making those of a large network takes tens of seconds."""
+    return LazyWeights(not_made, tuple((lora.sha256, lora.strength) for lora in loras))
+
+
+LORA = with_loras(STYLE)
 
 
 def chosen(store, here=ADA, weights=None):
@@ -206,7 +238,7 @@ def chosen(store, here=ADA, weights=None):
         ({"version": "1.6"}, ADA, "the one there is of tensorrt-rtx 1.6, and this is 1.7", ""),
         ({"targets": ("sm_89",)}, ORIN, "the one there is built for sm_89, and this GPU is sm_87", ""),
         ({"graph_hash": "0"}, ADA, "the one there is of another export of the bundle", " --part unet"),
-        ({"weights": "0"}, ADA, "the one there is built with another LoRA", " --part unet"),
+        ({"loras": (INK,)}, ADA, "the one there is built with another LoRA", " --part unet"),
     ],
 )
 def test_why_none_fits(store, bundle, changes, here, why, part):
@@ -262,7 +294,7 @@ def test_a_lora_needs_a_plan_built_with_it_or_one_that_can_be_refitted(store, bu
     )
     refit = store.add(plan(bundle, flags=("refit",)), b"refit", 0)
     assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (refit, True)
-    built = store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    built = store.add(plan(bundle, loras=(STYLE,)), b"lora", 0)
     os.utime(store.folder / built.file, (1e9, 1e9))  # though it is older: refitting takes seconds
     assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, LORA).refit) == (built, False)
     assert chosen(store).plan in (plain, refit)
@@ -278,20 +310,22 @@ def test_a_stripped_plan_takes_other_weights_only_if_it_was_built_for_that(store
         assert "the one there is built without this LoRA" in refused(chosen, store, ADA, LORA)
 
 
-def test_weights_are_not_made_where_no_plan_could_run(store, bundle):
-    """Adding a LoRA to a large network takes seconds, and auto only asks whether anything was built."""
+@pytest.mark.parametrize(
+    "others", [(INK,), (PlanLora("0", 0.5),), (STYLE, INK), (INK, STYLE)], ids=["file", "strength", "one more", "order"]
+)
+def test_a_plan_is_known_by_its_loras_strengths_and_their_order(store, bundle, others):
+    store.add(plan(bundle, loras=others), b"others", 0)
+    assert "the one there is built with another LoRA" in refused(chosen, store, ADA, LORA)
+    built = store.add(plan(bundle, loras=(STYLE,)), b"lora", 0)
+    assert (chosen(store, ADA, LORA).plan, chosen(store, ADA, with_loras(*others)).plan.loras) == (built, others)
 
-    def make():
-        raise AssertionError("made")
 
-    weights = LazyWeights(make)
-    wanted = BuiltFor(bundle, weights=lambda part: weights)
-    assert "none has been built" in lacking(wanted, ADA)
-    store.add(plan(bundle, version="1.6"), b"plan", 0)
-    assert "of tensorrt-rtx 1.6" in lacking(wanted, ADA)
+def test_weights_of_nobody_knows_what_need_a_plan_that_can_be_refitted(store, bundle):
     store.add(plan(bundle), b"plan", 0)
-    with pytest.raises(AssertionError, match="made"):
-        lacking(wanted, ADA)
+    weights = {"w": np.float32([1])}
+    assert "the one there is built without this LoRA" in refused(chosen, store, ADA, weights)
+    refit = store.add(plan(bundle, flags=("refit",)), b"refit", 0)
+    assert (chosen(store, ADA, weights).plan, chosen(store, ADA, weights).refit) == (refit, True)
 
 
 def test_an_unchanged_plan_is_read_once(store, bundle, monkeypatch):
@@ -317,10 +351,9 @@ def test_the_plans_that_fit_come_in_order(store, bundle):
 
 def test_a_plan_built_with_one_lora_is_refitted_for_no_other(store, bundle):
     """The weights that the one changed and the other does not would stay."""
-    store.add(plan(bundle, flags=("refit",), weights=weights_hash(LORA)), b"lora", 0)
-    other = {name: array + 1 for name, array in LORA.items()}
+    store.add(plan(bundle, flags=("refit",), loras=(STYLE,)), b"lora", 0)
     assert chosen(store, ADA, LORA).refit is False
-    for weights in (other, {}):
+    for weights in (with_loras(INK), {}):
         assert "the one there is built with another LoRA; run: " in refused(chosen, store, ADA, weights)
 
 
@@ -360,7 +393,7 @@ def test_the_tiny_decoder_needs_one_too_and_a_decoder_that_does_not_run_needs_no
 
 def test_with_a_lora_its_plan_is_the_one_that_is_needed(store, bundle):
     store.add(plan(bundle, "vae_decoder/pixels.onnx"), b"plan", 0)
-    store.add(plan(bundle, weights=weights_hash(LORA)), b"lora", 0)
+    store.add(plan(bundle, loras=(STYLE,)), b"lora", 0)
     with_lora = BuiltFor(bundle, weights=lambda part: LORA if part == "unet" else {})
     assert lacking(with_lora, ADA) == ""
     assert "the one there is built with another LoRA" in lacking(BuiltFor(bundle), ADA)

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from vega_edge.engines import nvidia, tensorrt
-from vega_edge.engines.plan_store import Plan, PlanStore, graph_hash, weights_hash
+from vega_edge.engines import LazyWeights, nvidia, tensorrt
+from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore, graph_hash
 from vega_edge.engines.protocol import Opening
 from vega_edge.errors import EngineError
 
@@ -18,7 +18,8 @@ from .fake_runtime import Context, FakeRuntime, OldContext, SizedContext, Unsure
 
 pytest.importorskip("filelock")
 RANGES = {"x": ((1, 4), (1, 4), (8, 4))}
-LORA = {"w": np.ones(3, np.float32)}
+HASHES = (("ab" * 32, 0.5),)
+LORA = LazyWeights(lambda: {"w": np.ones(3, np.float32)}, HASHES)
 SET_LORA = ("set", "w", [1, 1, 1])
 
 
@@ -48,7 +49,7 @@ def start(monkeypatch, graph):
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
         store = PlanStore(graph.parent.parent)
         plan = Plan("", "", 0, "unet/model.onnx", graph_hash(graph), "tensorrt-rtx", "1.7", ("ampere+",), RANGES,
-                    flags=flags, weights=weights_hash(built_with or {}))  # fmt: skip
+                    flags=flags, loras=tuple(PlanLora(*lora) for lora in HASHES) if built_with else ())  # fmt: skip
         store.add(plan, b"plan", 0)
         return tensorrt.open_graph(graph, "tensorrt_rtx", Opening(**how))
 

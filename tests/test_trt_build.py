@@ -45,6 +45,7 @@ from vega_edge.export.trt_profiles import (
 from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
 from vega_edge.runtime.calibration import unet_feeds
+from vega_edge.runtime.parts import weights_of
 from vega_edge.runtime.patches import Patches
 from vega_edge.tiling import TILING
 
@@ -559,7 +560,9 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
 
     options = BuildOptions("tensorrt", SIZES, precision="fp8")
     for replaced in ({}, {"w": new}):
-        build_engines(bundle, options, weights=lambda part, replaced=replaced: replaced, ranges=ranges)
+        build_engines(
+            bundle, options, weights=lambda part, replaced=replaced: replaced, loras=[("ab" * 32, 1.0)], ranges=ranges
+        )
     assert len(measured) == 2
     np.testing.assert_array_equal(measured[0], read_weights(graph)["w"].read())
     np.testing.assert_array_equal(measured[1], new)
@@ -657,7 +660,7 @@ def test_a_lora_is_a_plan_of_its_own(built, embedded):
     assert len(store.read(with_lora.plan)) == pytest.approx(len(store.read(plain)), rel=0.1)
 
 
-def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys):
+def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys, monkeypatch):
     file, folder = tmp_path / "style.safetensors", str(embedded.path)
     random_lora(embedded, file, rank=2)
     command = ["build", folder, "--engine", "tensorrt-rtx", "--part", "unet", "--lora", f"{file}:0.5"]
@@ -669,14 +672,17 @@ def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys):
     assert (plan.graph, plan.loras, told["built"]) == ("unet/model.onnx", (PlanLora(sha256, 0.5),), True)
     assert store.read(plan)[:4] == b"vtrt"
     here = Here("tensorrt-rtx", plan.version, "sm_89")
-    weights = Patches(embedded, [(file, 0.5)]).of("unet")
+    made: list[str] = []
+    monkeypatch.setattr(Patches, "of", lambda self, part: made.append(part))
+    weights = weights_of(Patches(embedded, [(file, 0.5)]), "unet")
     assert choose_plan(store, embedded.graph("unet"), here, weights).plan == plan
-    weaker = Patches(embedded, [(file, 0.4)]).of("unet")
+    weaker = weights_of(Patches(embedded, [(file, 0.4)]), "unet")
     assert " LoRA; run: vega-edge build " in refused(
         EngineError, choose_plan, store, embedded.graph("unet"), here, weaker
     )
     assert main(command) == 0
     assert capsys.readouterr().err.endswith("there already\n")
+    assert made == []  # what there is was known without them
     assert main(["engines", "ls", folder]) == 0
     assert f"lora {sha256[:8]}:0.5\n" in capsys.readouterr().out
 

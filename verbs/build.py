@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..bundle import Bundle
     from ..export.trt_build import build_engines
     from ..models import find_bundle
+    from ..runtime.parts import weights_of
     from ..runtime.patches import Patches
 
     bundle = Bundle.open(find_bundle(arguments.bundle))
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             shown.refresh()
 
         built = build_engines(
-            bundle, options, weights=patches.of, loras=patches.hashes, progress=progress,
+            bundle, options, weights=partial(weights_of, patches), loras=patches.hashes, progress=progress,
             ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
         )  # fmt: skip
     if arguments.json:

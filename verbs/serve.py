@@ -76,6 +76,7 @@ def _add_server(p: argparse.ArgumentParser) -> None:
         help="pictures of several requests drawn at once at most; default: %(default)s",
     )  # fmt: skip
     p.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    p.add_argument("--check", action="store_true", help="say what is wrong with these options, if anything, and end")
     p.add_argument("-v", "--verbose", action="store_true", help="say which models are opened and closed")
 
 
@@ -118,6 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise VegaEdgeError(f'the server needs {error.name}; pip install "vega-edge[serve]"') from error
     settings = _settings(arguments)
+    if arguments.check:
+        return
     _log_to_stderr(arguments.verbose)
     server = Server(build(settings))
     address = listen(settings.host, settings.port)
