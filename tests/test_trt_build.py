@@ -139,8 +139,7 @@ def test_a_decoder_gets_tiles_and_no_picture_that_is_tiled(sizes, sides):
 
 
 def test_a_bundles_decoder_takes_the_runtimes_tiles():
-    configs = {"unet": {"sample_size": 128}, "vae_decoder": {"block_out_channels": [1] * 4}}
-    sdxl = SimpleNamespace(manifest=None, config=configs.__getitem__)
+    sdxl = SimpleNamespace(manifest=None, number=lambda part, key: 128, levels=lambda part: 4)
     sizes = bundle_sizes(sdxl)
     assert sizes.tiling == TILING
     assert profile("vae_decoder", {"latent_sample": (-1, 4, -1, -1)}, sizes, 8)["latent_sample"][0] == (1, 4, 64, 64)
@@ -526,7 +525,7 @@ def test_calibration_takes_the_largest_of_all_inputs(graph):
 def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
     bundle = SimpleNamespace(
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
-        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+        file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
     )  # fmt: skip
     monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT()))
     monkeypatch.setattr(trt_build, "check_targets", lambda *args: ("ampere+",))
@@ -547,7 +546,7 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
     bundle = SimpleNamespace(
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
-        file=lambda file: graph.parent.parent / file, config=lambda part: {"block_out_channels": [1] * 4},
+        file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
     )  # fmt: skip
     monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT()))
     monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 0)
