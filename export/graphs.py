@@ -181,11 +181,13 @@ def trace(
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Without Python's collector, which looks through a trace's million objects again and again and finds nothing."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 def _parameters_to_inputs(graph: ir.Graph, names: set[str]) -> dict[str, ir.Value]:
