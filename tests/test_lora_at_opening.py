@@ -70,7 +70,8 @@ def test_it_is_what_fusing_gives(
 
 
 def test_the_patched_weights_are_the_fused_ones(made: dict[str, Path]) -> None:
-    """Bit for bit: both add in float32 and round once."""
+    """Bit for bit: both add in float32 and round once. The packaged bundle was fused on two cores; on one, BLAS adds in
+    another order, and one of these weights is a step of half precision away."""
     from vega_edge.onnx_file import from_stored, read_weights
 
     fused = read_weights(made["fused"] / "unet" / "model.onnx")
