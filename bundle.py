@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
+from .known_hashes import known_sha256
 from .manifest import AGAIN, INDEX, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Parameter, Part, Source, part_of
 from .whole_file import sha256_of, writing
 
@@ -31,7 +32,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
-        """Reads the manifest and checks the files; `verify=False` checks that they are there and their sizes only.
+        """Reads the manifest and checks the files, large ones only where they are not known to be unchanged since (see
+        `known_hashes`); `verify=False` checks that they are there and their sizes only.
 
         Raises BundleError that names the part whose file is missing, truncated or altered.
         """
@@ -40,7 +42,7 @@ class Bundle:
         manifest = None
         if (path / MANIFEST).exists():
             manifest = Manifest.from_json(_read_text(path / MANIFEST), path / MANIFEST)
-            check_files(path, manifest, hashes=verify)
+            check_files(path, manifest, known_sha256 if verify else None)
         elif not (path / INDEX).is_file():
             raise BundleError(f"{path} is not a bundle: it has no {INDEX}; make one: vega-edge export MODEL -o BUNDLE")
         elif not any(path.glob("*/*.onnx")):
@@ -115,7 +117,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     target = folder / MANIFEST
     text = manifest.to_json()
     Manifest.from_json(text, target)  # what is written can be read
-    check_files(folder, manifest, hashes=False)
+    check_files(folder, manifest, None)
     listed = {file for part in manifest.parts.values() for file in part.files}
     if unlisted := [file for file in _files(folder) if file not in listed | {MANIFEST}]:
         raise BundleError(f"{folder}: the manifest does not list {', '.join(unlisted)}")
@@ -126,14 +128,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"{target} can't be written: {failure.strerror}") from failure
 
 
-def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
-    """Compares the files with the manifest: all sizes first, which costs nothing, then their contents."""
+def check_files(folder: Path, manifest: Manifest, hash_of: Callable[[Path], str] | None = sha256_of) -> None:
+    """Compares the files with the manifest: all sizes first, which costs nothing, then their contents by `hash_of`."""
     entries = [(part, *item) for part, entry in sorted(manifest.parts.items()) for item in entry.files.items()]
     for part, file, entry in entries:
         if fault := _size_fault(folder / file, entry):
             raise _damaged(folder, part, f"{file} {fault}")
-    for part, file, entry in entries if hashes else []:
-        got, listed = _sha256(folder / file), entry.sha256
+    if hash_of is None:
+        return
+    for part, file, entry in entries:
+        got, listed = _sha256(folder / file, hash_of), entry.sha256
         if got != listed:
             raise _damaged(folder, part, f"{file} is altered (sha256 {got[:12]}, the manifest says {listed[:12]})")
 
@@ -166,9 +170,9 @@ def _files(folder: Path) -> Iterator[str]:
     yield from sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, hash_of: Callable[[Path], str] = sha256_of) -> str:
     try:
-        return sha256_of(path)
+        return hash_of(path)
     except OSError as failure:
         raise BundleError(f"{path} can't be read: {failure.strerror}") from failure
 

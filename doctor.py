@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engines
+from .bundle import Bundle
 from .engines import EngineStatus, nvidia
 from .errors import EngineError
 from .manifest import INDEX
@@ -39,7 +40,8 @@ class BundleFolder:
 class Report:
     """What is not there is '': a package's version, the engine for `auto`, `why_no_gpu` where there is a GPU.
     passed_over: the engines that `auto` would rather have taken, each with the reason why not. auto_small: what it takes
-    for models whose graphs are below `small_bytes`, such as the one that comes with the package."""
+    for models whose graphs are below `small_bytes`, such as the one that comes with the package. model: of which all this
+    is told, by its folder; '' for any, and then what has to be built of a model counts as not there."""
 
     version: str
     python: str
@@ -56,17 +58,24 @@ class Report:
     passed_over: tuple[str, ...]
     bundle_folders: tuple[BundleFolder, ...]
     warnings: tuple[str, ...]
+    model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, for --json."""
         return dataclasses.asdict(self)
 
 
-def examine(bundle_folders: Iterable[Path] = ()) -> Report:
-    """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist."""
+def examine(bundle_folders: Iterable[Path] = (), model: Path | None = None, device: str | None = None) -> Report:
+    """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist. `model`: a bundle's
+    folder; `device`: cpu, cuda or cuda:N, both as they would be drawn with. BundleError where there is no such bundle."""
     gpus, why_no_gpu = _gpus()
-    auto, passed_over = engines.best_engine()
-    auto_small, _ = engines.best_engine(model_bytes=0)
+    if model is None:
+        auto, passed_over = engines.best_engine(device=device)
+        auto_small, _ = engines.best_engine(model_bytes=0, device=device)
+    else:
+        size, precision = sum(f.stat().st_size for f in model.glob("*/*.onnx*")), Bundle.open(model, False).precision
+        auto, passed_over = engines.best_engine(size, engines.BuiltFor(model), device, precision)
+        auto_small = auto
     no_engine = [] if auto else ['no engine can be used; pip install "vega-edge[cpu]"']
     return Report(
         version=_version("vega-edge"),
@@ -84,6 +93,7 @@ def examine(bundle_folders: Iterable[Path] = ()) -> Report:
         passed_over=tuple(passed_over),
         bundle_folders=tuple(_bundles(folder) for folder in bundle_folders),
         warnings=tuple(_overwritten() + no_engine),
+        model=str(model or ""),
     )
 
 
@@ -111,7 +121,7 @@ def render(report: Report) -> str:
 
 def _auto(report: Report) -> str:
     if report.auto_small == report.auto:
-        return report.auto or "none"
+        return f"{report.auto or 'none'}{f' for {report.model}' if report.model else ''}"
     return f"{report.auto}; {report.auto_small} for models below {report.small_bytes / 1e6:.0f} MB"
 
 

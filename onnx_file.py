@@ -26,13 +26,15 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 class Weight(NamedTuple):
-    """One initializer. `dtype`: "fp32", "fp16" or "bf16", or ONNX's number for another; `external`: not in the graph."""
+    """One initializer. `dtype`: "fp32", "fp16" or "bf16", or ONNX's number for another; `external`: not in the graph;
+    `length`: in bytes, 0 where an external one's is not said."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     offset: int
     external: bool
+    length: int = 0
 
     def read(self) -> NDArray[np.float32]:
         """Its values; BundleError where they are not stored as numbers that a LoRA could be added to."""
@@ -91,7 +93,7 @@ def _tensor(data: memoryview, place: Any, path: Path) -> tuple[str, Weight | Non
         elif number == _NAME:
             name = _text(data, value)
         elif number == _RAW_DATA:
-            raw = value[0]
+            raw = value
         elif number == _EXTERNAL_DATA:
             entry = dict(_fields(data, value))
             external[_text(data, entry[_ENTRY_KEY])] = _text(data, entry[_ENTRY_VALUE])
@@ -102,8 +104,10 @@ def _tensor(data: memoryview, place: Any, path: Path) -> tuple[str, Weight | Non
                 f"{path} keeps weights in {external['location']!r}, which is not in its folder; it is not opened"
             )
         beside, offset = path.parent / external["location"], int(external.get("offset", "0"))
-        return name, Weight(dtype, tuple(dims), beside, offset, external=True)
-    return name, None if raw is None else Weight(dtype, tuple(dims), path, raw, external=False)
+        return name, Weight(dtype, tuple(dims), beside, offset, external=True, length=int(external.get("length", "0")))
+    return name, None if raw is None else Weight(
+        dtype, tuple(dims), path, raw[0], external=False, length=raw[1] - raw[0]
+    )
 
 
 def _is_inside(location: str) -> bool:

@@ -19,22 +19,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .engines import Engine, built_graphs, built_shapes, check_dtype, choose_engine, has_attention, open_engine
+from .bundle import Bundle, check_files
+from .engines import (
+    Engine,
+    built_graphs,
+    built_shapes,
+    check_dtype,
+    check_engine,
+    choose_engine,
+    has_attention,
+    open_engine,
+)
 from .errors import BundleError, EngineError, VegaEdgeError
 from .manifest import INDEX, plain_form
 from .runtime.decoder import Scaling
 from .runtime.schedulers import get_scheduler, scheduler_named_in
-from .runtime.tokenizer import ClipTokenizer
+from .runtime.tokenizer import TOKENS, ClipTokenizer
 
-TOKENS = 77
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Check:
     """One graph, or another file of the bundle that a picture needs. dtype, weights: a graph's, as the manifest says;
-    fault: '' if all is well, else what is wrong, in one line."""
+    fault: '' if all is well, else what is wrong, in one line; cure: what to do, where the fault does not say it."""
 
     graph: str
     dtype: str
@@ -42,6 +50,7 @@ class Check:
     bytes: int
     seconds: float
     fault: str
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,13 @@ class _Smoke:
 def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | None = None) -> Verdict:
     """`device`: cpu, cuda or cuda:N; None for what the engine runs on. Raises BundleError for a bundle that can't be read or whose files are not those of its manifest, EngineError if
     there is no engine; what a graph does wrong is in its check's `fault`."""
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, verify=False)
+    if bundle.manifest:
+        check_files(bundle.path, bundle.manifest)  # every byte: what is remembered of unchanged files is no proof
     if engine == "auto":
         size = sum(file.stat().st_size for file in bundle.path.glob("*/*.onnx*"))
         engine = choose_engine(size, device=device, precision=bundle.precision)
+    check_engine(engine, device)
     check_dtype(engine, *bundle.precision)
     files = sum(len(part.files) for part in bundle.manifest.parts.values()) if bundle.manifest else 0
     # Of some parts no engine of TensorRT is built but of the graph that a pipeline runs.
@@ -96,7 +108,7 @@ def _graph(bundle: Bundle, graph: str, engine: str, device: str | None) -> Check
         with contextlib.closing(open_engine(bundle.path / graph, engine, device=device)) as opened:
             return _fault(opened, _smoke(bundle, graph, built_shapes(bundle.path / graph, engine, device)))
 
-    return _check(graph, _files(bundle.path / graph), judge, _precision(bundle, graph.partition("/")[0]))
+    return _check(graph, _files(bundle.path / graph), judge, _precision(bundle, graph.partition("/")[0]), engine)
 
 
 def _others(bundle: Bundle, graphs: list[str]) -> Iterator[Check]:
@@ -134,12 +146,16 @@ def _scheduler_fault(bundle: Bundle) -> str:
     return "" if np.isfinite(levels).all() else "its noise levels are not finite"
 
 
-def _check(name: str, files: list[Path], judge: Callable[[], str], precision: tuple[str, str] = ("", "")) -> Check:
-    start = time.perf_counter()
+def _check(
+    name: str, files: list[Path], judge: Callable[[], str], precision: tuple[str, str] = ("", ""), engine: str = ""
+) -> Check:
+    start, cure = time.perf_counter(), "export the bundle again"
     try:
         fault = judge()
     except VegaEdgeError as failure:
         fault = str(failure)
+        if isinstance(failure, EngineError) and engine.startswith("tensorrt"):
+            cure = ""  # it is what was built of the graph that fails, and says what to do
     except (
         KeyError,
         TypeError,
@@ -148,7 +164,14 @@ def _check(name: str, files: list[Path], judge: Callable[[], str], precision: tu
         ArithmeticError,
     ) as failure:  # what a garbled configuration does
         fault = f"its configuration can't be used: {type(failure).__name__}: {failure}"
-    return Check(name, *precision, sum(file.stat().st_size for file in files), time.perf_counter() - start, fault)
+    return Check(
+        name,
+        *precision,
+        sum(file.stat().st_size for file in files),
+        time.perf_counter() - start,
+        fault,
+        cure if fault else "",
+    )
 
 
 def _fault(engine: Engine, smoke: _Smoke) -> str:
@@ -251,4 +274,5 @@ def raise_for(verdict: Verdict) -> None:
     """EngineError if a check failed: the first one's fault."""
     for check in verdict.checks:
         if check.fault:
-            raise EngineError(f"bundle {verdict.path}, {check.graph}: {check.fault}; export the bundle again")
+            cure = f"; {check.cure}" if check.cure else ""
+            raise EngineError(f"bundle {verdict.path}, {check.graph}: {check.fault}{cure}")

@@ -1,6 +1,9 @@
 """What building engines costs: seconds, processor seconds and peak memory of each part, in a process of its own.
 
-python -m vega_edge.bench.engines BUNDLE [BUNDLE ...] --engine tensorrt-rtx -o bench/results/engines.json
+    python -m vega_edge.bench.engines BUNDLE [BUNDLE ...] --engine tensorrt-rtx -o bench/results/engines.json
+
+int8 and fp8 are of the parts that have them. What fp8 is scaled by is made up here, 1 for every tensor, since it changes
+no kernel; a real build measures it first, on pictures that the bundle draws on the CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..export.trt_build import graphs
-from ..export.trt_library import load_library
+from ..export.trt_build import QUANTIZED_PARTS, graphs
+from ..export.trt_graph import matrix_products, prepared
+from ..export.trt_library import PRECISIONS, check_targets, load_library
 from ..export.trt_network import Job, build_plan, read_inputs
 from ..export.trt_profiles import bundle_sizes, latent_px, profile
 from ..models import find_bundle
 from .machine import facts, markdown, peak_mb
+
+FP8_TARGETS = ("sm_89", "sm_120")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,32 +35,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="models' names or bundles' folders")
     parser.add_argument("--engine", default="tensorrt-rtx")
     parser.add_argument("--part", action="append", default=[])
+    parser.add_argument(
+        "--precision", action="append", default=[], choices=PRECISIONS, help="may be repeated; default: all"
+    )
     parser.add_argument("--graph", help=argparse.SUPPRESS)  # one build, in this process
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args(argv)
     bundles = [find_bundle(name) for name in arguments.bundles]
     if arguments.graph:
-        print(json.dumps(build_here(bundles[0], arguments.graph, arguments.engine)))
+        print(json.dumps(build_here(bundles[0], arguments.graph, arguments.engine, *arguments.precision)))
         return
-    rows = [row for bundle in bundles for row in measure(bundle, arguments.engine, arguments.part)]
+    wanted = arguments.precision or PRECISIONS
+    rows = [row for bundle in bundles for p in wanted for row in measure(bundle, arguments.engine, arguments.part, p)]
     library = load_library(arguments.engine)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         result = {**facts(), "library": f"{library.name} {library.version}", "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    head = ("bundle", "graph", "engine MB", "seconds", "processor seconds", "peak GB")
-    print(
-        markdown(
-            head, [(r["bundle"], r["graph"], *(r[k] for k in ("mb", "seconds", "cpu_s", "peak_gb"))) for r in rows]
-        )
-    )
+    head = ("bundle", "graph", "precision", "engine MB", "seconds", "processor seconds", "peak GB")
+    columns = ("bundle", "graph", "precision", "mb", "seconds", "cpu_s", "peak_gb")
+    print(markdown(head, [tuple(row[column] for column in columns) for row in rows]))
 
 
-def measure(folder: Path, engine: str, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row for each graph that a pipeline runs. The plans are thrown away."""
+def measure(folder: Path, engine: str, parts: Sequence[str] = (), precision: str = "graph") -> list[dict[str, Any]]:
+    """A row for each graph that a pipeline runs, and that has this precision. The plans are thrown away."""
     rows = []
     for graph in graphs(Bundle.open(folder, verify=False), parts):
+        if precision != "graph" and not graph.startswith(QUANTIZED_PARTS[precision]):
+            continue
         command = [sys.executable, "-m", "vega_edge.bench.engines", str(folder), "--engine", engine, "--graph", graph]
+        command += ["--precision", precision]
         with tempfile.TemporaryFile("w+") as errors:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             errors.seek(0)
@@ -64,18 +74,29 @@ def measure(folder: Path, engine: str, parts: Sequence[str] = ()) -> list[dict[s
     return rows
 
 
-def build_here(folder: Path, graph: str, engine: str) -> dict[str, Any]:
+def build_here(folder: Path, graph: str, engine: str, precision: str) -> dict[str, Any]:
     bundle, library = Bundle.open(folder, verify=False), load_library(engine)
     path, part = bundle.file(graph), graph.split("/")[0]
     start = time.monotonic()
     ranges = profile(part, read_inputs(library, path), bundle_sizes(bundle), latent_px(bundle))
-    plan = build_plan(Job(library, path, ranges)).content
+    targets = check_targets(library, FP8_TARGETS if precision == "fp8" and library.portable else (), precision)
+    with (
+        tempfile.TemporaryDirectory() as work,
+        prepared(path, {}, precision, Path(work), _made_up(path) if precision == "fp8" else None) as source,
+    ):
+        plan = build_plan(Job(library, source, ranges, targets)).content
     return {
-        "bundle": folder.name, "graph": graph, "mb": round(len(plan) / 1e6, 1),
+        "bundle": folder.name, "graph": graph, "precision": precision, "mb": round(len(plan) / 1e6, 1),
         "seconds": round(time.monotonic() - start, 1), "cpu_s": round(time.process_time(), 1),
         "peak_gb": round(peak_mb() * 2**20 / 1e9, 2),
         "profile": {name: [list(shape) for shape in shapes] for name, shapes in ranges.items()},
     }  # fmt: skip
+
+
+def _made_up(graph: Path) -> dict[str, float]:
+    import onnx
+
+    return {node.input[0]: 1.0 for node in matrix_products(onnx.load(graph, load_external_data=False))}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pictures on a GPU: our engines against diffusers, eager and compiled, in one process, taking turns.
 
-    python -m vega_edge.bench.gpu BUNDLE [BUNDLE ...] -o bench/results/gpu.json
+    vega-edge bench gpu BUNDLE [BUNDLE ...] -o bench/results/gpu.json
 
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
 trained ones. Every side walks with Euler, one evaluation of the U-Net a step. The peers are built from the bundle's
@@ -46,7 +46,9 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="vega-edge bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="models' names or bundles' folders")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu; default: %(default)s")
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args(argv)
+    _check_device(arguments.device)
     peak = matmul_peak(arguments.device)
     rows = []
     for folder in map(find_bundle, arguments.bundles):
@@ -68,6 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(rows))
     if arguments.device != "cpu" and (missed := shortfalls(rows)):
         raise SystemExit("\n".join(missed))
+
+
+def _check_device(device: str) -> None:
+    """EngineError unless torch, the peers' library, can use it."""
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise EngineError(
+            f"torch {torch.__version__} finds no GPU here, and the peers run on one: install torch for CUDA, or try the program "
+            "with --device cpu"
+        )
 
 
 def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[dict[str, Any]]:

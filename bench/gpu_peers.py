@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..bundle import Bundle
+from ..runtime.tokenizer import TOKENS
 
 _LATENT_PX = 8
-TOKENS = 77
 # dynamic=False: else the second batch's size makes it compile for any, slower
 COMPILED: dict[str, Any] = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
 

@@ -30,6 +30,7 @@ from ..models import find_bundle
 from ..runtime.memory import weight_bytes
 from ..runtime.parts import Parts
 from ..runtime.pipeline import Pipeline
+from ..runtime.tokenizer import TOKENS
 from .machine import facts, markdown
 
 WAYS = ("normal", "low, cold", "low, warm")
@@ -68,10 +69,10 @@ def _memory_mb() -> tuple[float, float]:
 
 def feeds_of(inputs: Any, latent: int) -> dict[str, Any]:
     """Numbers of the right shape: latents of `latent` x `latent`, one sample."""
-    sizes = {"batch": 1, "height": latent, "width": latent, "sequence_length": 77}
+    sizes = {"batch": 1, "height": latent, "width": latent, "sequence_length": TOKENS}
 
     def shape(spec: Spec, name: str) -> list[int]:
-        free = [1, None, latent, latent] if name in ("sample", "latent_sample") else [1, 77, 6]
+        free = [1, None, latent, latent] if name in ("sample", "latent_sample") else [1, TOKENS, 6]
         return [d if isinstance(d, int) else sizes.get(str(d), f or 1) for d, f in zip(spec.shape, free, strict=False)]
 
     return {name: np.ones(shape(spec, name), spec.dtype) for name, spec in inputs.items()}

@@ -5,7 +5,14 @@ set -eu
 model=$1
 shift
 set -- --host 0.0.0.0 --engine tensorrt --preload "$model" "$@"
-vega-edge serve "$@" --check
+
+run() { # tells its child of `docker stop`: a container's first process gets only signals that it has a trap for
+    vega-edge "$@" &
+    trap 'kill -TERM $! && wait $!; exit 143' TERM INT
+    wait $!
+}
+
+run serve "$@" --check
 # shellcheck disable=SC2086 # options, one word each
-vega-edge build "$model" --engine tensorrt ${VEGA_EDGE_BUILD:-}
+run build "$model" --engine tensorrt ${VEGA_EDGE_BUILD:-}
 exec vega-edge serve "$@"

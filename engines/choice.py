@@ -14,7 +14,7 @@ from ..errors import EngineError, UsageError, unknown
 from . import nvidia
 from .checked import reason
 from .dtypes import refusal
-from .plan_choice import BuiltFor, choose_plan, lacking
+from .plan_choice import BuiltFor, choose_plans, lacking
 from .plan_store import PlanStore
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str,
         return {}
     backend = ENGINES[name]
     here = importlib.import_module(f".{backend.module}", __package__).here(backend.setting, gpu_index(device))
-    plan = choose_plan(PlanStore(graph.parent.parent), graph, here, {}).plan
+    plan = choose_plans(PlanStore(graph.parent.parent), graph, here, {})[0].plan
     return {name: best for name, (_, best, _) in plan.profile.items()}
 
 
@@ -219,4 +219,7 @@ def _missing_gpu() -> Missing | None:
 
 
 def install_line(extra: str) -> str:
-    return f'pip install "vega-edge[{extra}]"'  # double quotes: cmd.exe knows no others
+    if extra == "tensorrt" and nvidia.JETSON.is_file():
+        return 'pip install "vega-edge[jetson]" into a venv made with --system-site-packages, which sees JetPack\'s tensorrt'
+    first = "tensorrt " if extra == "tensorrt" else ""  # an extra without it: its libraries are in NVIDIA's index
+    return f'pip install {first}"vega-edge[{extra}]"'  # double quotes: cmd.exe knows no others

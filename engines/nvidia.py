@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 from ..errors import EngineError
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+JETSON = Path("/etc/nv_tegra_release")  # of Jetson Linux
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE of the CUDA driver API
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
@@ -25,6 +27,11 @@ def devices() -> list[str]:
     if code:
         raise EngineError(f"the NVIDIA driver does not work (CUDA error {code})")
     return [_name(driver, index) for index in range(count.value)]
+
+
+def has_fp8(capability: str) -> bool:
+    """Of 'sm_89', Ada, and all later ones."""
+    return int(capability.removeprefix("sm_")) >= 89
 
 
 def compute_capability(index: int = 0) -> str:

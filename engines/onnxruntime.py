@@ -92,17 +92,19 @@ def _session(graph: Path | bytes, provider: str, options: Any) -> Any:
     return session
 
 
-def check_provider(session: Any, provider: str) -> None:
-    """onnxruntime opens a graph on the CPU, with a warning only, where a provider's libraries can't be loaded."""
+def check_provider(session: Any, *providers: str) -> None:
+    """onnxruntime opens a graph on the CPU, with a warning only, where a provider's libraries can't be loaded: also what
+    one provider leaves to the next."""
     got = session.get_providers()
-    if got[0] == provider:
+    missing = [provider for provider in providers if provider not in got]
+    if not missing:
         return
     libraries, cure = "CUDA's or cuDNN's", 'pip install "vega-edge[cuda]" brings them'
-    if provider.startswith("Tensorrt"):
+    if missing[0].startswith("Tensorrt"):
         libraries, cure = "TensorRT's", "install TensorRT from NVIDIA, or use onnxruntime-cuda"
     raise EngineError(
-        f"asked for {provider}, got {got[0]}: {libraries} libraries are missing, or are not of the version that onnxruntime "
-        f"{ort.__version__} wants; {cure}"
+        f"asked for {missing[0]}, got {', '.join(got)}: {libraries} libraries are missing, or are not of the version that "
+        f"onnxruntime {ort.__version__} wants; {cure}"
     )
 
 

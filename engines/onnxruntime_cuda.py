@@ -116,7 +116,8 @@ def device(provider: str) -> str:
     """Raises EngineError if this build of onnxruntime has no such provider, or can't load what it needs."""
     common._require(CUDA)
     common._require(provider)
-    common.try_provider(provider, {})
+    for each in dict.fromkeys([provider, CUDA]):  # TensorRT's leaves to CUDA's what it has not
+        common.try_provider(each, {})
     return "GPU"
 
 
@@ -140,7 +141,7 @@ def _session(path: Path, how: Opening, providers: list[tuple[str, dict[str, Any]
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
     with memory_cure(how.gpu):
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
-    common.check_provider(session, providers[0][0])
+    common.check_provider(session, *(name for name, _ in providers))
     return session
 
 

@@ -31,31 +31,61 @@ class Outside(NamedTuple):
 
 @dataclass(frozen=True)
 class Rebuild:
-    """The command that builds a part anew. `unit_px`: pixels for each step of its inputs' height and width."""
+    """The command that builds a part anew, but for --size, --batch and --static.
+
+    unit_px: pixels for each step of its inputs' height and width. pictures: least, best and most that it was built for,
+    where that is known. static: it was built for one shape.
+    """
 
     command: str
     unit_px: int = 1
+    pictures: tuple[int, ...] = ()
+    static: bool = False
 
     def cure(self, profile: Profile, shapes: Mapping[str, Shape], outside: Outside) -> str:
         """The command with the options that take these shapes too, or why there are none."""
         rank = len(shapes[outside.name])
+        ranged = outside.high > outside.low
         if (rank, outside.axis) == (3, 1):
-            if outside.high > outside.low:  # an engine with a range takes as long ones as any does
+            if ranged:  # an engine with a range takes as long ones as any does
                 return f"prompts stop at {outside.high // outside.low} chunks of {outside.low} tokens: shorten it"
-            return f"widen it: {self.command}"
+            inside = {
+                name: best for name, (_, best, _) in profile.items()
+            }  # a static one takes no more: see `_options`
+            return f"widen it: {self.command}{self._range(profile, {**shapes, **inside})}"
         if rank == 2 and not any(len(shape) == 4 for shape in shapes.values()):  # a text encoder's prompts, in chunks
-            ranged = outside.high > outside.low
             return "prompts stop there: shorten it" if ranged else f"widen it: {self.command}"
-        return f"widen it: {self.command}{self._options(profile, shapes)}"
+        return f"widen it: {self.command}{self._one(profile, shapes) or self._range(profile, shapes)}"
 
-    def _options(self, profile: Profile, shapes: Mapping[str, Shape]) -> str:
+    def _one(self, profile: Profile, shapes: Mapping[str, Shape]) -> str:
+        """Of a static engine: another one beside it. '' where its pictures' evaluations don't make up this batch, or
+        prompts are longer than one chunk."""
+        longer = any(len(best) == 3 and shapes[name][1] != best[1] for name, (_, best, _) in profile.items())
+        for name, (_, best, _) in profile.items():
+            if self.static and self.pictures and not longer and len(best) == 4:
+                count, left = divmod(shapes[name][0], best[0] // self.pictures[1] or 1)
+                return "" if left else f" --static --size {self._side(shapes[name])} --batch {count}"
+        return ""
+
+    def _range(self, profile: Profile, shapes: Mapping[str, Shape]) -> str:
         for name, (least, best, most) in profile.items():
             if len(least) == 4:
                 got = shapes[name]
                 wide = [tuple(map(min, least, got)), best, tuple(map(max, most, got))]
-                sizes = [f"{shape[3] * self.unit_px}x{shape[2] * self.unit_px}" for shape in wide]
-                return f" --size {':'.join(sizes)} --batch {':'.join(str(shape[0]) for shape in wide)}"
+                pictures = self._pictures(got[0], (least[0], best[0], most[0]))
+                return f" --size {':'.join(map(self._side, wide))} --batch {':'.join(map(str, pictures))}"
         return ""
+
+    def _pictures(self, batch: int, built: tuple[int, ...]) -> tuple[int, ...]:
+        """--batch for an axis that was `built` so and is to take `batch` too; guidance evaluates each picture twice."""
+        least, best, most = self.pictures or built
+        each_least, each_most = max(built[0] // least, 1), max(built[2] // most, 1)
+        if self.static:  # an engine with a range takes pictures both with guidance and without
+            each_least = 1
+        return min(least, max(batch // each_least, 1)), best, max(most, -(-batch // each_most))
+
+    def _side(self, shape: Shape) -> str:
+        return f"{shape[3] * self.unit_px}x{shape[2] * self.unit_px}"
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape], rebuild: Rebuild) -> int:

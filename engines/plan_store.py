@@ -13,16 +13,21 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from .. import records
 from ..errors import EngineError
-from ..whole_file import PART, writing
-from .plan_hash import file_hash, graph_hash
+from ..known_hashes import known_sha256
+from ..whole_file import PART, sha256_of, writing
+from .plan import Plan, PlanLora, part_of
+from .plan_hash import graph_hash
 
 __all__ = ["Plan", "PlanLora", "PlanStore", "graph_hash", "part_of"]
 
@@ -31,50 +36,7 @@ REVISION = 1  # of how plans are built, raised where the same `Plan` gives anoth
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
 _STRAY_AFTER_S = 600
 BUILD_PREFIX = ".build-"  # of the folders that changed copies of graphs are written to, for the time of a build
-_BUILD_AFTER_S = 86400
-
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best, most
-
-
-@dataclass(frozen=True)
-class PlanLora:
-    sha256: str
-    strength: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One built engine, and everything that its `key` covers.
-
-    graph: 'unet/model.onnx'; graph_hash: of it and its weights; loras: that changed these, in the order they were added.
-    targets: 'sm_89', or 'ampere+' for every RTX GPU from Ampere on. profile: input -> [least, best, most] shape, of
-    every input with a free axis. flags: static, refit, stripped, weight-streaming. unit_px:
-    pixels for each step of its inputs' height and width. revision: the `REVISION` that it was built with. bytes and
-    sha256 are of the file.
-    """
-
-    file: str
-    sha256: str
-    bytes: int
-    graph: str
-    graph_hash: str
-    library: str
-    version: str
-    targets: tuple[str, ...]
-    profile: Mapping[str, tuple[tuple[int, ...], ...]]
-    precision: str = "graph"
-    flags: tuple[str, ...] = ()
-    loras: tuple[PlanLora, ...] = ()
-    seconds: float = 0.0
-    unit_px: int = 1
-    revision: int = 0
-
-    @property
-    def key(self) -> str:
-        """Hex; two plans share it only if one can stand for the other."""
-        unkeyed = ("file", "sha256", "bytes", "seconds", "unit_px")
-        facts = {k: v for k, v in records.encode(self).items() if k not in unkeyed}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+_LOCK_AFTER_S = 86400
 
 
 @dataclass(frozen=True)
@@ -85,7 +47,7 @@ class _Index:
 
 @dataclass(frozen=True)
 class PlanStore:
-    """The plans of the bundle at `bundle`; its folder is made when the first plan is written."""
+    """The plans of the bundle at `bundle`; `folder` is made when the first plan is written."""
 
     bundle: Path
 
@@ -95,13 +57,35 @@ class PlanStore:
         the bundle's path: bundles of one name elsewhere have their own there."""
         bundle, elsewhere = self.bundle.absolute(), os.environ.get(FOLDER_VARIABLE)
         if not elsewhere:
-            return bundle.with_name(f"{bundle.name}.engines")
+            return self.beside
         place = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:8]
         return Path(elsewhere) / f"{bundle.name}-{place}.engines"
 
+    @property
+    def beside(self) -> Path:
+        """Where engines come along with their bundle, built on another machine: read, whatever `folder` is."""
+        bundle = self.bundle.absolute()
+        return bundle.with_name(f"{bundle.name}.engines")
+
     def plans(self) -> tuple[Plan, ...]:
         """Those listed, whether their files are there or not. Raises EngineError for a damaged manifest."""
-        path = self.folder / INDEX
+        own = self.own()
+        if self.beside == self.folder:
+            return own
+        names = {plan.file for plan in own}
+        return (*own, *(plan for plan in self._listed(self.beside) if plan.file not in names))
+
+    def own(self) -> tuple[Plan, ...]:
+        """Of `plans` those that this store writes and removes: in `folder`."""
+        return self._listed(self.folder)
+
+    def path(self, plan: Plan) -> Path:
+        """Its file; it may be missing."""
+        own = self.folder / plan.file
+        return own if own.is_file() else self.beside / plan.file
+
+    def _listed(self, folder: Path) -> tuple[Plan, ...]:
+        path = folder / INDEX
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -114,25 +98,25 @@ class PlanStore:
                 raise records.RecordError(f"format {index.format} is not {FORMAT}, the one this version reads")
             _check_names(index.plans)
         except records.RecordError as failure:
-            raise EngineError(f"{path}: {failure}; remove {self.folder} and build again") from failure
+            raise EngineError(f"{path}: {failure}; remove {folder} and build again") from failure
         return index.plans
 
     def read(self, plan: Plan) -> memoryview:
         """The plan's bytes, mapped from its file, as `check` found them."""
-        path = self.folder / plan.file
+        path = self.path(plan)
         self.check(plan)
         with open(path, "rb") as stream:
             return memoryview(mmap.mmap(stream.fileno(), plan.bytes, access=mmap.ACCESS_READ))
 
     def check(self, plan: Plan) -> None:
-        """Raises EngineError unless the file is there and what the manifest says. This process reads it once, unless it
-        changes: --memory low opens a plan again for each picture."""
-        path = self.folder / plan.file
+        """Raises EngineError unless the file is there and what the manifest says. It is read once, unless it changes
+        (see `known_hashes`): --memory low opens a plan again for each picture."""
+        path = self.path(plan)
         try:
-            state = path.stat()
-            if state.st_size < plan.bytes:
-                raise EngineError(f"{path} is truncated ({state.st_size} of {plan.bytes} bytes); {self._rebuild(plan)}")
-            got = file_hash(path, state)
+            size = path.stat().st_size
+            if size < plan.bytes:
+                raise EngineError(f"{path} is truncated ({size} of {plan.bytes} bytes); {self._rebuild(plan)}")
+            got = known_sha256(path)
         except OSError as failure:
             raise EngineError(f"{path} can't be read ({failure.strerror}); {self._rebuild(plan)}") from failure
         if got != plan.sha256:
@@ -142,10 +126,15 @@ class PlanStore:
             )
 
     def fault(self, plan: Plan, installed: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Why the plan is of no use any more: its file is gone, the bundle's graph is another now, or its library is
-        `installed` (name -> version) in another version. '' if it is of use."""
-        if not (self.folder / plan.file).is_file():
+        """Why the plan is of no use any more: its file is gone or altered, the bundle's graph is another now, or its
+        library is `installed` (name -> version) in another version. '' if it is of use."""
+        path = self.path(plan)
+        if not path.is_file():
             return "its file is missing"
+        if (size := path.stat().st_size) < plan.bytes:
+            return f"truncated, {size} of {plan.bytes} bytes"
+        if known_sha256(path) != plan.sha256:
+            return "altered since it was built"
         if installed.get(plan.library, plan.version) != plan.version:
             return f"of {plan.library} {plan.version}, and {installed[plan.library]} is installed"
         graph = self.bundle / plan.graph
@@ -156,16 +145,19 @@ class PlanStore:
     def _rebuild(self, plan: Plan) -> str:
         return f"build it again: vega-edge build {self.bundle} --engine {plan.library} --part {part_of(plan.graph)}"
 
-    def add(self, plan: Plan, content: bytes | memoryview, seconds: float) -> Plan:
+    def add(self, plan: Plan, content: bytes | memoryview | Path, seconds: float) -> Plan:
         """Writes a plan and lists it, in place of one with the same key, of whatever revision; what is not known of it
-        before is filled in."""
-        size = len(memoryview(content).cast("B"))
+        before is filled in. A file, whole, in this folder or below it, is moved."""
         name = f"{plan.graph.replace('/', '.').removesuffix('.onnx')}.{plan.key[:16]}.{plan.library}.plan"
-        digest = hashlib.sha256(content).hexdigest()
+        if isinstance(content, Path):
+            size, digest = content.stat().st_size, sha256_of(content)
+            os.replace(content, self.folder / name)
+        else:
+            size, digest = len(memoryview(content).cast("B")), hashlib.sha256(content).hexdigest()
+            self.write(self.folder / name, content)
         plan = dataclasses.replace(plan, file=name, bytes=size, sha256=digest, seconds=round(seconds, 2))
-        self.write(self.folder / name, content)
         with self.lock(INDEX):
-            others = self.plans()
+            others = self.own()
             kept = [each for each in others if dataclasses.replace(each, revision=plan.revision).key != plan.key]
             self._list([*kept, plan])
         return plan
@@ -174,7 +166,7 @@ class PlanStore:
         """Takes them off the manifest first: a file that is not listed is never loaded."""
         files = {plan.file for plan in plans}
         with self.lock(INDEX):
-            self._list([plan for plan in self.plans() if plan.file not in files])
+            self._list([plan for plan in self.own() if plan.file not in files])
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
@@ -182,14 +174,15 @@ class PlanStore:
         """What a build left when it was killed, plans that the manifest does not list, locks that nobody took for a day,
         and timings of libraries that are `installed` (name -> version) in another version now.
 
-        Not files of the last minutes, which another process may be about to name or to list, nor folders of the last
-        day, in which one may build.
+        Not files of the last minutes, which another process may be about to name or to list, nor folders in which one
+        builds.
         """
-        listed, now = {plan.file for plan in self.plans()}, time.time()
+        listed, now = {plan.file for plan in self.own()}, time.time()
         files = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
         old = [path for path in files if now - path.stat().st_mtime > _STRAY_AFTER_S]
-        dated = (*self.folder.glob(f"{BUILD_PREFIX}*"), *self.folder.glob(".*.lock"))
-        old += [p for p in dated if now - p.stat().st_mtime > _BUILD_AFTER_S and p.name != f".{INDEX}.lock"]
+        old += [path for path in self.folder.glob(f"{BUILD_PREFIX}*") if not self._in_use(path)]
+        locks = (p for p in self.folder.glob(".*.lock") if p.name != f".{INDEX}.lock")
+        old += [path for path in locks if now - path.stat().st_mtime > _LOCK_AFTER_S]
         if "tensorrt" in installed:  # TensorRT-RTX has no timings
             current = f"tensorrt-{installed['tensorrt']}-"
             old += [p for p in self.folder.glob("tensorrt-*.timing") if not p.name.startswith(current)]
@@ -198,15 +191,38 @@ class PlanStore:
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Held by one process at a time, and by none after it died."""
+        self._make_folder()
+        with self._file_lock(name):
+            yield
+
+    def _file_lock(self, name: str, timeout_s: float = -1) -> Any:
         try:
             from filelock import FileLock
         except ImportError as failure:
             raise EngineError(
                 'engines need filelock, not installed here: pip install "vega-edge[tensorrt-rtx]"'
             ) from failure
-        self._make_folder()
-        with FileLock(self.folder / f".{name}.lock"):
-            yield
+        return FileLock(self.folder / f".{name}.lock", timeout_s)
+
+    def _in_use(self, folder: Path) -> bool:
+        """Whether the one who made it, see `building`, still holds its lock."""
+        key = folder.name.removeprefix(BUILD_PREFIX).partition("-")[0]
+        if not (self.folder / f".{key}.lock").is_file():
+            return False
+        try:
+            with self._file_lock(key, timeout_s=0):
+                return False
+        except TimeoutError:
+            return True
+
+    @contextlib.contextmanager
+    def building(self, key: str) -> Iterator[Path]:
+        """The lock `key` and, for as long, a folder to work in; without what others, who were killed, left in theirs."""
+        with self.lock(key):
+            for left in self.folder.glob(f"{BUILD_PREFIX}{key}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f"{BUILD_PREFIX}{key}-", dir=self.folder) as folder:
+                yield Path(folder)
 
     def _make_folder(self) -> None:
         try:
@@ -229,10 +245,6 @@ class PlanStore:
                 stream.write(content)
         except OSError as failure:
             raise EngineError(f"{target} can't be written ({failure.strerror}); free some space there") from failure
-
-
-def part_of(graph: str) -> str:
-    return graph.split("/")[0]
 
 
 def _check_names(plans: tuple[Plan, ...]) -> None:

@@ -22,7 +22,6 @@ from .plan_store import Plan, PlanStore
 from .protocol import Engine, Opening, Spec
 from .rtx_cache import RuntimeCache
 
-JETSON = Path("/etc/nv_tegra_release")  # of Jetson Linux
 # names of TensorRT's DataType members that numpy has too
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
 # of weights that are replaced; the bits of bfloat16, which numpy lacks, come as uint16
@@ -72,7 +71,7 @@ def device(module: str) -> str:
 def _extra(module: str) -> str:
     """What brings cuda-python, in the version that the library's CUDA is of."""
     if module == "tensorrt":
-        return "jetson" if JETSON.is_file() else "tensorrt"
+        return "jetson" if nvidia.JETSON.is_file() else "tensorrt"
     return module.replace("_", "-")
 
 

@@ -18,10 +18,10 @@ from torch import nn
 from ..errors import ExportError
 from .quiet import quiet
 from .simplify import simplify
+from .tokenizer_files import TOKENS
 
 OPSET = 18  # the last at which attention and GroupNorm are decomposed, which is what TensorRT-RTX builds
 OPSET_BF16 = 22  # the first at which convolutions and instance normalization may be bfloat16
-TOKENS = 77  # CLIP's context
 ROOT = "model"  # the wrapped module's attribute: what every parameter's name in the graph begins with
 
 Axes = tuple[int | str, ...]

@@ -16,11 +16,11 @@ from typing import Any
 from ..errors import ExportError
 from ..models.architectures import MERGES, Architecture, read_config
 from ..models.storage import home
+from .tokenizer_files import TOKENS
 from .weight_files import tokenizer_of
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _PADDING = {"tokenizer": _END, "tokenizer_2": "!"}  # as in SD's and SDXL's repositories
-_CONTEXT = 77
 
 
 def skeleton_folder(architecture: Architecture, scheduler: str | None = None) -> Path:
@@ -76,7 +76,7 @@ def _tokenizer(padding: str) -> dict[str, str]:
         "merges.txt": merges,
         "special_tokens_map.json": _json(special),
         "tokenizer_config.json": _json(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": _CONTEXT, "do_lower_case": True, **special}
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, **special}
         ),
     }
 

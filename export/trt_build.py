@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from ..bundle import Bundle
 from ..engines import nvidia
 from ..engines.cuda import free_bytes
+from ..engines.plan_choice import RUN_GRAPHS
 from ..engines.plan_store import REVISION, Plan, PlanLora, PlanStore, graph_hash, part_of
 from ..errors import EngineError, UsageError, unknown
+from .trt_child import build_apart
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
-from .trt_network import Job, Progress, build_plan, read_inputs
-from .trt_profiles import Sizes, latent_px, profile, unit_px
+from .trt_network import Job, Progress, read_inputs
+from .trt_profiles import Sizes, check_inputs, latent_px, profile, unit_px
 
 Weights = Mapping[str, NDArray[Any]]
-_QUANTIZED = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
-_GRAPHS = ("pixels.onnx", "model.onnx")  # of each part the first that is there is what a pipeline runs
+QUANTIZED_PARTS = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def graphs(bundle: Bundle, parts: Sequence[str] = ()) -> list[str]:
     """'unet/model.onnx', ... in the order in which a pipeline needs them. UsageError for a part without a graph."""
     found = {}
     for part in bundle.parts:
-        names = [f"{part}/{name}" for name in _GRAPHS if bundle.has(f"{part}/{name}")]
+        names = [f"{part}/{name}" for name in RUN_GRAPHS if bundle.has(f"{part}/{name}")]
         if names:
             found[part] = names[0]
     for part in parts:
@@ -91,27 +92,30 @@ def build_engines(
         part = part_of(graph)
         replaced = weights(part)
         assert loras or not replaced, "their plan would pass for the one without"
-        precision = options.precision if part.startswith(_QUANTIZED[options.precision]) else "graph"
+        precision = options.precision if part.startswith(QUANTIZED_PARTS[options.precision]) else "graph"
         path = bundle.file(graph)
+        inputs = read_inputs(library, path)
+        check_inputs(graph, part, inputs)
         wanted = Plan(
             file="", sha256="", bytes=0, graph=graph, graph_hash=graph_hash(path), library=library.name,
             version=library.version, targets=targets, precision=precision, flags=tuple(sorted(options.flags)),
-            profile=profile(part, read_inputs(library, path), options.sizes, scale),
+            profile=profile(part, inputs, options.sizes, scale),
             loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
-            revision=REVISION,
+            pictures=tuple(options.sizes.batch), revision=REVISION,
         )  # fmt: skip
-        with store.lock(wanted.key):  # another process that wants the same plan waits, and then finds it
+        with store.building(wanted.key) as folder:  # another process that wants the same plan waits, and then finds it
             there = _find(store, wanted)
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
             measured = {}
             if precision == "fp8":
-                with prepared(path, replaced, "graph", store.folder) as calibrated:  # with the LoRA's weights
+                with prepared(path, weights(part), "graph", folder) as calibrated:  # with the LoRA's weights
                     measured = ranges(calibrated)
-            with prepared(path, replaced, precision, store.folder, measured) as source:
+            # made anew, so that nobody holds them: they would be a copy of the network beside the library's
+            with prepared(path, weights(part), precision, folder, measured) as source:
                 job = _job(store, wanted, library, source, options.gpu)
-                built.append(_build(store, wanted, job, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
+                built.append(_build(store, wanted, job, folder, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
     return built
 
 
@@ -127,13 +131,13 @@ def _timing(store: PlanStore, wanted: Plan) -> Path:
     return store.folder / f"{wanted.library}-{wanted.version}-{'-'.join(wanted.targets)}.timing"
 
 
-def _build(store: PlanStore, wanted: Plan, job: Job, progress: Progress) -> BuiltEngine:
+def _build(store: PlanStore, wanted: Plan, job: Job, folder: Path, progress: Progress) -> BuiltEngine:
     start = time.monotonic()
-    made = build_plan(job, progress)
-    if made.timing_cache:
-        store.write(_timing(store, wanted), made.timing_cache)
+    timing = build_apart(job, folder / "plan", progress)
+    if timing:
+        store.write(_timing(store, wanted), timing)
     seconds = time.monotonic() - start
-    listed = store.add(wanted, made.content, seconds)
+    listed = store.add(wanted, folder / "plan", seconds)
     return BuiltEngine(listed, seconds)
 
 
@@ -147,6 +151,12 @@ def _find(store: PlanStore, wanted: Plan) -> Plan | None:
 
 
 def _check_flags(library: Library, options: BuildOptions) -> None:
+    # NVIDIA's guide to refitting in 11.3: a product's bias may be dropped and taken as 0, also where nothing is refitted.
+    if "refit" in options.flags and library.name == "tensorrt" and library.version.startswith("11.3."):
+        raise EngineError(
+            f"tensorrt {library.version} draws wrong pictures with engines built with --refit (a known issue of 11.3): install "
+            "another version, or build without it: for a LoRA, build with --lora"
+        )
     changeable = [flag for flag in options.flags if flag in ("refit", "stripped")]
     if changeable and options.precision != "graph":
         raise UsageError(
@@ -155,7 +165,7 @@ def _check_flags(library: Library, options: BuildOptions) -> None:
         )
     if changeable and library.portable:
         try:
-            nvidia.devices()
+            nvidia.compute_capability(options.gpu)
         except EngineError as failure:
             raise EngineError(
                 f"--{changeable[0]} with {library.name} needs a GPU to build on, and {failure}; build without it: for a "

@@ -47,6 +47,7 @@ def prepared(
             _copy(graph, copy)
             if weights:
                 _replace(copy, weights)
+            del weights  # they are in the copy, and a build begins
             if precision != "graph":
                 _quantize(copy, precision, ranges or {})
         except OSError as failure:

@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..engines import nvidia
+from ..engines.choice import install_line
 from ..errors import EngineError, UsageError, unknown
 
 AMPERE_PLUS = "ampere+"
 TURING = "sm_75"
-_FP8 = 89  # compute capability 8.9, Ada, and all later ones have fp8 arithmetic
 PRECISIONS = ("graph", "int8", "fp8")
 
 
@@ -33,16 +33,13 @@ class Library(NamedTuple):
 
 def load_library(name: str) -> Library:
     """ "tensorrt-rtx" or "tensorrt"; EngineError says how to install it."""
-    cures = {
-        "tensorrt-rtx": 'pip install "vega-edge[tensorrt-rtx]"',
-        "tensorrt": 'pip install "vega-edge[tensorrt]"; JetPack brings its own for the system\'s Python',
-    }
-    if name not in cures:
-        raise unknown("engine to build", name, cures)
+    libraries = ("tensorrt-rtx", "tensorrt")
+    if name not in libraries:
+        raise unknown("engine to build", name, libraries)
     try:
         module = import_module(name.replace("-", "_"))
     except ModuleNotFoundError as failure:
-        raise EngineError(f"{name} is not installed here; {cures[name]}") from failure
+        raise EngineError(f"{name} is not installed here; {install_line(name)}") from failure
     except (ImportError, OSError, RuntimeError) as failure:  # its own libraries are missing
         raise EngineError(f"{name} is installed but can't be imported: {failure}") from failure
     return Library(name, module)
@@ -57,7 +54,7 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: str, gp
         if targets not in ((), (here,)):
             raise UsageError(f"{library.name} builds for the GPU it runs on, {here}, not for {', '.join(targets)}")
         if precision == "fp8" and not _has_fp8(here):
-            raise UsageError(f"fp8 needs sm_{_FP8} or later, and this GPU is {here}; use int8")
+            raise UsageError(f"fp8 needs sm_89 or later, and this GPU is {here}; use int8")
         return (here,)
     known = [AMPERE_PLUS, *_capabilities(library)]
     for target in targets:
@@ -69,6 +66,8 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: str, gp
             f"{AMPERE_PLUS} and {TURING} are each an engine of its own, not to be mixed with others: build one after "
             "the other"
         )
+    if precision == "int8" and TURING in targets:  # NVIDIA's support matrix of TensorRT-RTX, 1.0 to 1.5
+        raise UsageError(f"{library.name} has no int8 for {TURING} (Turing): build without --precision")
     if precision == "fp8" and (refused := [target for target in targets if not _has_fp8(target)]):
         able = ", ".join(filter(_has_fp8, known))
         raise UsageError(f"fp8 needs {able}; {', '.join(refused)} has none: name targets, or use int8")
@@ -76,7 +75,7 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: str, gp
 
 
 def _has_fp8(target: str) -> bool:
-    return target != AMPERE_PLUS and int(target.removeprefix("sm_")) >= _FP8
+    return target != AMPERE_PLUS and nvidia.has_fp8(target)
 
 
 def set_targets(library: Library, config: Any, targets: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""One graph to one plan: parse, set profile, targets and flags, build; with progress, and stopped by Ctrl-C.
+"""One graph to one plan: parse, set profile, targets and flags, build; with progress.
 
 The network is strongly typed: the precision of every operation is the graph's. Knows no bundle and no files but the
 graph's own.
@@ -6,8 +6,8 @@ graph's own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cuda import select
-from ..errors import EngineError
+from ..errors import BundleError, EngineError
+from ..onnx_file import read_weights
+from ..whole_file import writing
 from .trt_library import Library, cure, set_targets
 
 Progress = Callable[[float, str], None]  # (share done, 0 to 1; phase)
@@ -52,53 +54,25 @@ def read_inputs(library: Library, graph: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def build_to(job: Job, plan: Path, progress: Progress = lambda share, phase: None) -> bytes:
+    """`build_plan`, into the file `plan`; gives the timing cache. EngineError where it can't be written, too."""
+    built = build_plan(job, progress)
+    try:
+        with writing(plan) as stream:
+            stream.write(built.content)
+    except OSError as failure:
+        raise EngineError(f"{plan} can't be written ({failure.strerror}); free some space there") from failure
+    return built.timing_cache
+
+
 def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> BuiltPlan:
-    """Raises EngineError that says which node or what memory; KeyboardInterrupt after Ctrl-C, when the build has ended.
-
-    The library works in a thread of its own: Python tells the main thread of Ctrl-C, and only between two of its steps.
-    """
-    monitor = _monitor(job.library, progress)
-    outcome: list[BuiltPlan | BaseException] = []
-    running, done = threading.Event(), threading.Event()
-
-    def work() -> None:
-        running.set()
-        try:
-            if job.gpu:  # a thread begins on GPU 0
-                select(job.gpu)
-            outcome.append(_build(job, monitor))
-        except BaseException as failure:
-            outcome.append(failure)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=work, name="engine build")
-    interrupted = False
-    begin: Callable[[], None] = thread.start
-    while not done.is_set():
-        # Events, because Thread.join, when it is interrupted, takes the thread for ended (before Python 3.13).
-        try:
-            begin()
-            while not done.wait(0.1):  # without a time, Windows would not hear Ctrl-C
-                pass
-        except KeyboardInterrupt:
-            monitor.stopped = interrupted = True
-            begin = lambda: None  # noqa: E731
-            if not running.wait(1):  # it came before the thread did
-                raise
-    if interrupted:
-        raise KeyboardInterrupt
-    (result,) = outcome
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _build(job: Job, monitor: Any) -> BuiltPlan:
+    """Raises EngineError that says which node or what memory. Ctrl-C is heard when it is done: see trt_child.py."""
+    if job.gpu:
+        select(job.gpu)
     trt = job.library.module
     builder, network, parser = _parse(job)
     config = builder.create_builder_config()
-    config.progress_monitor = monitor
+    config.progress_monitor = _monitor(job.library, progress)
     for name in builder_flags(trt, job.flags):
         config.set_flag(getattr(trt.BuilderFlag, name))
     resizing = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
@@ -116,10 +90,10 @@ def _build(job: Job, monitor: Any) -> BuiltPlan:
     try:
         plan = builder.build_serialized_network(network, config)
     except MemoryError as failure:
-        raise EngineError(f"{_where(job)}: out of memory; {cure(['out of memory'], job.targets)}") from failure
+        raise EngineError(f"{where(job)}: out of memory; {cure(['out of memory'], job.targets)}") from failure
     if plan is None:
         why = job.said[-1] if job.said else "no reason given"
-        raise EngineError(f"{_where(job)}: {job.library.name} can't build it: {why}; {cure(job.said, job.targets)}")
+        raise EngineError(f"{where(job)}: {job.library.name} can't build it: {why}; {cure(job.said, job.targets)}")
     del parser  # the network reads its weights until here
     return BuiltPlan(memoryview(plan), bytes(memoryview(cache.serialize())) if cache is not None else b"")
 
@@ -150,9 +124,9 @@ def _parse(job: Job) -> tuple[Any, Any, Any]:
     parser = trt.OnnxParser(network, logger)
     # by path, because the weights lie in a file beside it
     if not job.graph.is_file() or not parser.parse_from_file(str(job.graph)):
-        raise EngineError(f"{_where(job)}: {_parse_error(parser)}")
+        raise EngineError(f"{where(job)}: {_weights_fault(job.graph) or _parse_error(parser)}")
     if network.num_inputs == 0 or network.num_outputs == 0:
-        raise EngineError(f"{_where(job)}: it has no inputs or outputs; it is not a graph of a bundle: export it again")
+        raise EngineError(f"{where(job)}: it has no inputs or outputs; it is not a graph of a bundle: export it again")
     return builder, network, parser
 
 
@@ -165,10 +139,25 @@ def _parse_error(parser: Any) -> str:
     if not operator:
         return f"it can't be read ({why}); it is not an ONNX graph of ours, or is damaged: export it again"
     node = getattr(error, "node_name", str)()
-    return f"its node {node!r} ({operator}) is not supported ({why}); export the bundle with this version's vega-edge export"
+    told = repr(node) if node else f"number {error.node()}, which has no name,"
+    return (
+        f"its node {told} ({operator}) is not supported ({why}); export the bundle with this version's vega-edge export"
+    )
 
 
-def _where(job: Job) -> str:
+def _weights_fault(graph: Path) -> str:
+    """What the library itself tells without the file's name."""
+    with contextlib.suppress(BundleError):  # no ONNX file at all: `_parse_error`
+        for weight in read_weights(graph).values():
+            if not weight.file.is_file():
+                return f"its weights are missing: there is no {weight.file.name} beside it; copy or export the bundle again"
+            if (size := weight.file.stat().st_size) < weight.offset + weight.length:
+                return f"its weights in {weight.file.name} are truncated, {size} bytes; copy or export the bundle again"
+    return ""
+
+
+def where(job: Job) -> str:
+    """ "unet/model.onnx": what an error is about."""
     return f"{job.graph.parent.name}/{job.graph.name}"
 
 
@@ -193,7 +182,7 @@ def _logger(job: Job) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 job.said.append(" ".join(message.split()))
-            _log.info("%s: %s", _where(job), message)
+            _log.info("%s: %s", where(job), message)
 
     return Logger()
 
@@ -206,7 +195,6 @@ def _monitor(library: Library, progress: Progress) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.stopped = False
             self._phases: dict[str, list[int]] = {}  # name -> [steps done, steps], outermost first
             self._share = 0.0
 
@@ -221,7 +209,7 @@ def _monitor(library: Library, progress: Progress) -> Any:
                 self._phases[phase_name][0] = step + 1
             self._share = max(self._share, share(list(self._phases.values())))
             progress(self._share, next(reversed(self._phases), ""))
-            return not self.stopped
+            return True
 
     return Monitor()
 

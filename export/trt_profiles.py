@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..bundle import Bundle
-from ..errors import UsageError
+from ..errors import EngineError, UsageError
 from ..tiling import TILING, Tiling
+from .tokenizer_files import TOKENS
 
-TOKENS, MOST_TOKENS = 77, 231  # CLIP's context, and three of it side by side for long prompts
+MOST_TOKENS = 3 * TOKENS  # three contexts of CLIP's side by side, for long prompts
+MOST_PICTURES = 64  # at once: far beyond what is faster than one after the other
 _PIXELS = ("vae_encoder",)  # parts whose pictures are in px; all others have latents
 
 
@@ -86,6 +88,27 @@ def latent_px(bundle: Bundle) -> int:
     return int(2 ** (bundle.levels("vae_decoder") - 1))
 
 
+_INPUTS = {  # of each part what it has at least, by rank; some tools export the timestep as a scalar
+    "text_encoder": {"input_ids": (2,)},
+    "text_encoder_2": {"input_ids": (2,)},
+    "unet": {"sample": (4,), "timestep": (0, 1), "encoder_hidden_states": (3,)},
+    "vae_encoder": {"sample": (4,)},
+    "vae_decoder": {"latent_sample": (4,)},
+    "tiny_vae_decoder": {"latent_sample": (4,)},
+}
+
+
+def check_inputs(graph: str, part: str, inputs: Mapping[str, Sequence[int]]) -> None:
+    """Raises EngineError for a graph, 'unet/model.onnx', that no pipeline could feed as this part."""
+    for name, ranks in _INPUTS.get(part, {}).items():
+        if name not in inputs or len(inputs[name]) not in ranks:
+            got = ", ".join(f"{each} with {len(shape)} axes" for each, shape in inputs.items())
+            raise EngineError(
+                f"{graph} is not the graph of a {part}: it lacks an input {name} with {ranks[-1]} axes, and has {got}; "
+                "export the bundle again"
+            )
+
+
 def profile(
     part: str, inputs: Mapping[str, Sequence[int]], sizes: Sizes, scale: int
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -143,7 +166,16 @@ def batch_range(text: str) -> Range:
     pieces = text.split(":")
     if len(pieces) not in (1, 3) or not all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
         raise UsageError(f"a batch must be MIN:BEST:MAX or one number, from 1 on, such as 1:1:4, not {text!r}")
+    if any(len(piece) > 9 or int(piece) > MOST_PICTURES for piece in pieces):
+        raise UsageError(f"a batch must be of {MOST_PICTURES} pictures at most, not {text!r}")
     return _rising([int(piece) for piece in (pieces if len(pieces) == 3 else pieces * 3)], "batch", text)
+
+
+def check_sides(sizes: Sizes, least_px: int, most_px: int) -> None:
+    """Raises UsageError unless a pipeline draws every one of the sizes named."""
+    for px in (*sizes.width, *sizes.height):
+        if not least_px <= px <= most_px:
+            raise UsageError(f"a side must be {least_px} to {most_px} px for this model, not {px}")
 
 
 def check_multiple(sizes: Sizes, multiple: int) -> None:
@@ -155,9 +187,13 @@ def check_multiple(sizes: Sizes, multiple: int) -> None:
 
 def _size(piece: str, text: str) -> tuple[int, int]:
     width, x, height = piece.partition("x")
-    if not width.isdecimal() or (x and not height.isdecimal()):
+    if not _is_number(width) or (x and not _is_number(height)):
         raise UsageError(f"a size must be in px, such as 512, 768x512 or 512:768:1024, not {text!r}")
     return int(width), int(height if x else width)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10  # Python itself refuses to read thousands of digits
 
 
 def _rising(numbers: list[int], kind: str, text: str) -> Range:

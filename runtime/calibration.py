@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,17 @@ class _Recorder:
         self._engine.close()
 
 
-def unet_feeds(bundle: Path, loras: Sequence[tuple[Path, float]] = ()) -> Iterator[Feeds]:
+def unet_feeds(
+    bundle: Path, loras: Sequence[tuple[Path, float]] = (), progress: Callable[[float], None] = lambda share: None
+) -> Iterator[Feeds]:
     """The UNet's inputs at every step of a picture for each of a few prompts, the empty one among them. loras: as
-    `Pipeline.open` takes them."""
+    `Pipeline.open` takes them. progress: is called with the share that is done."""
     with contextlib.closing(Pipeline.open(bundle, "onnxruntime-cpu", loras=loras)) as pipe:
         fed: list[Feeds] = []
         with pipe._unet.running() as engine:
             pipe._unet._engine = _Recorder(engine, fed)
         for seed, prompt in enumerate(_PROMPTS):
-            for _ in pipe.stream(prompt, seed=seed, steps=_STEPS):
+            for done, _ in enumerate(pipe.stream(prompt, seed=seed, steps=_STEPS), 1):
                 yield from fed
                 fed.clear()
+                progress((seed + done / _STEPS) / len(_PROMPTS))

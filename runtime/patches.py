@@ -29,7 +29,8 @@ _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
 class Patches:
     """The LoRAs of one opened bundle, checked when made: CheckpointError or BundleError says what does not fit.
 
-    `parts`: those that they change. `hashes`: each file's sha256 with its strength, in order. `key`: a text that two sets
+    `parts`: those that they change; one of strength 0 changes none. `hashes`: each other file's sha256 with its strength,
+    in order. `key`: a text that two sets
     of LoRAs share only if they are the same; '' for none.
     """
 
@@ -48,9 +49,9 @@ class Patches:
         self._weights = {part: read_weights(bundle.graph(part)) for part in self._maps}
         shapes = {part: {name: self._shape(part, name) for name in names} for part, names in self._maps.items()}
         self._shapes = shapes
-        touched = {part for path, _ in loras for part in match_lora(read_lora(path), shapes)}
-        self.parts = frozenset(touched)
-        self.hashes = tuple((sha256_of(path), float(strength)) for path, strength in loras)
+        touched = [(match_lora(read_lora(path), shapes), strength) for path, strength in loras]
+        self.parts = frozenset(part for parts, strength in touched for part in parts if strength)
+        self.hashes = tuple((sha256_of(path), float(strength)) for path, strength in loras if strength)
         self.key = " ".join(f"{digest}:{strength!r}" for digest, strength in self.hashes)
 
     def of(self, part: str) -> dict[str, NDArray[Any]]:
@@ -60,7 +61,7 @@ class Patches:
         return dict(self._patched(part))
 
     def _patched(self, part: str) -> Iterator[tuple[str, NDArray[Any]]]:
-        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self.loras]
+        found = [(match_lora(read_lora(path), self._shapes).get(part, {}), s) for path, s in self.loras if s]
         for name in sorted({name for layers, _ in found for name in layers}):
             layers = [(by_name.pop(name), strength) for by_name, strength in found if name in by_name]
             place = self._maps[part][name]

@@ -54,12 +54,14 @@ class Step:
 @dataclass(frozen=True)
 class Result:
     """Pictures with the request that made them, the seconds of each stage, and the final latents: float32 [n, c, h, w],
-    as the network sees them (the decoder's input times its scaling factor)."""
+    as the network sees them (the decoder's input times its scaling factor). unread: what of "prompt" and "negative" lay
+    beyond CLIP's 75 tokens, where something did."""
 
     images: list[Image.Image]
     request: Request
     latents: NDArray[np.float32]
     timings: dict[str, float]
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -187,7 +189,9 @@ class Pipeline:
         timings["decode"] = time.perf_counter() - start
         for request in requests:
             last = first + request.samples
-            results.append(Result(images[first:last], request, step.latents[first:last], dict(timings)))
+            results.append(
+                Result(images[first:last], request, step.latents[first:last], dict(timings), self._unread(request))
+            )
             first = last
         return results
 
@@ -222,10 +226,14 @@ class Pipeline:
             _log.warning("the negative prompt has no effect without guidance (guidance is %g)", request.guidance)
         if not guided and request.guidance_rescale:
             _log.warning("guidance rescale has no effect without guidance (guidance is %g)", request.guidance)
-        text = Text(request.prompt, request.prompt_syntax, request.long_prompt)
-        negative = None if request.negative is None else text._replace(prompt=request.negative)
-        texts = self._text.encode(text, negative, guided)
+        texts = self._text.encode(*_texts(request), guided)
         return self._text.feeds(texts, request.samples, request.width, request.height)
+
+    def _unread(self, request: Request) -> dict[str, str]:
+        texts = dict(zip(("prompt", "negative"), _texts(request), strict=True))
+        if request.guidance <= 1:
+            del texts["negative"]  # has no effect
+        return {name: cut for name, text in texts.items() if text and (cut := self._text.unread(text))}
 
     def close(self) -> None:
         """Frees the engines; the pipeline can't be used afterwards."""
@@ -236,3 +244,9 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _texts(request: Request) -> tuple[Text, Text | None]:
+    """The prompt, and what to move away from where the request says so."""
+    text = Text(request.prompt, request.prompt_syntax, request.long_prompt)
+    return text, None if request.negative is None else text._replace(prompt=request.negative)

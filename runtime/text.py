@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from ..errors import UsageError
 from .parts import Parts
 from .prompts import SYNTAXES
-from .tokenizer import TOKENS, ClipTokenizer
+from .tokenizer import ROOM, TOKENS, ClipTokenizer
 
 Array = NDArray[np.float32]
+_log = logging.getLogger(__name__)
 _REMEMBERED = 32  # texts; of SDXL one chunk is 0.6 MB
 
 
@@ -72,8 +74,13 @@ class TextEncoder:
         if guided and not zeros:
             texts.insert(0, negative or text._replace(prompt=""))
         for asked, name in zip(reversed(texts), ("the prompt", "the negative prompt"), strict=False):
-            if not asked.long:
-                self._tokenizers[0].warn_of_cut(SYNTAXES[asked.syntax](asked.prompt), name)
+            count, cut = self._beyond(asked)
+            if cut:
+                shown = cut if len(cut) <= 60 else f"{cut[:57]}..."
+                _log.warning(
+                    "%s has %d tokens, CLIP reads %d at a time; cut off: %r; --long-prompt reads all of it",
+                    name, count, ROOM, shown,
+                )  # fmt: skip
         found = self._all(texts)
         if guided and zeros:
             return [found[0].zeros(), found[0]]
@@ -82,6 +89,13 @@ class TextEncoder:
             (empty,) = self._all([Text("")])
             found = [_filled(t, empty, most) for t in found]
         return found
+
+    def unread(self, text: Text) -> str:
+        """What of the text is not read: its tokens beyond CLIP's first 75, unless it is `long`."""
+        return self._beyond(text)[1]
+
+    def _beyond(self, text: Text) -> tuple[int, str]:
+        return (0, "") if text.long else self._tokenizers[0].beyond(SYNTAXES[text.syntax](text.prompt))
 
     def _all(self, texts: Sequence[Text]) -> list[TextInputs]:
         """Each text's inputs, remembered or made now: one encoder after the other, each opened once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from .prompts import Segment
 
 TOKENS = 77  # CLIP's context, start and end included
 ROOM = TOKENS - 2
-_log = logging.getLogger(__name__)
 # CLIP's pattern of words, from openai/CLIP simple_tokenizer.py
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -86,8 +84,8 @@ class ClipTokenizer:
             ids[i, 1:end], weights[i, 1:end] = [t for t, _ in row], [w for _, w in row]
         return Chunks(ids, weights)
 
-    def warn_of_cut(self, segments: Sequence[Segment], name: str) -> None:
-        """Logs a warning that says what of a text, called `name`, does not fit the first chunk."""
+    def beyond(self, segments: Sequence[Segment]) -> tuple[int, str]:
+        """How many tokens a text has, and what of it does not fit the first chunk, '' where all does."""
         left, count, cut = ROOM, 0, ""
         for text, _, breaks in segments:
             if breaks:
@@ -98,9 +96,4 @@ class ClipTokenizer:
             if len(encoding.ids) > left:
                 cut += text[encoding.offsets[left][0] :]
             left = max(left - len(encoding.ids), 0)
-        if cut:
-            shown = cut.strip() if len(cut.strip()) <= 60 else f"{cut.strip()[:57]}..."
-            _log.warning(
-                "%s has %d tokens, CLIP reads %d at a time; cut off: %r; --long-prompt reads all of it",
-                name, count, ROOM, shown,
-            )  # fmt: skip
+        return count, cut.strip()

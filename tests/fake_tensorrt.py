@@ -23,7 +23,9 @@ class IProgressMonitor:
 class FakeTensorRT(SimpleNamespace):
     """`plan`: what a build gives, None for failure; `errors`: what the library then logs; `parse`: (node, operator, why)."""
 
-    def __init__(self, version="10.3.0", plan=b"plan", errors=(), parse=None, typed=True, steps=((0, 2), (1, 2))):
+    def __init__(
+        self, version="10.3.0", plan=b"plan", errors=(), parse=None, typed=True, steps=((0, 2), (1, 2)), inputs=None
+    ):
         flags = SimpleNamespace(
             **{name: name for name in ("REFIT", "REFIT_IDENTICAL", "STRIP_PLAN", "WEIGHT_STREAMING")}
         )
@@ -32,7 +34,7 @@ class FakeTensorRT(SimpleNamespace):
         super().__init__(
             __version__=version, ILogger=ILogger, IProgressMonitor=IProgressMonitor, BuilderFlag=flags,
             PreviewFeature=preview, MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"), NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
-            parse=parse, steps=steps,
+            parse=parse, steps=steps, inputs=inputs or {"x": (-1, 4, -1, -1)},
         )  # fmt: skip
         self.Builder = lambda logger: Builder(self, logger)
         self.OnnxParser = lambda network, logger: Parser(self)
@@ -44,8 +46,8 @@ class Builder:
 
     def create_network(self, flags):
         self.trt.told["network"] = flags
-        tensor = SimpleNamespace(name="x", shape=(-1, 4, -1, -1))
-        return SimpleNamespace(num_inputs=1, num_outputs=1, get_input=lambda i: tensor)
+        inputs = [SimpleNamespace(name=name, shape=shape) for name, shape in self.trt.inputs.items()]
+        return SimpleNamespace(num_inputs=len(inputs), num_outputs=1, get_input=lambda i: inputs[i])
 
     def create_builder_config(self):
         return Config(self.trt)
@@ -102,4 +104,4 @@ class Parser:
 
     def get_error(self, index):
         node, operator, why = self.trt.parse
-        return SimpleNamespace(desc=lambda: why, node_name=lambda: node, node_operator=lambda: operator)
+        return SimpleNamespace(desc=lambda: why, node=lambda: 7, node_name=lambda: node, node_operator=lambda: operator)

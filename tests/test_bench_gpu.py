@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from vega_edge import Pipeline
 from vega_edge.bundle import Bundle
+from vega_edge.cli import main
 from vega_edge.models import recipes
 
 pytest.importorskip("torch")
@@ -25,6 +27,26 @@ from vega_edge.engines.plan_engine import PlanEngine
 from vega_edge.engines.plan_range import Rebuild, SeveralPlans
 
 from .fake_device import FakeDevice, FakeProgram
+
+
+def test_no_gpu_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "gpu", "demo-vegart"]) == 1
+    assert capsys.readouterr().err == (
+        f"vega-edge: torch {torch.__version__} finds no GPU here, and the peers run on one: install torch for CUDA, or try the "
+        "program with --device cpu\n"
+    )
+
+
+def test_without_torch_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "vega_edge.bench.gpu")
+    monkeypatch.delattr("vega_edge.bench.gpu")
+    monkeypatch.delitem(sys.modules, "vega_edge.bench.gpu_peers")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench", "gpu", "demo-vegart"]) == 1
+    assert capsys.readouterr().err == (
+        'vega-edge: bench gpu draws beside diffusers, and torch is not installed here; pip install "vega-edge[export]"\n'
+    )
 
 
 def test_on_a_cpu(tmp_path, capsys):

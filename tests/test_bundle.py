@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_read(folder, monkeypatch):
     def fail(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bundles, "sha256_of", fail)
+    monkeypatch.setattr(bundles, "known_sha256", fail)
     assert refused(Bundle.open, folder) == f"{folder / 'model_index.json'} can't be read: Permission denied"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,36 @@ def test_a_jetson_builds_with_the_options_it_is_told_and_then_serves(tmp_path, o
         f"build segmind-vegart --engine tensorrt{built}",
         serve,
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_jetson_that_is_stopped_while_it_builds_stops_building_and_does_not_serve(tmp_path, which):
+    """docker waits for ten seconds, and then kills: what is half built would stay."""
+    fake = tmp_path / "vega-edge"
+    fake.write_text(
+        '#!/bin/sh\necho "$1"\n[ "$1" = build ] || exit 0\n'
+        "trap 'echo told; sleep 0.5; echo cleaned; exit 130' TERM\necho $$ > pid\nwhile :; do sleep 0.1; done\n"
+    )
+    fake.chmod(0o755)
+    start = subprocess.Popen(
+        ["/bin/sh", str(ROOT / "docker" / "jetson-start.sh"), "segmind-vegart", "--no-auth"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else a shell in the background ignores it
+    )  # fmt: skip
+    try:
+        for _ in range(400):
+            if (tmp_path / "pid").is_file():
+                break
+            time.sleep(0.05)
+        start.send_signal(which)
+        start.wait(timeout=20)
+    finally:
+        start.kill()
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # where it was not told
+    assert start.communicate(timeout=20)[0].splitlines() == ["serve", "build", "told", "cleaned"]
+    assert start.returncode != 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

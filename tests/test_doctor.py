@@ -8,8 +8,10 @@ from importlib import metadata
 import pytest
 
 from vega_edge import doctor, engines
+from vega_edge.cli import main
 from vega_edge.engines import EngineStatus, nvidia
 from vega_edge.engines.choice import Missing
+from vega_edge.models import recipes
 from vega_edge.runtime.pipeline import Pipeline
 
 MISSING = Missing("it is not here", "")
@@ -60,7 +62,9 @@ def test_one_onnxruntime_is_none(installed):
 
 
 def test_no_engine_is_a_warning(monkeypatch, installed):
-    monkeypatch.setattr(engines, "best_engine", lambda model_bytes=None: ("", ["openvino (it is not installed)"]))
+    monkeypatch.setattr(
+        engines, "best_engine", lambda model_bytes=None, device=None: ("", ["openvino (it is not installed)"])
+    )
     report = doctor.examine()
     assert (report.auto, report.passed_over) == ("", ("openvino (it is not installed)",))
     assert report.warnings == ('no engine can be used; pip install "vega-edge[cpu]"',)
@@ -80,6 +84,28 @@ def test_what_doctor_tells_of_auto_is_what_the_packaged_model_is_drawn_with():
     pipe = Pipeline.open("demo-vegart")
     assert pipe.engine == doctor.examine().auto_small
     pipe.close()
+
+
+def test_what_auto_takes_for_a_bundle(monkeypatch, capsys):
+    """With what has been built of it, which no general answer can know."""
+    bundle = recipes()["demo-vegart"].bundle_path
+    asked = []
+
+    def best_engine(size, built, device, precision):
+        asked.append((size, built.bundle, device, precision))
+        return "tensorrt-rtx", ["tensorrt (it is not installed)"]
+
+    monkeypatch.setattr(engines, "best_engine", best_engine)
+    assert main(["doctor", "demo-vegart", "--device", "cuda:1"]) == 0
+    assert asked == [(sum(f.stat().st_size for f in bundle.glob("*/*.onnx*")), bundle, "cuda:1", ("fp32", "fp16"))]
+    told = capsys.readouterr().out
+    assert f"Engines (auto takes tensorrt-rtx for {bundle})\n" in told
+    assert "  auto passes over tensorrt (it is not installed)\n" in told
+
+
+def test_doctor_of_a_bundle_that_is_not_there(capsys):
+    assert main(["doctor", "nowhere/at-all"]) == 1
+    assert capsys.readouterr().err.startswith("vega-edge: ")
 
 
 def test_gpus(monkeypatch):

@@ -285,7 +285,6 @@ def test_auto_passes_over_a_library_that_is_installed_in_part(monkeypatch, tmp_p
     [("tensorrt-rtx", False, "tensorrt-rtx"), ("tensorrt", False, "tensorrt"), ("tensorrt", True, "jetson")],
 )
 def test_doctor_says_what_brings_cuda_python(monkeypatch, tmp_path, name, jetson, extra):
-    from vega_edge.engines import tensorrt
 
     package = name.replace("-", "_")
     found(monkeypatch, tmp_path, **{package: "cpu"})
@@ -294,7 +293,7 @@ def test_doctor_says_what_brings_cuda_python(monkeypatch, tmp_path, name, jetson
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     (tmp_path / "release").touch()
-    monkeypatch.setattr(tensorrt, "JETSON", tmp_path / ("release" if jetson else "none"))
+    monkeypatch.setattr(nvidia, "JETSON", tmp_path / ("release" if jetson else "none"))
     state = next(state for state in engines.available() if state.name == name)
     assert not state.ok
     assert state.why_not.startswith("cuda-python can't be imported (")

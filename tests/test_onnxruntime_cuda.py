@@ -160,6 +160,27 @@ def test_a_provider_that_can_not_be_loaded_is_no_device(monkeypatch, provider, w
     assert str(caught.value) == f"asked for {provider}, got CPUExecutionProvider: {why.format(version=ort.__version__)}"
 
 
+def test_what_tensorrt_leaves_to_cuda_must_not_run_on_the_cpu(monkeypatch, tmp_path):
+    given = []
+
+    def open_session(*args, providers, **kwargs):
+        given.append([name for name, *_ in providers])
+        return SimpleNamespace(get_providers=lambda: [cuda.TENSORRT, "CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", open_session)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [cuda.TENSORRT, common.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(cuda, "_arithmetic", lambda path: "fp32")
+    for call in (lambda: cuda.open_graph(tmp_path, cuda.TENSORRT, Opening()), lambda: cuda.device(cuda.TENSORRT)):
+        with pytest.raises(EngineError) as caught:
+            call()
+        assert str(caught.value) == (
+            f"asked for CUDAExecutionProvider, got {cuda.TENSORRT}, CPUExecutionProvider: CUDA's or cuDNN's libraries are "
+            f"missing, or are not of the version that onnxruntime {ort.__version__} wants; "
+            'pip install "vega-edge[cuda]" brings them'
+        )
+    assert given == [[cuda.TENSORRT, common.CUDA], [cuda.TENSORRT], [common.CUDA]]
+
+
 def test_auto_and_doctor_believe_no_provider_that_can_not_be_loaded(monkeypatch):
     monkeypatch.setattr(engines.choice, "missing_here", lambda name: None if name.startswith("onnx") else missing)
     missing = engines.choice.Missing("it is not installed", "")

@@ -185,6 +185,19 @@ def test_a_map_that_is_wrong(tmp_path: Path) -> None:
     assert str(error.value) == f"bundle {bundle.path} can't take a LoRA: {message}"
 
 
+def test_a_lora_of_strength_0_is_none(tmp_path: Path) -> None:
+    """So that what was compiled or built of the bundle's own weights is taken."""
+    bundle = make_bundle(tmp_path / "bundle", "fp16")
+    files = [(lora(tmp_path / "a.safetensors"), 0.0), (lora(tmp_path / "b.safetensors", 2), 0.5)]
+    nothing, one = Patches(bundle, files[:1]), Patches(bundle, files)
+    assert (nothing.parts, nothing.hashes, nothing.key, nothing.of("unet")) == (frozenset(), (), "", {})
+    assert nothing.loras == tuple(files[:1])  # as it was asked for
+    alone = Patches(bundle, files[1:])
+    assert (one.parts, one.hashes, one.key) == (alone.parts, alone.hashes, alone.key)
+    for name, values in alone.of("unet").items():
+        np.testing.assert_array_equal(one.of("unet")[name], values)
+
+
 def test_loras_that_do_not_fit(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", "fp16")
     other = lora(
@@ -193,6 +206,8 @@ def test_loras_that_do_not_fit(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"1 of its 1 modules fit nothing .*the first is unet\.x\.to_q"):
         Patches(bundle, [(other, 1.0)])
+    with pytest.raises(CheckpointError, match="1 of its 1 modules fit nothing"):
+        Patches(bundle, [(other, 0.0)])
     path = lora(tmp_path / "a.safetensors")
     for strength in (float("nan"), float("inf")):
         with pytest.raises(CheckpointError) as error:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
 
 from vega_edge.engines.device_io import Buffers, Held, is_constant
 from vega_edge.engines.plan_engine import PlanEngine
-from vega_edge.engines.plan_range import Rebuild, SeveralPlans, choose_profile
+from vega_edge.engines.plan_range import Rebuild, SeveralPlans, choose_profile, find_outside
 from vega_edge.errors import EngineError
+from vega_edge.export.trt_profiles import Range, Sizes, batch_range, profile, size_range
 
 from .fake_device import FakeDevice, FakeProgram
 
@@ -319,7 +321,7 @@ def unet(batch, height, width, tokens=77):
         (UNET, unet(3, 64, 64), "input 'sample' is 3x4x64x64, but axis 0 was built for 1 to 2; widen it: {build} --size 512x512:768x512:1024x512 --batch 1:2:3"),
         (UNET, unet(1, 32, 64), "input 'sample' is 1x4x32x64, but axis 2 was built for 64 to 64; widen it: {build} --size 512x256:768x512:1024x512 --batch 1:2:2"),
         (UNET, unet(1, 64, 64, 308), "input 'encoder_hidden_states' is 1x308x8, but axis 1 was built for 77 to 231; prompts stop at 3 chunks of 77 tokens: shorten it"),
-        (FIXED, unet(1, 64, 64, 154), "input 'encoder_hidden_states' is 1x154x8, but axis 1 was built for 77 to 77; widen it: {build}"),
+        (FIXED, unet(1, 64, 64, 154), "input 'encoder_hidden_states' is 1x154x8, but axis 1 was built for 77 to 77; widen it: {build} --size 512x512:512x512:512x512 --batch 1:1:1"),
         (FIXED, unet(2, 64, 64), "input 'sample' is 2x4x64x64, but axis 0 was built for 1 to 1; widen it: {build} --size 512x512:512x512:512x512 --batch 1:1:2"),
         ({"input_ids": ((1, 77), (1, 77), (6, 77))}, {"input_ids": (8, 77)}, "input 'input_ids' is 8x77, but axis 0 was built for 1 to 6; prompts stop there: shorten it"),
         ({"input_ids": ((1, 77),) * 3}, {"input_ids": (2, 77)}, "input 'input_ids' is 2x77, but axis 0 was built for 1 to 1; widen it: {build}"),
@@ -330,6 +332,55 @@ def test_outside_every_profile(profile, shapes, message):
     with pytest.raises(EngineError) as caught:
         choose_profile([profile], shapes, Rebuild(BUILD, 8))
     assert str(caught.value) == message.format(build=BUILD)
+
+
+def unet_profile(sizes):
+    inputs = {"sample": (-1, 4, -1, -1), "encoder_hidden_states": (-1, -1, 8)}
+    return profile("unet", inputs, sizes, 8)
+
+
+SIDES = (Range(512, 512, 1024),) * 2
+GUIDED, TWICE, ONCE = Range(1, 1, 2), Range(1, 2, 2), Range(1, 1, 1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("guided", [GUIDED, TWICE, ONCE])
+@pytest.mark.parametrize("pictures", [Range(1, 1, 4), Range(2, 2, 2), Range(2, 3, 4)])
+def test_what_is_told_to_be_run_takes_these_shapes(static, guided, pictures):
+    """Its --size and --batch, as `vega-edge build` reads them, and the model's guidance."""
+    asked = Sizes(*SIDES, pictures, guided)
+    if static:
+        asked = asked.static()
+    built = unet_profile(asked)
+    for got in (unet(1, 64, 64), unet(9, 64, 64), unet(2, 64, 160), unet(4, 48, 160, 154), unet(2, 64, 64, 154)):
+        outside = find_outside(built, got)
+        if outside is None:
+            continue
+        told = (
+            Rebuild(BUILD, 8, tuple(asked.batch), static).cure(built, got, outside).removeprefix(f"widen it: {BUILD} ")
+        )
+        options = dict(re.findall(r"--(size|batch) (\S+)", told))
+        sizes = Sizes(*size_range(options["size"]), batch_range(options["batch"]), guided)
+        rebuilt = unet_profile(sizes.static() if "--static" in told else sizes)
+        if "--static" not in told:  # the old ones too; a static engine stays beside the new one
+            assert all(find_outside(rebuilt, {k: shapes[i] for k, shapes in built.items()}) is None for i in range(3))
+        assert find_outside(rebuilt, got) is None
+        assert ("--static" in told) <= static
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "profile", "shapes", "options"),
+    [
+        (Rebuild(BUILD, 8, (1, 1, 4)), ((1, 4, 64, 64), (2, 4, 64, 64), (8, 4, 64, 64)), unet(2, 64, 128), "--size 512x512:512x512:1024x512 --batch 1:1:4"),
+        (Rebuild(BUILD, 8, (1, 1, 4)), ((1, 4, 64, 64), (2, 4, 64, 64), (8, 4, 64, 64)), unet(9, 64, 64), "--size 512x512:512x512:512x512 --batch 1:1:5"),
+        (Rebuild(BUILD, 8, (1, 1, 1), True), ((2, 4, 64, 64),) * 3, unet(4, 64, 128), "--static --size 1024x512 --batch 2"),
+        (Rebuild(BUILD, 8, (1, 1, 1), True), ((2, 4, 64, 64),) * 3, unet(1, 64, 64), "--size 512x512:512x512:512x512 --batch 1:1:1"),
+    ],
+)  # fmt: skip
+def test_guidance_is_not_taken_for_pictures(rebuild, profile, shapes, options):
+    with pytest.raises(EngineError) as caught:
+        choose_profile([{"sample": profile}], shapes, rebuild)
+    assert str(caught.value).endswith(f"; widen it: {BUILD} {options}")
 
 
 def test_several_plans_are_tried_in_order_and_opened_when_they_are_needed():

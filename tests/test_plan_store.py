@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from vega_edge.bundle import describe_files, write_manifest
-from vega_edge.engines import LazyWeights, plan_hash
-from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plan, choose_plans, lacking
+from vega_edge.engines import LazyWeights
+from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plans, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash
 from vega_edge.errors import EngineError
 from vega_edge.manifest import Manifest, Part, Source
@@ -75,7 +75,7 @@ def test_the_key_covers_what_makes_a_plan_another(bundle):
     ]  # fmt: skip
     keys = {dataclasses.replace(one, **other).key for other in others}
     assert len(keys | {one.key}) == len(others) + 1
-    same = dataclasses.replace(one, seconds=3.0, file="x", bytes=3, sha256="0", unit_px=8)
+    same = dataclasses.replace(one, seconds=3.0, file="x", bytes=3, sha256="0", unit_px=8, pictures=(1, 1, 4))
     assert same.key == one.key
 
 
@@ -185,6 +185,48 @@ def test_bundles_of_one_name_do_not_share_a_folder(bundle, monkeypatch, tmp_path
     assert PlanStore(bundle).folder.parent == tmp_path / "kept"
 
 
+def test_engines_that_came_with_the_bundle_are_found_wherever_new_ones_go(bundle, monkeypatch, tmp_path, capsys):
+    """Built without a GPU on one machine, copied with the bundle, run in a container that writes elsewhere."""
+    from vega_edge.cli import main
+
+    shipped = PlanStore(bundle).add(plan(bundle), b"shipped", 0)
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path / "kept"))
+    store = PlanStore(bundle)
+    assert store.plans() == (shipped,) and bytes(store.read(shipped)) == b"shipped"
+    assert chosen(store, ADA).plan == shipped
+    added = store.add(plan(bundle, flags=("static",)), b"own", 0)
+    assert (store.plans(), store.own()) == ((added, shipped), (added,))
+    assert (store.path(added).parent, store.path(shipped).parent) == (store.folder, store.beside)
+    assert main(["engines", "ls", str(bundle)]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("\n") == 2 and f"2 engines, 0.0 MB in {store.folder} and {store.beside}" in told.err
+    (bundle / "unet" / "model.onnx").write_bytes(b"another export")
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    assert main(["engines", "gc", str(bundle)]) == 0  # what it did not write it does not remove
+    assert (store.plans(), store.path(shipped).is_file()) == ((shipped,), True)
+
+
+def test_an_altered_engine_that_came_with_the_bundle_is_not_loaded(bundle, monkeypatch, tmp_path):
+    shipped = PlanStore(bundle).add(plan(bundle), b"shipped", 0)
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path / "kept"))
+    store = PlanStore(bundle)
+    (store.beside / shipped.file).write_bytes(b"altered")
+    assert "is not the engine that was built here" in refused(store.read, shipped)
+    (store.beside / "engines.json").unlink()
+    assert store.plans() == ()
+
+
+@pytest.mark.parametrize("first", ["graph", "int8", "fp8"])
+def test_fewer_bits_are_not_taken_where_there_are_all(store, bundle, first):
+    """Whichever was built last: nobody loses precision by a file's time."""
+    order = [first, *({"graph", "int8", "fp8"} - {first})]
+    added = {each: store.add(plan(bundle, precision=each), b"plan", 0) for each in order}
+    for i, each in enumerate(order):
+        os.utime(store.path(added[each]), (1e9 + i, 1e9 + i))
+    found = choose_plans(store, bundle / "unet" / "model.onnx", ADA, {})
+    assert [each.plan.precision for each in found] == ["graph", *(p for p in reversed(order) if p != "graph")]
+
+
 def test_many_processes_list_their_plans_at_once(store, bundle):
     """Without the lock, one would write back a manifest that it read before another's was there."""
     code = (
@@ -228,7 +270,7 @@ LORA = with_loras(STYLE)
 
 
 def chosen(store, here=ADA, weights=None):
-    return choose_plan(store, store.bundle / "unet" / "model.onnx", here, weights or {})
+    return choose_plans(store, store.bundle / "unet" / "model.onnx", here, weights or {})[0]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +301,43 @@ def test_one_for_all_rtx_gpus_is_not_for_turing_hopper_or_orin(store, bundle, ca
         assert chosen(store, here).plan == store.plans()[0]
     else:
         assert f"built for ampere+, and this GPU is {capability}" in refused(chosen, store, here)
+
+
+TURING = dataclasses.replace(ADA, capability="sm_75")
+EXTRAS = ("refit", "static", "stripped", "weight-streaming")
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "options"),
+    [
+        ({}, TURING, "--target sm_75"),
+        (None, TURING, "--target sm_75"),
+        ({"precision": "int8"}, TURING, "--target sm_75"),  # TensorRT-RTX has no int8 there
+        ({"version": "1.6", "targets": ("sm_75",)}, TURING, "--target sm_75"),
+        ({"version": "1.6", "targets": ("sm_75",)}, ADA, ""),
+        ({"version": "1.6", "flags": EXTRAS}, ADA, "--refit --static --stripped --weight-streaming"),
+        ({"version": "1.6", "precision": "int8"}, ADA, "--precision int8"),
+        ({"version": "1.6", "precision": "fp8", "targets": ("sm_89",)}, ADA, "--precision fp8 --target sm_89"),
+        ({"precision": "fp8", "targets": ("sm_120",)}, ADA, "--precision fp8 --target sm_89"),
+        ({"precision": "fp8", "targets": ("sm_89",)}, dataclasses.replace(ADA, capability="sm_86"), "--target sm_86"),
+        ({"version": "1.6", "targets": ("sm_86", "sm_89")}, ADA, "--target sm_86 --target sm_89"),
+        ({"library": "tensorrt", "version": "10.3", "targets": ("sm_75",), "flags": ("static",), "precision": "int8"}, Here("tensorrt", "10.4", "sm_75"), "--static --precision int8"),
+    ],
+)  # fmt: skip
+def test_what_is_told_to_be_run_builds_the_like_for_this_gpu(store, bundle, changes, here, options):
+    if changes is not None:
+        store.add(plan(bundle, **changes), b"plan", 0)
+    command = f"vega-edge build {bundle} --engine {here.library} {options}".rstrip()
+    assert refused(chosen, store, here).endswith(f"; run: {command}")
+
+
+def test_what_widens_a_plan_builds_the_like(store, bundle):
+    store.add(plan(bundle, flags=("static", "weight-streaming"), targets=("sm_89",), pictures=(1, 1, 4)), b"plan", 0)
+    found = chosen(store).rebuild
+    assert (
+        found.command == f"vega-edge build {bundle} --engine tensorrt-rtx --part unet --weight-streaming --target sm_89"
+    )
+    assert (found.pictures, found.static) == ((1, 1, 4), True)
 
 
 def test_one_part_is_built_where_another_has_a_plan(store, bundle):
@@ -328,15 +407,9 @@ def test_weights_of_nobody_knows_what_need_a_plan_that_can_be_refitted(store, bu
     assert (chosen(store, ADA, weights).plan, chosen(store, ADA, weights).refit) == (refit, True)
 
 
-def test_an_unchanged_plan_is_read_once(store, bundle, monkeypatch):
-    """With little memory a network is opened again for each picture."""
-    added, read = store.add(plan(bundle), b"plan", 0), []
-    monkeypatch.setattr(
-        plan_hash, "sha256_of", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
-    )
-    for _ in range(3):
-        assert store.read(added) == b"plan"
-    assert len(read) == 1
+def test_an_altered_plan_is_not_loaded_after_the_whole_one_was(store, bundle):
+    added = store.add(plan(bundle), b"plan", 0)
+    assert store.read(added) == b"plan"
     (store.folder / added.file).write_bytes(b"evil")
     assert "is not the engine that was built here" in refused(store.read, added)
 
@@ -404,15 +477,63 @@ def test_the_copies_of_a_killed_build_are_cleaned_up_but_not_those_of_one_under_
 
     monkeypatch.setattr(verbs_engines, "_installed", dict)
     store.add(plan(bundle), b"plan", 0)
-    for name, age_s in ((".build-killed", 90_000), (".build-now", 3600)):
-        (store.folder / name / "unet").mkdir(parents=True)
-        (store.folder / name / "unet" / "model.onnx_data").write_bytes(b"x" * 1_500_000)
-        os.utime(store.folder / name, (time.time() - age_s,) * 2)
+    with store.building("now") as under_way:
+        for folder in (under_way, store.folder / ".build-killed-x", store.folder / ".build-0123-x"):
+            (folder / "unet").mkdir(parents=True)
+            (folder / "unet" / "model.onnx_data").write_bytes(b"x" * 1_500_000)
+        (store.folder / ".killed.lock").touch()  # whose process died
+        assert main(["engines", "gc", str(bundle)]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == [".build-0123-x", ".build-killed-x"]
+        assert err == f"2 files, 3.0 MB removed from {store.folder}\n"
+        assert list(store.folder.glob(".build-*")) == [under_way]
+    assert not list(store.folder.glob(".build-*"))
+    assert len(store.plans()) == 1
+
+
+def test_who_builds_the_same_plan_again_finds_nothing_of_a_killed_build(store):
+    left, others = store.folder / ".build-abc-x", store.folder / ".build-def-x"
+    left.mkdir(parents=True)
+    others.mkdir()
+    with store.building("abc") as folder:
+        assert sorted(store.folder.glob(".build-*")) == sorted([folder, others])
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault", "left"),
+    [
+        (lambda p: p.write_bytes(b"pl"), "truncated, 2 of 4 bytes", "1 files, 0.0 MB removed from {folder}"),
+        (lambda p: p.write_bytes(b"evil"), "altered since it was built", "1 files, 0.0 MB removed from {folder}"),
+        (lambda p: p.write_bytes(b"p" * 3_000_000), "altered since it was built", "1 files, 3.0 MB removed from {folder}"),
+        (lambda p: p.unlink(), "its file is missing", "0 files, 0.0 MB removed from {folder}; 1 more were listed, and missing"),
+    ],
+)  # fmt: skip
+def test_damaged_plans_are_marked_and_cleaned_up(store, bundle, monkeypatch, capsys, damage, fault, left):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", dict)
+    kept, added = store.add(plan(bundle, flags=("static",)), b"plan", 0), store.add(plan(bundle), b"plan", 0)
+    assert main(["engines", "ls", str(bundle)]) == 0
+    assert "(" not in capsys.readouterr().out
+    damage(store.folder / added.file)
+    assert main(["engines", "ls", str(bundle)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith(")")]
+    assert line.startswith(added.file) and line.endswith(f"  ({fault})")
     assert main(["engines", "gc", str(bundle)]) == 0
     out, err = capsys.readouterr()
-    assert (out, err) == (".build-killed\n", f"1 files, 1.5 MB removed from {store.folder}\n")
-    assert {path.name for path in store.folder.glob(".build-*")} == {".build-now"}
-    assert len(store.plans()) == 1
+    assert (out, err) == (f"{added.file}\n", f"{left.format(folder=store.folder)}\n")
+    assert store.plans() == (kept,)
+    assert not (store.folder / added.file).exists()
+
+
+def test_another_versions_plans_are_marked(store, bundle, monkeypatch, capsys):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", lambda: {"tensorrt-rtx": "1.8"})
+    store.add(plan(bundle), b"plan", 0)
+    for options in ([], ["--json"]):
+        assert main(["engines", "ls", str(bundle), *options]) == 0
+        assert "of tensorrt-rtx 1.7, and 1.8 is installed" in capsys.readouterr().out
 
 
 def test_a_part_that_the_manifest_does_not_list_is_read(bundle):

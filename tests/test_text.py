@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +47,10 @@ def test_the_two_tokenizers_pad_differently(bundle: Path) -> None:
     assert second[2] == first.max() and second[-1] == 0  # '!'
 
 
-def test_what_is_cut_off_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer, text = ClipTokenizer(folder), "star " * 75 + "moon, house"
-    with caplog.at_level(logging.WARNING):
-        tokenizer.warn_of_cut(plain("star " * 75), "the prompt")
-        tokenizer.warn_of_cut(plain(text), "the negative prompt")
-    assert caplog.messages == [
-        "the negative prompt has 78 tokens, CLIP reads 75 at a time; cut off: 'moon, house'; --long-prompt reads all of it"
-    ]
+def test_what_lies_beyond_the_first_chunk(folder: Path) -> None:
+    tokenizer = ClipTokenizer(folder)
+    assert tokenizer.beyond(plain("star " * 75)) == (75, "")
+    assert tokenizer.beyond(plain("star " * 75 + "moon, house")) == (78, "moon, house")
 
 
 def test_ten_thousand_words(folder: Path) -> None:

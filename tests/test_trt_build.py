@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
+import gc
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,31 +27,35 @@ from vega_edge import engines
 from vega_edge.bench.lora import random_lora
 from vega_edge.bundle import Bundle
 from vega_edge.cli import main
-from vega_edge.engines import nvidia
-from vega_edge.engines.plan_choice import Here, choose_plan
+from vega_edge.engines import LazyWeights, nvidia
+from vega_edge.engines.plan_choice import Here, choose_plans
 from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore
 from vega_edge.errors import EngineError, ExportError, UsageError
-from vega_edge.export import trt_build, trt_library, trt_network
-from vega_edge.export.trt_build import BuildOptions, build_engines, graphs
+from vega_edge.export import trt_build, trt_child, trt_library, trt_network
+from vega_edge.export.trt_build import BuildOptions, BuiltEngine, build_engines, graphs
 from vega_edge.export.trt_calibrate import largest_values
+from vega_edge.export.trt_child import build_apart
 from vega_edge.export.trt_graph import int8_scale, prepared
 from vega_edge.export.trt_library import Library, check_targets, load_library
-from vega_edge.export.trt_network import Job, build_plan, read_inputs, share
+from vega_edge.export.trt_network import Job, build_plan, build_to, read_inputs, share
 from vega_edge.export.trt_profiles import (
     Range,
     Sizes,
     batch_range,
     bundle_sizes,
+    check_inputs,
     check_multiple,
     profile,
     size_range,
 )
+from vega_edge.manifest import MANIFEST
 from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
 from vega_edge.runtime.calibration import unet_feeds
 from vega_edge.runtime.parts import weights_of
 from vega_edge.runtime.patches import Patches
 from vega_edge.tiling import TILING
+from vega_edge.verbs import build
 
 from .fake_tensorrt import FakeTensorRT
 
@@ -167,9 +175,12 @@ def test_sizes(text, width, height):
     [
         (size_range, "512:1024", "a size must be MIN:BEST:MAX or one size, in px such as 512:768:1024 or 768x512, not '512:1024'"),
         (size_range, "big", "a size must be in px, such as 512, 768x512 or 512:768:1024, not 'big'"),
+        (size_range, "9" * 5000, f"a size must be in px, such as 512, 768x512 or 512:768:1024, not '{'9' * 5000}'"),
         (size_range, "512x", "a size must be in px, such as 512, 768x512 or 512:768:1024, not '512x'"),
         (size_range, "1024:512:1024", "a size's MIN:BEST:MAX must not fall, as in 1:1:4, but '1024:512:1024' does"),
         (batch_range, "0", "a batch must be MIN:BEST:MAX or one number, from 1 on, such as 1:1:4, not '0'"),
+        (batch_range, "99999999999", "a batch must be of 64 pictures at most, not '99999999999'"),
+        (batch_range, "1:1:65", "a batch must be of 64 pictures at most, not '1:1:65'"),
         (batch_range, "4:1:1", "a batch's MIN:BEST:MAX must not fall, as in 1:1:4, but '4:1:1' does"),
         (lambda text: check_multiple(Sizes(*size_range(text), Range(1, 1, 1)), 64), "100", "a side must be a multiple of 64 px for this model, not 100"),
     ],
@@ -201,27 +212,163 @@ def test_progress_never_goes_back(graph):
     assert seen == [(0.5, "Building engine"), (1, "Building engine"), (1, "Building engine")]
 
 
-def test_ctrl_c_stops_the_build_and_waits_for_its_end(graph, request):
-    """The interrupt comes while the library works; the library is told, and is done before the call ends."""
-    steps = []
-    stopped = threading.Event()
+# a process for each plan
 
-    def progress(done, phase):
-        steps.append(done)
-        if len(steps) == 5:
-            _thread.interrupt_main()
-        if len(steps) >= 5:
-            stopped.wait(0.02)
 
-    fake = FakeTensorRT(steps=tuple((i, 1000) for i in range(1000)))
+@pytest.fixture
+def silent(tmp_path, monkeypatch, request):
+    """A Job for a library that the child finds as tensorrt_rtx: `silent(CODE)` runs CODE where it builds."""
+    monkeypatch.syspath_prepend(str(tmp_path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
+    def job(code):
+        fake_library(tmp_path, code)
+        graph = matmul(tmp_path / "unet" / "model.onnx", np.float32)
+        return Job(Library("tensorrt-rtx", FakeTensorRT()), graph, targets=("ampere+",))
+
+    return job
+
+
+def fake_library(folder, code):
+    """tensorrt_rtx in `folder`: where it builds it runs CODE, and writes its process's number to `pid`."""
+    shutil.copy(Path(__file__).with_name("fake_tensorrt.py"), folder)
+    (folder / "tensorrt_rtx.py").write_text(
+        "import os, sys, time\nfrom pathlib import Path\nimport fake_tensorrt\n"
+        f"inputs = {UNET}\n"
+        f"def build(*args):\n    Path({str(folder / 'pid')!r}).write_text(str(os.getpid()))\n    {code}\n"
+        "fake_tensorrt.Builder.build_serialized_network = build\nmade = fake_tensorrt.FakeTensorRT(inputs=inputs)\n"
+        "made.ComputeCapability = type('C', (), {'__members__': {'SM86': 86}})\nsys.modules[__name__] = made\n"
+    )
+
+
+def until(true, seconds=20):
+    for _ in range(seconds * 20):
+        if true():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def runs(pid):
+    return Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the process in /proc")
+def test_ctrl_c_ends_a_build_that_calls_nobody_back(silent, tmp_path, capfd):
+    job, told = silent("time.sleep(60)"), []
+
+    def progress(share, phase):
+        told.append((share, phase))
+        if (tmp_path / "pid").is_file() and len(told) > 3:
+            _thread.interrupt_main()
+
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        build_plan(Job(Library("tensorrt", fake), graph), progress)
-    count = len(steps)
-    assert 5 <= count < 1000
-    stopped.wait(0.1)
-    assert len(steps) == count
+        build_apart(job, tmp_path / "plan", progress)
+    assert time.monotonic() - start < 30  # not the 60 that the library takes
+    assert set(told) == {(0, "starting")}  # told again and again, so that a bar's time goes on
+    assert not runs((tmp_path / "pid").read_text())
+    assert not (tmp_path / "plan").exists()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the process in /proc")
+def test_a_build_ends_with_who_asked_for_it_though_it_was_killed(silent, tmp_path):
+    job = silent("time.sleep(60)")
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}\nfrom pathlib import Path\n"
+        "from vega_edge.export.trt_child import build_apart\nfrom vega_edge.export.trt_network import Job\n"
+        "from vega_edge.export.trt_library import load_library\n"
+        f"job = Job(load_library('tensorrt-rtx'), Path({str(job.graph)!r}), targets=('ampere+',))\n"
+        f"build_apart(job, Path({str(tmp_path / 'plan')!r}), lambda *args: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    assert until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    assert runs((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    assert until(lambda: not runs((tmp_path / "pid").read_text()))
+
+
+@pytest.fixture
+def building(tmp_path, recipe_copy):
+    """`vega-edge build` for int8, at work with its copies of the weights in a hidden folder."""
+    fake_library(tmp_path, "time.sleep(60)")
+    code = (
+        f"import signal, sys; sys.path[:] = {[str(tmp_path), *sys.path]!r}\nfrom vega_edge.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell has it ignored
+        f"sys.exit(main(['build', {str(recipe_copy)!r}, '--engine', 'tensorrt-rtx', '--part', 'unet', '--precision', 'int8']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert until(lambda: (tmp_path / "pid").is_file(), 60)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def recipe_copy(tmp_path):
+    return Path(shutil.copytree(recipes()["demo-vegart"].bundle_path, tmp_path / "demo"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_told_to_end_leaves_nothing(building, recipe_copy, which):
+    folder = PlanStore(recipe_copy).folder
+    assert list(folder.glob(".build-*/*/unet/quantized_data"))
+    building.send_signal(which)
+    assert (building.communicate(timeout=20)[1], building.returncode) == ("vega-edge: interrupted\n", 130)
+    assert not list(folder.glob(".build-*"))
+
+
+def test_a_killed_builds_copies_are_cleaned_up_at_once(building, recipe_copy, capsys):
+    assert main(["engines", "gc", str(recipe_copy)]) == 0
+    assert capsys.readouterr().out == ""
+    building.kill()
+    building.wait()
+    assert main(["engines", "gc", str(recipe_copy)]) == 0
+    assert re.fullmatch(r"\.build-[0-9a-f]{32}-\w+\n", capsys.readouterr().out)
+
+
+def test_the_childs_plan_progress_and_words_are_the_callers(silent, tmp_path, caplog, capfd):
+    caplog.set_level("INFO", trt_child.__name__)
+    job = silent(
+        "m = args[2].progress_monitor; m.phase_start('Tuning', None, 4); m.step_complete('Tuning', 0)\n"
+        "    args[0].logger.log(3, 'a word'); print('noise'); return b'plan'"
+    )
+    told = []
+    assert build_apart(job, tmp_path / "plan", lambda *each: told.append(each)) == b""
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+    assert capfd.readouterr() == ("", "")
+    assert (0.25, "Tuning") in told
+    assert "unet/model.onnx: a word" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("args[0].logger.log(1, 'OutOfMemory'); return None", "unet/model.onnx: tensorrt-rtx can't build it: OutOfMemory; too little memory: lower MIN:BEST:MAX of --size and --batch, build one --part at a time, or close other programs"),
+        ("os.kill(os.getpid(), 9)", "unet/model.onnx: the process that builds it ended with status -9, as it does where memory runs out; too little memory: lower MIN:BEST:MAX of --size and --batch, build one --part at a time, or close other programs"),
+    ],
+)  # fmt: skip
+def test_the_childs_errors_are_the_callers(silent, tmp_path, code, message):
+    if sys.platform == "win32" and "kill" in code:
+        pytest.skip("the status is another there")
+    assert refused(EngineError, build_apart, silent(code), tmp_path / "plan", lambda *args: None) == message
+
+
+def test_a_defect_in_the_child_keeps_its_traceback(silent, tmp_path, capfd):
+    message = refused(
+        EngineError, build_apart, silent("raise KeyError('a defect')"), tmp_path / "plan", lambda *_: None
+    )
+    assert message == "unet/model.onnx: the process that builds it failed, as is said above"
+    assert capfd.readouterr().err.endswith("KeyError: 'a defect'\n")
+
+
+def test_a_plan_that_can_not_be_written(graph, tmp_path):
+    message = refused(EngineError, build_to, Job(Library("tensorrt", FakeTensorRT()), graph), tmp_path / "no" / "plan")
+    assert message == f"{tmp_path / 'no' / 'plan'} can't be written (No such file or directory); free some space there"
 
 
 # what the library is told
@@ -311,16 +458,53 @@ def test_an_operator_that_is_not_supported_names_the_node(graph):
     )
 
 
+def test_a_node_without_a_name_is_told_by_its_number(graph):
+    fake = FakeTensorRT(parse=("", "Foo", "no importer"))
+    assert refused(EngineError, build_plan, Job(Library("tensorrt", fake), graph)) == (
+        "unet/model.onnx: its node number 7, which has no name, (Foo) is not supported (no importer); "
+        "export the bundle with this version's vega-edge export"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "inputs", "message"),
+    [
+        ("text_encoder", {"x": (-1, 4)}, "is not the graph of a text_encoder: it lacks an input input_ids with 2 axes, and has x with 2 axes"),
+        ("vae_decoder", {"sample": (1, 4, 8, 8)}, "is not the graph of a vae_decoder: it lacks an input latent_sample with 4 axes, and has sample with 4 axes"),
+        ("unet", {**UNET, "sample": (1, 2)}, "is not the graph of a unet: it lacks an input sample with 4 axes, and has sample with 2 axes, timestep with 1 axes, encoder_hidden_states with 3 axes, text_embeds with 2 axes, time_ids with 2 axes"),
+    ],
+)  # fmt: skip
+def test_a_graph_that_is_not_of_its_part(part, inputs, message):
+    told = refused(EngineError, check_inputs, f"{part}/model.onnx", part, inputs)
+    assert told == f"{part}/model.onnx {message}; export the bundle again"
+
+
+def test_graphs_of_their_parts_pass():
+    check_inputs("", "unet", UNET)
+    check_inputs("", "unet", {**UNET, "timestep": ()})
+    check_inputs("", "safety_checker", {"x": ()})
+
+
 # libraries and targets
 
 
-def test_a_library_that_is_not_there(monkeypatch):
+def test_a_library_that_is_not_there(monkeypatch, tmp_path):
     def fail(name):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(trt_library, "import_module", fail)
     assert refused(EngineError, load_library, "tensorrt-rtx") == (
         'tensorrt-rtx is not installed here; pip install "vega-edge[tensorrt-rtx]"'
+    )
+    monkeypatch.setattr(nvidia, "JETSON", tmp_path / "none")
+    assert refused(EngineError, load_library, "tensorrt") == (
+        'tensorrt is not installed here; pip install tensorrt "vega-edge[tensorrt]"'
+    )
+    (tmp_path / "release").touch()
+    monkeypatch.setattr(nvidia, "JETSON", tmp_path / "release")
+    assert refused(EngineError, load_library, "tensorrt") == (
+        'tensorrt is not installed here; pip install "vega-edge[jetson]" into a venv made with --system-site-packages, '
+        "which sees JetPack's tensorrt"
     )
     assert refused(UsageError, load_library, "openvino") == (
         "unknown engine to build 'openvino'; there are: tensorrt, tensorrt-rtx"
@@ -354,6 +538,7 @@ def test_targets(targets, precision, got):
         (("sm_75", "sm_86"), "graph", "ampere+ and sm_75 are each an engine of its own, not to be mixed with others: build one after the other"),
         ((), "fp8", "fp8 needs sm_89, sm_120; ampere+ has none: name targets, or use int8"),
         (("sm_86", "sm_89"), "fp8", "fp8 needs sm_89, sm_120; sm_86 has none: name targets, or use int8"),
+        (("sm_75",), "int8", "tensorrt-rtx has no int8 for sm_75 (Turing): build without --precision"),
         ((), "int4", "unknown precision 'int4'; did you mean 'int8'? there are: fp8, graph, int8"),
     ],
 )  # fmt: skip
@@ -385,12 +570,24 @@ def test_tensorrt_has_no_fp8_before_ada(monkeypatch):
     )
 
 
-def test_the_gpu_is_chosen_in_the_thread_that_builds(monkeypatch, graph):
+def test_the_gpu_is_chosen_before_it_builds(monkeypatch, graph):
     chosen = []
-    monkeypatch.setattr(trt_network, "select", lambda index: chosen.append((index, threading.current_thread().name)))
+    monkeypatch.setattr(trt_network, "select", chosen.append)
     for gpu in (0, 2):
         build_plan(Job(Library("tensorrt", FakeTensorRT()), graph, gpu=gpu))
-    assert chosen == [(2, "engine build")]
+    assert chosen == [2]
+
+
+def test_a_version_that_draws_wrong_pictures_is_refused():
+    def check(version, flags):
+        library = Library("tensorrt", SimpleNamespace(__version__=version))
+        trt_build._check_flags(library, BuildOptions("tensorrt", SIZES, flags=flags))
+
+    assert refused(EngineError, check, "11.3.0.10", ("refit", "stripped")).startswith(
+        "tensorrt 11.3.0.10 draws wrong pictures with engines built with --refit (a known issue of 11.3): install another"
+    )
+    check("11.4.0", ("refit",))
+    check("11.3.0.10", ("stripped",))  # REFIT_IDENTICAL, which NVIDIA says is right
 
 
 def test_refitting_needs_a_gpu_to_build_on(monkeypatch, tmp_path):
@@ -402,6 +599,16 @@ def test_refitting_needs_a_gpu_to_build_on(monkeypatch, tmp_path):
     assert refused(EngineError, trt_build._check_flags, RTX, options) == (
         "--stripped with tensorrt-rtx needs a GPU to build on, and the NVIDIA driver shows no GPU; build without it: for "
         "a LoRA, build with --lora, which takes as long"
+    )
+
+
+def test_the_gpu_to_refit_on_must_be_there(monkeypatch):
+    monkeypatch.setattr(nvidia, "devices", lambda: ["RTX 4090"])
+    message = refused(
+        EngineError, trt_build._check_flags, RTX, BuildOptions("tensorrt-rtx", SIZES, flags=("refit",), gpu=7)
+    )
+    assert message.startswith(
+        "--refit with tensorrt-rtx needs a GPU to build on, and there is no cuda:7; the GPUs are: "
     )
 
 
@@ -527,8 +734,9 @@ def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
         file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
     )  # fmt: skip
-    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT(inputs=UNET)))
     monkeypatch.setattr(trt_build, "check_targets", lambda *args: ("ampere+",))
+    monkeypatch.setattr(trt_build, "build_apart", build_to)  # here, where the fake is
     monkeypatch.setattr(trt_network, "set_targets", lambda *args: None)
     options, store = BuildOptions("tensorrt-rtx", SIZES), PlanStore(bundle.path)
 
@@ -541,6 +749,19 @@ def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
     assert (build(), build(), len(store.plans())) == (True, False, 1)
 
 
+def test_replaced_weights_are_not_kept_for_the_time_of_a_build(graph, tmp_path):
+    (name, weight), kept = next(iter(read_weights(graph).items())), []
+
+    def make():
+        values = np.zeros(weight.shape, np.float32)
+        kept.append(weakref.ref(values))
+        return {name: values}
+
+    with prepared(graph, LazyWeights(make), "graph", tmp_path):
+        gc.collect()
+        assert len(kept) == 1 and kept[0]() is None
+
+
 def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     """What the LoRA makes larger would be cut off at the scale that was measured without it."""
     new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
@@ -548,7 +769,8 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
         file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
     )  # fmt: skip
-    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT()))
+    monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT(inputs=UNET)))
+    monkeypatch.setattr(trt_build, "build_apart", build_to)  # here, where the fake is
     monkeypatch.setattr(trt_build, "free_bytes", lambda gpu: 0)
     monkeypatch.setattr(nvidia, "compute_capability", lambda index: "sm_89")
     measured = []
@@ -575,8 +797,10 @@ def test_calibration_on_what_is_not_finite(graph):
 
 
 def test_calibration_inputs_are_what_the_unet_is_fed():
-    feeds = list(unet_feeds(recipes()["demo-vegart"].bundle_path))
+    shares = []
+    feeds = list(unet_feeds(recipes()["demo-vegart"].bundle_path, progress=shares.append))
     assert len(feeds) == 3 * 4
+    assert shares == pytest.approx([i / 12 for i in range(1, 13)])
     times = [float(given["timestep"][0]) for given in feeds]
     assert times[:4] == sorted(times[:4], reverse=True) == times[4:8]
     assert feeds[0]["sample"].shape == (1, 4, 16, 16)
@@ -619,11 +843,21 @@ def test_every_graph_of_the_embedded_model_is_built_without_a_gpu(built, embedde
     assert not [path for path in store.folder.iterdir() if path.name.startswith(".build-")]
 
 
+@pytest.mark.parametrize("name", ["demo-small-sd", "demo-tiny-sd"])  # demo-vega is demo-vegart with other numbers
+def test_every_graph_of_the_other_embedded_models_is_built(rtx, name, exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path))
+    bundle = Bundle.open(exported(name, "--weights", "fp16"))
+    built = build_engines(bundle, BuildOptions("tensorrt-rtx", bundle_sizes(bundle)))
+    parts = [each.plan.graph.split("/")[0] for each in built]
+    assert parts == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert all(bytes(PlanStore(bundle.path).read(each.plan)[:4]) == b"vtrt" for each in built)
+
+
 def test_what_is_there_is_not_built_again(built, embedded, monkeypatch):
     def never(*args):
         raise AssertionError("built again")
 
-    monkeypatch.setattr(trt_build, "build_plan", never)
+    monkeypatch.setattr(trt_build, "build_apart", never)
     again = build_engines(embedded, BuildOptions("tensorrt-rtx", bundle_sizes(embedded)))
     assert [each.plan for each in again] == [each.plan for each in built]
     assert {each.seconds for each in again} == {0}
@@ -659,13 +893,14 @@ def test_a_lora_is_a_plan_of_its_own(built, embedded):
     assert len(store.read(with_lora.plan)) == pytest.approx(len(store.read(plain)), rel=0.1)
 
 
-def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys, monkeypatch):
+def test_build_with_a_lora_on_the_command_line(built, embedded, tmp_path, capsys, monkeypatch):
     file, folder = tmp_path / "style.safetensors", str(embedded.path)
     random_lora(embedded, file, rank=2)
     command = ["build", folder, "--engine", "tensorrt-rtx", "--part", "unet", "--lora", f"{file}:0.5"]
     assert main([*command, "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)
     store = PlanStore(embedded.path)
+    plain = next(each.plan for each in built if each.plan.graph == "unet/model.onnx")
     plan = next(plan for plan in store.plans() if plan.file == told["file"])
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     assert (plan.graph, plan.loras, told["built"]) == ("unet/model.onnx", (PlanLora(sha256, 0.5),), True)
@@ -674,16 +909,31 @@ def test_build_with_a_lora_on_the_command_line(rtx, embedded, tmp_path, capsys, 
     made: list[str] = []
     monkeypatch.setattr(Patches, "of", lambda self, part: made.append(part))
     weights = weights_of(Patches(embedded, [(file, 0.5)]), "unet")
-    assert choose_plan(store, embedded.graph("unet"), here, weights).plan == plan
+    assert choose_plans(store, embedded.graph("unet"), here, weights)[0].plan == plan
     weaker = weights_of(Patches(embedded, [(file, 0.4)]), "unet")
     assert " LoRA; run: vega-edge build " in refused(
-        EngineError, choose_plan, store, embedded.graph("unet"), here, weaker
+        EngineError, choose_plans, store, embedded.graph("unet"), here, weaker
     )
     assert main(command) == 0
     assert capsys.readouterr().err.endswith("there already\n")
     assert made == []  # what there is was known without them
+    assert main([*command[:-1], f"{file}:0", "--json"]) == 0
+    (nothing,) = json.loads(capsys.readouterr().out)
+    assert (nothing["file"], nothing["loras"]) == (plain.file, [])  # strength 0 is the bundle's own
     assert main(["engines", "ls", folder]) == 0
     assert f"lora {sha256[:8]}:0.5\n" in capsys.readouterr().out
+
+
+def test_it_is_said_where_an_engine_of_fewer_bits_will_not_run(tmp_path):
+    store = PlanStore(tmp_path / "bundle")
+    unet = Plan("", "", 0, "unet/model.onnx", "", "tensorrt-rtx", "1.7", ("ampere+",), {})
+    smaller = store.add(dataclasses.replace(unet, precision="int8"), b"plan", 0)
+    built = [BuiltEngine(smaller, 1.0)]
+    assert build._passed_over(SimpleNamespace(path=store.bundle), built) == []
+    store.add(dataclasses.replace(unet, version="1.6"), b"plan", 0)
+    assert build._passed_over(SimpleNamespace(path=store.bundle), built) == []
+    store.add(unet, b"plan", 0)
+    assert build._passed_over(SimpleNamespace(path=store.bundle), built) == ["unet/model.onnx"]
 
 
 @pytest.mark.parametrize(("precision", "targets"), [("int8", ()), ("fp8", ("sm_89", "sm_120"))])
@@ -751,6 +1001,38 @@ def test_a_file_that_is_no_graph(rtx, graph, content):
     assert message.endswith("export it again")
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "its weights are missing: there is no model.onnx_data beside it"),
+        (lambda path: path.write_bytes(b"1234"), "its weights in model.onnx_data are truncated, 4 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "its weights in model.onnx_data are truncated, 65535 bytes"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_there(rtx, graph, damage, message):
+    damage(graph.with_name("model.onnx_data"))
+    told = refused(EngineError, read_inputs, rtx, graph)
+    assert told == f"unet/model.onnx: {message}; copy or export the bundle again"
+
+
+def test_one_node_is_no_text_encoder(rtx, recipe_copy):
+    """A folder without a manifest says nothing about its graphs."""
+    (recipe_copy / MANIFEST).unlink()
+    x, y = (helper.make_tensor_value_info(name, F32, ["n", 4]) for name in "xy")
+    made = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+        recipe_copy / "text_encoder" / "model.onnx",
+    )
+    bundle = Bundle.open(recipe_copy)
+    options = BuildOptions("tensorrt-rtx", bundle_sizes(bundle), ("text_encoder",))
+    assert refused(EngineError, build_engines, bundle, options) == (
+        "text_encoder/model.onnx is not the graph of a text_encoder: it lacks an input input_ids with 2 axes, and has x "
+        "with 2 axes; export the bundle again"
+    )
+    assert PlanStore(recipe_copy).plans() == ()
+
+
 def test_the_builder_needs_no_torch():
     code = (
         "import sys, vega_edge.export.trt_build, vega_edge.verbs.build\n"
@@ -805,9 +1087,12 @@ def test_engines_rm_and_gc(embedded, rtx, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--device", "cpu"], "build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'"),
+        (["--device", "cuda:7"], "build --engine tensorrt-rtx needs no GPU, but for --refit and --stripped: leave --device out"),
         (["--device", "gpu1"], "device must be cpu, cuda or cuda:N, such as cuda:0, not 'gpu1'"),
         (["--part", "unett"], "unknown part 'unett'; did you mean 'unet'? there are: text_encoder, text_encoder_2, tiny_vae_decoder, unet, vae_decoder, vae_encoder"),
         (["--size", "100"], "a side must be a multiple of 32 px for this model, not 100"),
+        (["--size", "99968"], "a side must be 64 to 256 px for this model, not 99968"),
+        (["--size", "32:128:128"], "a side must be 64 to 256 px for this model, not 32"),
         (["--precision", "fp8"], "fp8 needs sm_89, sm_120, sm_121; ampere+ has none: name targets, or use int8"),
         (["--stripped", "--precision", "int8"], "--stripped puts in the weights of the bundle's graph, which are not int8: leave one of the two out"),
     ],

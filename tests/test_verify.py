@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from vega_edge import engines
 from vega_edge.bundle import Bundle
 from vega_edge.cli import main
+from vega_edge.engines import Engine, nvidia
 from vega_edge.errors import BundleError, EngineError
 from vega_edge.manifest import MANIFEST
 from vega_edge.models import find_bundle
@@ -149,7 +151,10 @@ def test_a_manifest_that_lacks_a_part(copy: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_told() -> None:
-    checks = (Check("unet/model.onnx", "fp16", "int8", 7_400_000, 0.25, ""), Check("b/x.onnx", "", "", 10, 1.0, "bad"))
+    checks = (
+        Check("unet/model.onnx", "fp16", "int8", 7_400_000, 0.25, ""),
+        Check("b/x.onnx", "", "", 10, 1.0, "bad", "export it"),
+    )
     verdict = Verdict("here", "mine", "onnxruntime-cpu", 0, checks)
     assert render(verdict).splitlines() == [
         "graph            dtype, weights    size   time",
@@ -159,7 +164,37 @@ def test_what_is_told() -> None:
     ]
     with pytest.raises(EngineError) as caught:
         raise_for(verdict)
-    assert str(caught.value) == "bundle here, b/x.onnx: bad; export the bundle again"
+    assert str(caught.value) == "bundle here, b/x.onnx: bad; export it"
+
+
+def test_an_engine_that_can_not_run_here_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[str]:
+        raise EngineError("the NVIDIA driver shows no GPU")
+
+    monkeypatch.setattr(nvidia, "devices", none)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=__file__))
+    with pytest.raises(EngineError) as caught:
+        verify(find_bundle("demo-vegart"), "tensorrt-rtx")
+    assert str(caught.value) == (
+        "engine tensorrt-rtx: the NVIDIA driver shows no GPU; install NVIDIA's driver, or use another engine"
+    )
+
+
+def test_what_a_built_engine_says_to_do_is_all_there_is_to_do(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
+    def lacking(*_: object) -> Engine:
+        raise EngineError("no engine of it can be used here: none has been built; run: vega-edge build X")
+
+    monkeypatch.setattr("vega_edge.verify.check_engine", lambda *a: None)
+    monkeypatch.setattr("vega_edge.verify.open_engine", lambda *a, **k: lacking())
+    told = {}
+    for engine in ("tensorrt-rtx", "onnxruntime-cpu"):
+        with pytest.raises(EngineError) as caught:
+            raise_for(verify(copy, engine))
+        told[engine] = str(caught.value).partition("built; ")[2]
+    assert told == {
+        "tensorrt-rtx": "run: vega-edge build X",
+        "onnxruntime-cpu": "run: vega-edge build X; export the bundle again",
+    }
 
 
 def test_engines_of_tensorrt_are_run_at_the_shapes_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +219,7 @@ def test_engines_of_tensorrt_are_run_at_the_shapes_they_were_built_for(monkeypat
         def close(self) -> None:
             self._engine.close()
 
+    monkeypatch.setattr("vega_edge.verify.check_engine", lambda *a: None)
     monkeypatch.setattr("vega_edge.verify.open_engine", lambda path, *a, **k: Recorder(path))
     monkeypatch.setattr("vega_edge.verify.built_shapes", lambda path, *a: built[path.parent.name])
     verdict = verify(find_bundle("demo-vegart"), "tensorrt-rtx")

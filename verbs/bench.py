@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
+from ..errors import EngineError
 from .common import bar, number, size, whole
 
 
@@ -34,6 +36,17 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
     p.add_argument("--json", action="store_true", help="print JSON, with the machine and the versions")
     p.set_defaults(run=run)
+
+
+def gpu(words: Sequence[str]) -> None:
+    """`vega-edge bench gpu ...`: beside diffusers, with a command line of its own."""
+    try:
+        from ..bench import gpu
+    except ModuleNotFoundError as failure:
+        raise EngineError(
+            f'bench gpu draws beside diffusers, and {failure.name} is not installed here; pip install "vega-edge[export]"'
+        ) from failure
+    gpu.main(words)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,10 @@ from ..errors import UsageError
 from .common import bar, lora
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from ..bundle import Bundle
-    from ..export.trt_build import BuildOptions
+    from ..export.trt_build import BuildOptions, BuiltEngine
 
 _FLAGS = ("static", "refit", "stripped", "weight_streaming")
 
@@ -65,7 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(find_bundle(arguments.bundle))
     options = _options(bundle, arguments)
     patches = Patches(bundle, arguments.lora)
-    with bar(1000) as shown:
+    with _sigterm_as_ctrl_c(), bar(1000) as shown:
+        shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}"  # the time goes on where the share does not
 
         def progress(graph: str, share: float, phase: str) -> None:
             shown.set_description_str(f"{graph}: {phase}", refresh=False)
@@ -74,26 +79,55 @@ def run(arguments: argparse.Namespace) -> None:
 
         built = build_engines(
             bundle, options, weights=partial(weights_of, patches), loras=patches.hashes, progress=progress,
-            ranges=lambda graph: _ranges(bundle, graph, arguments.lora),
+            ranges=lambda graph: _ranges(bundle, graph, arguments.lora, progress),
         )  # fmt: skip
     if arguments.json:
         print(json.dumps([{**dataclasses.asdict(each.plan), "built": each.seconds > 0} for each in built], indent=2))
         return
+    for graph in _passed_over(bundle, built):
+        print(
+            f"vega-edge: {graph}: an engine as exact as the graph is there too, and goes before; to use this one: "
+            f"vega-edge engines rm {bundle.path} FILE", file=sys.stderr,
+        )  # fmt: skip
     for each in built:
         done = f"built in {each.seconds:.1f} s" if each.seconds else "there already"
         print(f"{each.plan.graph}: {each.plan.bytes / 1e6:.1f} MB, {done}", file=sys.stderr)
         print(each.plan.file)
 
 
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A container or a service that is stopped leaves nothing half built either."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _passed_over(bundle: Bundle, built: Sequence[BuiltEngine]) -> list[str]:
+    """The graphs whose plans of fewer bits, asked for now, are not those that will run."""
+    from ..engines.plan_store import PlanStore
+
+    plans = [each.plan for each in built if each.plan.precision != "graph"]
+    exact = {
+        (plan.graph, plan.library, plan.version) for plan in PlanStore(bundle.path).plans() if plan.precision == "graph"
+    }
+    return [plan.graph for plan in plans if (plan.graph, plan.library, plan.version) in exact]
+
+
 def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     from ..export.trt_build import BuildOptions
-    from ..export.trt_profiles import batch_range, bundle_sizes, check_multiple, latent_px, size_range
+    from ..export.trt_profiles import batch_range, bundle_sizes, check_multiple, check_sides, latent_px, size_range
+    from ..runtime.request import Limits
 
     sizes = bundle_sizes(bundle)
     if arguments.size:
         width, height = size_range(arguments.size)
         sizes = dataclasses.replace(sizes, width=width, height=height)
-        check_multiple(sizes, latent_px(bundle) * 2 ** (bundle.levels("unet") - 1))
+        multiple = latent_px(bundle) * 2 ** (bundle.levels("unet") - 1)
+        check_multiple(sizes, multiple)
+        check_sides(sizes, *Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple).size_px)
     if arguments.batch:
         sizes = dataclasses.replace(sizes, batch=batch_range(arguments.batch))
     if arguments.static:
@@ -101,21 +135,29 @@ def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:
     flags = tuple(flag.replace("_", "-") for flag in _FLAGS if getattr(arguments, flag))
     return BuildOptions(
         arguments.engine, sizes, tuple(arguments.part), tuple(arguments.target), flags, arguments.precision,
-        _gpu(arguments.device),
+        _gpu(arguments),
     )  # fmt: skip
 
 
-def _gpu(device: str | None) -> int:
+def _gpu(arguments: argparse.Namespace) -> int:
     from ..engines import gpu_index
 
-    if device == "cpu":
+    if arguments.device == "cpu":
         raise UsageError("build --device must be cuda or cuda:N, such as cuda:0, not 'cpu'")
-    return gpu_index(device)
+    index = gpu_index(arguments.device)
+    if arguments.device and arguments.engine == "tensorrt-rtx" and not (arguments.refit or arguments.stripped):
+        raise UsageError("build --engine tensorrt-rtx needs no GPU, but for --refit and --stripped: leave --device out")
+    return index
 
 
-def _ranges(bundle: Bundle, graph: Path, loras: list[tuple[Path, float]]) -> dict[str, float]:
+def _ranges(
+    bundle: Bundle, graph: Path, loras: list[tuple[Path, float]], progress: Callable[[str, float, str], None]
+) -> dict[str, float]:
     """What fp8 is scaled by: the bundle itself draws a few pictures on the CPU, and its UNet is measured on the way."""
     from ..export.trt_calibrate import largest_values
     from ..runtime.calibration import unet_feeds
 
-    return largest_values(graph, unet_feeds(bundle.path, loras))
+    def drawn(share: float) -> None:
+        progress(f"{graph.parent.name}/{graph.name}", share, "drawing pictures to measure")
+
+    return largest_values(graph, unet_feeds(bundle.path, loras, drawn))

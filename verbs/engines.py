@@ -41,13 +41,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _list(store: PlanStore, as_json: bool) -> None:
-    plans = store.plans()
+    plans, installed = store.plans(), _installed()
+    faults = [store.fault(plan, installed) for plan in plans]
     if as_json:
-        print(json.dumps([{**dataclasses.asdict(plan), "unusable": store.fault(plan)} for plan in plans], indent=2))
+        told = [{**dataclasses.asdict(p), "unusable": fault} for p, fault in zip(plans, faults, strict=True)]
+        print(json.dumps(told, indent=2))
         return
-    for plan in plans:
-        print(f"{plan.file}  {plan.bytes / 1e6:.1f} MB  {_describe(plan)}{_unusable(store, plan)}")
-    print(f"{len(plans)} engines, {sum(plan.bytes for plan in plans) / 1e6:.1f} MB in {store.folder}", file=sys.stderr)
+    for plan, fault in zip(plans, faults, strict=True):
+        print(f"{plan.file}  {plan.bytes / 1e6:.1f} MB  {_describe(plan)}{f'  ({fault})' if fault else ''}")
+    folders = " and ".join(map(str, dict.fromkeys([store.folder, *(store.path(plan).parent for plan in plans)])))
+    print(f"{len(plans)} engines, {sum(plan.bytes for plan in plans) / 1e6:.1f} MB in {folders}", file=sys.stderr)
 
 
 def _describe(plan: Plan) -> str:
@@ -60,13 +63,8 @@ def _describe(plan: Plan) -> str:
     return f"{plan.library} {plan.version} {','.join(plan.targets)}  {shapes}  {' '.join(extras)}".rstrip()
 
 
-def _unusable(store: PlanStore, plan: Plan) -> str:
-    fault = store.fault(plan)
-    return f"  ({fault})" if fault else ""
-
-
 def _remove(store: PlanStore, files: list[str]) -> None:
-    plans = {plan.file: plan for plan in store.plans()}
+    plans = {plan.file: plan for plan in store.own()}
     if not files:
         raise UsageError("engines rm: name the files to remove, as engines ls prints them")
     for file in files:
@@ -78,9 +76,10 @@ def _remove(store: PlanStore, files: list[str]) -> None:
 
 def _clean(store: PlanStore) -> None:
     installed = _installed()
-    unusable = tuple(plan for plan in store.plans() if store.fault(plan, installed))
+    unusable = tuple(plan for plan in store.own() if store.fault(plan, installed))
     strays = store.stray(installed)
-    freed = sum(map(_bytes, strays)) + sum(plan.bytes for plan in unusable)
+    there = [*strays, *(path for plan in unusable if (path := store.folder / plan.file).is_file())]
+    freed = sum(map(_bytes, there))
     if unusable:
         store.remove(unusable)
     for path in strays:
@@ -90,7 +89,9 @@ def _clean(store: PlanStore) -> None:
             path.unlink(missing_ok=True)
     for name in (*(plan.file for plan in unusable), *(path.name for path in strays)):
         print(name)
-    print(f"{len(unusable) + len(strays)} files, {freed / 1e6:.1f} MB removed from {store.folder}", file=sys.stderr)
+    missing = len(unusable) + len(strays) - len(there)
+    gone = f"; {missing} more were listed, and missing" if missing else ""
+    print(f"{len(there)} files, {freed / 1e6:.1f} MB removed from {store.folder}{gone}", file=sys.stderr)
 
 
 def _installed() -> dict[str, str]:
