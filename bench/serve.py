@@ -25,13 +25,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .machine import facts, markdown
 
 MODEL, CLIENTS, PROMPTS = "demo-vegart", (1, 4, 16, 64), ("a red star", "a blue house", "a yellow moon", "a green tree")
+ALONE = 16  # clients of the server that is told to draw one picture at a time
 QUEUE = 32  # so that 64 clients are too many, and are told so
 LEAST_OF_LOOP, MOST_GROWTH = (
     0.90,
@@ -46,11 +47,11 @@ def body(**options: Any) -> bytes:
 
 
 class Server:
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "vega_edge", "serve", "--port", str(self.port), "--preload", MODEL, "--data", folder, "--queue", str(QUEUE)]  # fmt: skip
+        command = [sys.executable, "-m", "vega_edge", "serve", "--port", str(self.port), "--preload", MODEL, "--data", folder, "--queue", str(QUEUE), *options]  # fmt: skip
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while self.get("/readyz")[0] != 200:
             if self._process.poll() is not None:
@@ -70,8 +71,17 @@ class Server:
 
     @property
     def memory_mb(self) -> float:
+        return float(next(iter(self._metrics("process_resident_memory_bytes").values()))) / 1e6
+
+    @property
+    def batches(self) -> Counter[int]:
+        """Pictures in a batch -> how many such batches were drawn so far."""
+        told = self._metrics("vega_edge_batches_total{")
+        return Counter({int(name.split('"')[1]): int(float(value)) for name, value in told.items()})
+
+    def _metrics(self, prefix: str) -> dict[str, str]:
         lines = self.get("/metrics")[1].splitlines()
-        return float(next(x for x in lines if x.startswith("process_resident_memory_bytes")).split()[1]) / 1e6
+        return dict(line.rsplit(" ", 1) for line in lines if line.startswith(prefix))
 
     def close(self) -> None:
         self._process.terminate()
@@ -125,7 +135,7 @@ def load(server: Server, clients: int, seconds: float, **options: Any) -> dict[s
                 time.sleep(min(float(answer.headers["retry-after"]), max(0.0, end - time.perf_counter())))
         connection.close()
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), server.batches
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
@@ -135,6 +145,7 @@ def load(server: Server, clients: int, seconds: float, **options: Any) -> dict[s
     cuts = statistics.quantiles(times, n=100) if len(times) > 1 else times * 99
     return {
         "clients": clients, "pictures_per_s": len(times) / taken, "statuses": dict(statuses),
+        "batches": dict(sorted((server.batches - before).items())),
         **{f"p{n}_s": cuts[n - 1] for n in (50, 95, 99)},
     }  # fmt: skip
 
@@ -179,7 +190,9 @@ def memory(server: Server, pictures: int) -> dict[str, float]:
     return {**found, "growth": late / early - 1}
 
 
-def verdict(ratios: dict[int, float], loads: dict[int, list[dict[str, Any]]], grown: Any) -> dict[str, dict[str, Any]]:
+def verdict(
+    ratios: Mapping[Any, float], loads: dict[int, list[dict[str, Any]]], grown: Any
+) -> dict[str, dict[str, Any]]:
     """What is asked of the server, each with what was measured and whether it is enough."""
     others = {str(s): n for run in loads[64] for s, n in run["statuses"].items() if s not in (200, 429)}
     found: dict[str, dict[str, Any]] = {
@@ -193,9 +206,9 @@ def verdict(ratios: dict[int, float], loads: dict[int, list[dict[str, Any]]], gr
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def serving(*options: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(folder)
+        server = Server(folder, *options)
         try:
             yield server
         finally:
@@ -209,13 +222,16 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=0, help="over which memory is measured; 0: not")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    loops, loads = [], {clients: [] for clients in CLIENTS}  # type: ignore[var-annotated]
+    loops, alone, loads = [], [], {clients: [] for clients in CLIENTS}  # type: ignore[var-annotated]
     for _ in range(arguments.rounds):
         loops.append(loop(arguments.seconds))
         with serving() as server:
             load(server, 4, 3.0)
             for clients in CLIENTS:
                 loads[clients].append(load(server, clients, arguments.seconds))
+        with serving("--batch", "1") as server:
+            load(server, 4, 3.0)
+            alone.append(load(server, ALONE, arguments.seconds))
     with serving() as server:
         typed = keys(server, 30)
         grown = memory(server, arguments.pictures) if arguments.pictures else None
@@ -226,22 +242,23 @@ def main() -> None:
             f"{base:.2f}",
             "1.00",
             f"{statistics.median(r['p50_s'] for r in loops):.2f} s",
-            "",
-            "",
-            "",
+            *[""] * 4,
         ]
     ]
     ratios = {}
-    for clients, runs in loads.items():
+    every: dict[Any, list[dict[str, Any]]] = {**loads, f"{ALONE}, --batch 1": alone}
+    for name, runs in every.items():
         rate = statistics.median(run["pictures_per_s"] for run in runs)
-        ratios[clients] = rate / base
+        ratios[name] = rate / base
         middle = sorted(runs, key=lambda run: run["pictures_per_s"])[len(runs) // 2]
-        rows.append([f"/v1, {clients} clients", f"{rate:.2f}", f"{ratios[clients]:.2f}", *(f"{middle[p]:.2f} s" for p in ("p50_s", "p95_s", "p99_s")), str(middle["statuses"])])  # fmt: skip
-    print(markdown(["", "pictures/s", "of the loop", "p50", "p95", "p99", "statuses"], rows))
+        times = [f"{middle[p]:.2f} s" for p in ("p50_s", "p95_s", "p99_s")]
+        told = ["  ".join(f"{k}: {n}" for k, n in middle[fact].items()) for fact in ("statuses", "batches")]
+        rows.append([f"/v1, clients: {name}", f"{rate:.2f}", f"{ratios[name]:.2f}", *times, *told])
+    print(markdown(["", "pictures/s", "of the loop", "p50", "p95", "p99", "statuses", "batches by pictures"], rows))
     print(f"\nkey to picture on the live page: {typed}\nmemory: {grown}")
     judged = verdict(ratios, loads, grown)
     if arguments.output:
-        found = {**facts(), "verdict": judged, "loop": loops, "load": loads, "keys": typed, "memory": grown, "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None}  # fmt: skip
+        found = {**facts(), "verdict": judged, "loop": loops, "load": loads, "one_by_one": alone, "keys": typed, "memory": grown, "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None}  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     missed = [f"{name}: {row['measured']}" for name, row in judged.items() if not row["ok"]]

@@ -18,6 +18,7 @@ from ..errors import VegaEdgeError
 from . import live, openapi, routes_page, routes_v1, routes_v2
 from .guard import Guard, error_response
 from .service import ClientLeft, Service, status_of
+from .telling import told
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def begin_stop(service: Service) -> None:
 
 async def _ours(request: HttpRequest, error: Exception) -> Response:
     status, headers = status_of(error)
-    return _error(request, status, str(error), headers)
+    answer = _error(request, status, told(error), headers)
+    request.scope["log"]["error"] = str(error)[:300]
+    return answer
 
 
 async def _http(request: HttpRequest, error: Any) -> Response:

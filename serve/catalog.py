@@ -14,13 +14,19 @@ from ..models import Recipe
 from ..runtime.request import MAX_SAMPLES
 from ..runtime.rng import MAX_SEED
 
+_FEW_STEPS = 8  # what distilled models are drawn with at most
 Schema = Mapping[str, Mapping[str, Any]]
+# What our own addresses begin with; POST /{slug} must never mean one of them.
+OWN_NAMES = frozenset(
+    {"docs", "favicon.ico", "generations", "healthz", "live", "metrics", "openapi.json", "page", "readyz", "v1", "v2"}
+)
 
 
 @dataclass(frozen=True)
 class Entry:
     """parameters: a JSON schema for each, as the slug's API page has them, or as the model's own limits say where it has
-    no page. stand_in: the user's alias for another model, which does what comes nearest.
+    no page. stand_in: the user's alias for another model, which does what comes nearest. own: the parameters of which a
+    stand-in takes its own defaults whatever is asked: those of a model of few steps mean nothing to one of many.
     """
 
     slug: str
@@ -29,6 +35,7 @@ class Entry:
     example: Mapping[str, Any]
     has_page: bool = False
     stand_in: bool = False
+    own: frozenset[str] = frozenset()
 
     @property
     def ready(self) -> bool:
@@ -53,9 +60,20 @@ def catalog(aliases: Mapping[str, str]) -> dict[str, Entry]:
             raise unknown("model", model, recipes)
         if "/" in slug or not slug:
             raise UsageError(f"--alias must be SLUG=MODEL, and a slug has no slash, got {slug!r}")
-        example = pages[slug]["example"] if slug in pages else {"prompt": "a big red star"}
-        entries[slug] = Entry(slug, recipes[model], own_parameters(recipes[model]), example, stand_in=True)
+        if slug in OWN_NAMES:
+            raise UsageError(f"--alias: {slug!r} is an address of the server's own; choose another name")
+        entries[slug] = _stand_in(slug, recipes[model], pages.get(slug))
     return entries
+
+
+def _stand_in(slug: str, recipe: Recipe, page: Mapping[str, Any] | None) -> Entry:
+    parameters = own_parameters(recipe)
+    if page is None:
+        return Entry(slug, recipe, parameters, {"prompt": "a big red star"}, stand_in=True)
+    of_few = page["parameters"]["num_inference_steps"]["default"] <= _FEW_STEPS
+    same_kind = of_few == (recipe.defaults["steps"] <= _FEW_STEPS)
+    own = frozenset() if same_kind else frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
+    return Entry(slug, recipe, parameters, page["example"], stand_in=True, own=own)
 
 
 def live_models(entries: Iterable[Entry]) -> list[Recipe]:

@@ -28,7 +28,8 @@ LIVE, QUEUED = "live", "queued"
 class Drawing:
     """For the device's thread alone. lines: of waiting jobs by lane, which other threads change under `lock`.
 
-    walks: those under way, by lane. recent_s: device time of a queued picture, smoothed.
+    walks: those under way, by lane. opening: the job whose model is being opened. recent_s: device time of a queued
+    picture, smoothed.
     """
 
     def __init__(
@@ -38,7 +39,14 @@ class Drawing:
         self._residents, self._metrics, self._lines, self._lock = residents, metrics, lines, lock
         self._job_s, self._batching = job_s, Batching(batch)
         self.walks: dict[str, Walk] = {}
+        self._opening: list[Job] = []
         self.recent_s = 1.0
+
+    @property
+    def now(self) -> list[Job]:
+        """What the device is at and somebody still wants. From any thread."""
+        drawn = [job for walk in list(self.walks.values()) for job in walk.jobs]
+        return [job for job in self._opening + drawn if not job.cancelled]
 
     def turn(self, lane: str) -> None:
         """Begins a walk in the lane, or goes one step on with it."""
@@ -56,6 +64,7 @@ class Drawing:
             job = line.first()
             if job is None or not line.remove(job):  # cancelled meanwhile
                 return
+            self._opening = [job]
         self._start(job)  # before a model is opened, which may end the process
         kept = [walk.model for walk in self.walks.values()]
         jobs = [job]
@@ -68,6 +77,8 @@ class Drawing:
             for each in jobs:
                 self._fail(each, error)
             return
+        finally:
+            self._opening = []
         for other in jobs[1:]:
             self._start(other)
 
@@ -127,7 +138,8 @@ class Drawing:
                 continue
             seconds = {"queue": walk.queue_s[job], **result.timings, "draw": walk.draw_s}
             self._metrics.drew(job.model, seconds, len(result.images))
-            self.tell(job, Done(result.images, result.request, walk.drawer.name, seconds, pictures))
+            name, unread = walk.drawer.name, tuple(result.unread)
+            self.tell(job, Done(result.images, result.request, name, seconds, pictures, unread))
         del self.walks[walk.lane]  # last: after a defect in the above its jobs are still known
 
     def _broke(self, walk: Walk, error: BaseException) -> None:

@@ -20,13 +20,17 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 
 from .service import Service
+from .telling import not_now
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
+_log = logging.getLogger(__name__)
 _requests = logging.getLogger("vega_edge.serve.requests")
+_PROBES = ("/healthz", "/readyz")
 # What anybody may fetch: whether we live, the page (it asks for the key itself), and pictures, whose names are secrets.
-_OPEN = ("/healthz", "/readyz", "/", "/page", "/generations", "/live", "/favicon.ico")
+_OPEN = (*_PROBES, "/", "/favicon.ico")
+_OPEN_FOLDERS = ("/page/", "/generations/")
 NO_KEY = "Missing Authorization or x-api-key in header"
 BAD_KEY = "Unauthorized. API key is invalid or may have expired."
 
@@ -37,18 +41,30 @@ class Guard:
         self._app, self._service, self._keys = app, service, service.keys
         self._proxies = [ipaddress.ip_network(proxy) for proxy in settings.trusted_proxies]
         machine = socket.gethostname().lower()
-        self._hosts = {"localhost", machine, f"{machine}.local", *(h.lower() for h in (settings.host, *settings.hosts))}
+        self._hosts = {
+            "localhost",
+            machine,
+            f"{machine}.local",
+            *(h.lower().rstrip(".") for h in (settings.host, *settings.hosts)),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        called = headers.get("host", "")
         self._believe_proxy(scope, headers)
         # Routes say more of the request here, for its line in the log.
         scope["log"] = log = {"id": secrets.token_hex(8), "client": _address(scope)}
         scope["client_name"] = log["client"]
-        fault = self._fault(scope, headers)
+        try:
+            fault = self._fault(scope, headers, called)
+        except Exception:  # there is nobody else yet who would answer
+            _log.exception("request %s failed on a defect", log["id"])
+            fault = 500, f"an internal error; the log has it under {log['id']}"
+        if fault:
+            log["error"] = fault[1]
         if scope["type"] == "websocket":
             await self._socket(scope, receive, send, fault)
             return
@@ -93,30 +109,28 @@ class Guard:
 
         try:
             if fault:
-                scope["log"]["error"] = fault[1]
-                await _refuse_socket(heard, said)
+                await heard()
+                await error_response(*fault)(scope, heard, said)  # before it is accepted, HTTP can be answered
                 status = fault[0]
             else:
                 await self._app(scope, heard, said)
         finally:
             _write_end(scope, "WEBSOCKET", status, start)
 
-    def _fault(self, scope: Scope, headers: Mapping[str, str]) -> tuple[Any, ...] | None:
-        """Why the request goes no further: status, text, and headers where there are any."""
+    def _fault(self, scope: Scope, headers: Mapping[str, str], called: str) -> tuple[Any, ...] | None:
+        """Why the request goes no further: status, text, and headers where there are any. called: its own Host, which
+        a page of a name that was rebound can't choose, while it may add X-Forwarded-Host to what a proxy sends on."""
         host = headers.get("host", "")
-        if not self._is_ours(host):
-            return 400, f"unknown Host {host[:80]!r}; call the server by its address, or add --allow-host NAME"
+        for name in (called, host):
+            if not self._is_ours(name):
+                return 400, f"unknown Host {name[:80]!r}; call the server by its address, or add --allow-host NAME"
         origin = headers.get("origin")
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if changes and origin is not None and not _same_origin(origin, scope, host):
             return 403, "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"
-        path = scope["path"]
-        probe = path in ("/healthz", "/readyz")
-        if self._service.stopping and not probe:
+        if self._service.stopping and scope["path"] not in _PROBES:
             return 503, "the server is shutting down; try again in a moment", {"retry-after": "5"}
-        if self._keys is None or any(path == p or path.startswith(f"{p}/") for p in _OPEN if p != "/") or path == "/":
-            return None
-        return self._key_fault(scope, headers)
+        return None if self._keys is None or _is_open(scope) else self._key_fault(scope, headers)
 
     def _key_fault(self, scope: Scope, headers: Mapping[str, str]) -> tuple[Any, ...] | None:
         assert self._keys is not None
@@ -132,7 +146,7 @@ class Guard:
         if scope.get("method") == "POST":  # a WebSocket has none
             wait_s = self._service.rate.take(owner)
             if wait_s:
-                return 429, self._service.rate.refusal(wait_s), {"retry-after": str(int(wait_s) + 1)}
+                return 429, self._service.rate.refusal(wait_s), not_now(wait_s)
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -203,6 +217,13 @@ def _key_in(headers: Mapping[str, str]) -> str:
     return ""
 
 
+def _is_open(scope: Scope) -> bool:
+    path = str(scope["path"])
+    if scope["type"] == "websocket":
+        return path == "/live"  # the key is its first message
+    return scope["method"] in ("GET", "HEAD") and (path in _OPEN or path.startswith(_OPEN_FOLDERS))
+
+
 def _for_browsers(path: str) -> bool:
     return path in ("/docs", "/metrics", "/openapi.json")
 
@@ -219,9 +240,3 @@ def _same_origin(origin: str, scope: Scope, host: str) -> bool:
 def _address(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else "local"
-
-
-async def _refuse_socket(receive: Receive, send: Send) -> None:
-    """Before it is accepted, closing is an HTTP 403."""
-    await receive()
-    await send({"type": "websocket.close", "code": 1008})

@@ -51,13 +51,14 @@ class Stepped:
 @dataclass(frozen=True)
 class Done:
     """images: one a sample. seconds: queue, text, denoise, decode, and draw, which is the last three. together: the
-    pictures in its batch."""
+    pictures in its batch. unread: prompt, negative, those that were not read to their ends."""
 
     images: list[Image.Image]
     request: Request
     model: str
     seconds: Mapping[str, float]
     together: int = 1
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
+import os
 import re
 import secrets
+import stat
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +21,10 @@ from ..whole_file import writing
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
+
+
+class Unreadable(VegaEdgeError):
+    """The file is not there, or can't be read: nobody knows which keys are in it now."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,20 @@ class Key:
 
 
 class KeyFile:
-    """Read again when it has changed, so that a key that is revoked is refused a second later."""
+    """Read again when it has changed, so that a key that is revoked is refused a second later. A file that can't be
+    read has no keys, and is tried again every second; one that is half written leaves those that were known."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp, self._looked = _stamp(path), time.monotonic()  # before it is read: what changes meanwhile is seen
         self._keys = load(path)
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the file as it is now is not the one that keys are compared with; None where it is."""
+        self._refresh()
+        return self._failure
 
     def owner(self, key: str) -> str | None:
         """The name of the key's owner; None for a key that is not in the file. Takes as long for any key."""
@@ -54,29 +70,31 @@ class KeyFile:
             return
         self._looked = time.monotonic()
         stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        if stamp is None:
-            self._keys = []
-            _log.error("%s was deleted, so that no key is known now", self._path)
+        if stamp is not None and stamp == self._stamp:
             return
         try:
-            self._keys = load(self._path)
+            self._keys, failure = load(self._path), None
+        except Unreadable as error:
+            self._keys, stamp, failure = [], None, f"{error}; no key is known now"
         except VegaEdgeError as error:  # such as one that is half written: it is read again when it changes
-            _log.error("%s; the keys that were in it stay", error)
+            failure = f"{error}; the keys that were in it stay"
+        if failure and failure != self._failure:
+            _log.error("%s", failure)
+        self._stamp, self._failure = stamp, failure
 
 
 def load(path: Path) -> list[Key]:
-    """VegaEdgeError for a file that is missing or is not one of keys."""
+    """Unreadable for a file that is missing or can't be read, VegaEdgeError for one that is not of keys."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         return [_checked(Key(**entry)) for entry in written["keys"]]
     except FileNotFoundError:
-        raise VegaEdgeError(
-            f"{path} does not exist; make it: vega-edge serve keys add NAME --api-keys {path}"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Unreadable(f"{path} does not exist; make it: vega-edge serve keys add NAME --api-keys {path}") from None
+    except OSError as error:
+        raise Unreadable(f"{path} can't be read: {error.strerror or error}") from error
+    except RecursionError:
+        raise VegaEdgeError(f"{path} is not a file of keys: it is nested too deep") from None
+    except (ValueError, TypeError, KeyError) as error:
         raise VegaEdgeError(f"{path} is not a file of keys: {error}") from error
 
 
@@ -112,8 +130,19 @@ def _save(path: Path, keys: list[Key]) -> None:
     try:
         with writing(path, permissions=0o600) as file:
             file.write(text.encode())
+            _keep_owner(file.fileno(), path)
     except OSError as error:
         raise VegaEdgeError(f"{path} can't be written: {error.strerror}") from error
+
+
+def _keep_owner(file: int, path: Path) -> None:
+    """Of the file that is replaced, so that a server still reads what its administrator has written."""
+    if sys.platform == "win32" or not path.exists():
+        return
+    found = path.stat()
+    with contextlib.suppress(PermissionError):  # only root may give files away
+        os.fchown(file, found.st_uid, found.st_gid)
+    os.fchmod(file, stat.S_IMODE(found.st_mode))
 
 
 def digest_of(key: str) -> str:

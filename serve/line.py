@@ -60,6 +60,10 @@ class Line:
     def held(self, client: str) -> int:
         return len(self._waiting.get(client, ()))
 
+    def others(self, client: str) -> int:
+        """How many other clients wait, of whom each has one turn before this one's next."""
+        return len(self._waiting) - (client in self._waiting)
+
     def capped(self, share: int) -> int:
         """How many wait, if no client counted for more than `share`."""
         return sum(min(len(mine), share) for mine in self._waiting.values())

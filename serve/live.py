@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +21,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from ..errors import UsageError, VegaEdgeError
 from . import live_messages as messages
 from .catalog import Entry, live_models, own_parameters
+from .crowd import first_to_go
 from .guard import BAD_KEY, write_line
 from .images import MEDIA, encode, encode_preview
-from .job import DEFECT, Done, Event, Failed, Job, Overloaded, Stepped, Stopping
+from .job import DEFECT, Done, Event, Failed, Job, Overloaded, Started, Stepped, Stopping
 from .keys import digest_of
+from .outbox import Message, Outbox
 from .params import read
 from .service import Service, status_of
+from .telling import told
 
 _log = logging.getLogger(__name__)
 HELLO_S = 10.0
 WAITING_S = 0.4  # before a page is told that it waits
 NEWCOMERS = 16  # sockets that have not said hello yet
 BAD_KEY_CODE, BUSY_CODE = 4401, 1013
-_OUTBOX = 16  # messages; a browser that reads too slowly loses the oldest ones
 _PREVIEWS = ("off", "auto", "on")
 _FORMATS = {"jpeg": "JPEG", "webp": "WEBP"}
 _GONE = (WebSocketDisconnect, RuntimeError)  # RuntimeError: closed from our side meanwhile
@@ -42,20 +44,21 @@ _numbers = itertools.count(1)
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
-    newcomers: set[Socket] = set()
+    newcomers: dict[Socket, None] = {}  # the oldest first
     inside: set[Socket] = set()
     service.metrics.watch("live_sockets", "Live pages that are connected.", lambda: len(inside))
 
     async def admitted(one: Socket) -> bool:
-        """Those without a key must not use up the room of the pages, so they are counted apart."""
-        if len(newcomers) >= NEWCOMERS:
-            await one.refuse(f"{len(newcomers)} pages are just connecting; try again later", BUSY_CODE)
-            return False
-        newcomers.add(one)
+        """Those without a key must not use up the room of the pages, nor of those that are about to show theirs."""
+        newcomers[one] = None
+        crowd = Counter(each.address for each in newcomers)
+        if len(newcomers) > NEWCOMERS and (first := first_to_go(newcomers, crowd, lambda each: each.address)):
+            del newcomers[first]
+            first.give_way()
         try:
             welcome = await one.may_come_in()
         finally:
-            newcomers.discard(one)
+            newcomers.pop(one, None)
         if welcome and len(inside) >= service.settings.sockets:
             await one.refuse(f"{len(inside)} live pages are open, which is the most; try again later", BUSY_CODE)
             return False
@@ -79,13 +82,14 @@ def router(service: Service) -> APIRouter:
 
 @dataclass(eq=False)
 class Wish:
-    """A picture that a page asked for. late: when the page is told that it waits."""
+    """A picture that a page asked for. late: when the page is told that it waits; ahead: what it was told."""
 
     id: int | None
     slot: str
     kind: str
     job: Job
     late: asyncio.TimerHandle | None = None
+    ahead: int | None = None
     ended: bool = False
 
     @property
@@ -99,24 +103,32 @@ class Socket:
     def __init__(self, service: Service, socket: WebSocket) -> None:
         self._service, self._socket = service, socket
         self._log: dict[str, Any] = socket.scope["log"]
-        self._client = f"{socket.scope['client_name']}#{next(_numbers)}"
+        self.address = str(socket.scope["client_name"])
+        self._client = f"{self.address}#{next(_numbers)}"
         self._owner: str | None = None  # of its key
         self._digest = ""
+        self._first: asyncio.Future[Any] | None = None
         self._entries = {r.name: Entry(r.name, r, own_parameters(r), {}) for r in live_models(service.entries.values())}
         self._wishes: dict[str, Wish] = {}
-        self._outbox: deque[tuple[Job | None, Any]] = deque(maxlen=_OUTBOX)
-        self._to_send = asyncio.Event()
+        self._outbox = Outbox()
 
     async def may_come_in(self) -> bool:
         """The key is the first message, since a browser can't set a header here."""
         keys = self._service.keys
         if keys is None:
             return True
+        first = self._first = asyncio.ensure_future(self._socket.receive())
         try:
-            message = messages.parse(await asyncio.wait_for(self._socket.receive(), HELLO_S))
+            await asyncio.wait({first}, timeout=HELLO_S)
+            if first.cancelled():
+                await self.refuse("too many pages are just connecting; try again later", BUSY_CODE)
+                return False
+            message = messages.parse(first.result()) if first.done() else {}
             key = str(message.get("key", "")) if message.get("type") == "hello" else ""
-        except (asyncio.TimeoutError, UsageError):
+        except UsageError:
             key = ""
+        finally:
+            first.cancel()
         self._digest = digest_of(key)
         self._owner = keys.owner_of(self._digest)
         if self._owner is None:
@@ -125,6 +137,11 @@ class Socket:
         self._log["client"] = f"key:{self._owner}"
         self._client = f"key:{self._owner}#{next(_numbers)}"
         return True
+
+    def give_way(self) -> None:
+        """To another newcomer, unless the key has come meanwhile."""
+        if self._first is not None:
+            self._first.cancel()
 
     async def refuse(self, text: str, code: int) -> None:
         self._log["error"] = text
@@ -137,6 +154,7 @@ class Socket:
         try:
             while True:
                 await self._receive()
+                await asyncio.sleep(0)  # or one that sends without end would not let the others speak
         finally:
             for slot in list(self._wishes):
                 self._stop(slot)
@@ -187,12 +205,18 @@ class Socket:
 
         job.listener = listener
         self._service.worker.submit(job)
-        wish.late = loop.call_later(WAITING_S, self._tell_waiting, wish)
         self._wishes[slot] = wish
+        self._tell_later(wish)
+
+    def _tell_later(self, wish: Wish) -> None:
+        wish.late = asyncio.get_running_loop().call_later(WAITING_S, self._tell_waiting, wish)
 
     def _tell_waiting(self, wish: Wish) -> None:
-        ahead = max(0, self._service.worker.waiting - 1)
-        self._say({"type": "waiting", **wish.facts, "ahead": ahead}, wish.job)
+        ahead = self._service.worker.ahead(self._client)
+        if ahead is not None and ahead != wish.ahead:
+            wish.ahead = ahead
+            self._outbox.put(Message({"type": "waiting", **wish.facts, "ahead": ahead}, wish.job))
+        self._tell_later(wish)
 
     def _stop(self, slot: str) -> None:
         wish = self._wishes.pop(slot, None)
@@ -218,39 +242,35 @@ class Socket:
             wish.late.cancel()
         if wish.job.cancelled:
             return
-        if isinstance(event, Stepped) and event.preview is not None:
+        if isinstance(event, Started) and wish.ahead is not None:
+            self._outbox.put(Message({"type": "started", **wish.facts}, wish.job))
+        elif isinstance(event, Stepped) and event.preview is not None:
             head = {"type": "preview", **wish.facts, "index": event.index, "total": event.total}
-            self._say((head, functools.partial(encode_preview, event.preview)), wish.job)
+            self._outbox.put(Message(head, wish.job, functools.partial(encode_preview, event.preview)))
         elif isinstance(event, Done):
             self._end(wish, 200, queue_s=event.seconds["queue"], draw_s=event.seconds["draw"])
             head = messages.picture(wish.facts, event, MEDIA[wish.kind])
             make = functools.partial(encode, event.images[0], event.request, event.model, 0, wish.kind)
-            self._say((head, make), wish.job)
+            self._outbox.put(Message(head, wish.job, make))
         elif isinstance(event, Failed):
-            ours = isinstance(event.error, VegaEdgeError)
             status = status_of(event.error)[0] if isinstance(event.error, VegaEdgeError) else 500
             self._end(wish, status, queue_s=event.queue_s, draw_s=event.draw_s)
             if not isinstance(event.error, Stopping):
-                self._say({"type": "error", **wish.facts, "error": str(event.error) if ours else DEFECT})
+                _log.warning("a live picture failed: %s", event.error)
+                why = told(event.error) if isinstance(event.error, VegaEdgeError) else DEFECT
+                self._say({"type": "error", **wish.facts, "error": why})
 
-    def _say(self, message: Any, job: Job | None = None) -> None:
-        """message: a dictionary, or for a picture its head and what makes the file."""
-        self._outbox.append((job, message))
-        self._to_send.set()
+    def _say(self, head: dict[str, Any]) -> None:
+        self._outbox.put(Message(head))
 
     async def _send(self) -> None:
         with contextlib.suppress(*_GONE):
             while True:
-                await self._to_send.wait()
-                self._to_send.clear()
-                while self._outbox:
-                    job, message = self._outbox.popleft()
-                    if job is not None and job.cancelled:
-                        continue  # nobody wants it any more
-                    if isinstance(message, dict):
-                        await self._socket.send_json(message)
-                    else:
-                        await self._send_picture(*message)
+                message = await self._outbox.get()
+                if message.make is None:
+                    await self._socket.send_json(message.head)
+                else:
+                    await self._send_picture(message.head, message.make)
 
     async def _send_picture(self, head: dict[str, Any], make: Callable[[], bytes]) -> None:
         try:

@@ -8,7 +8,8 @@ much JSON, then the file.
              stop (slot)
              ping
     from us  ready (models, schedulers)           after hello, or at once
-             waiting (id, slot, ahead)            others are being drawn for
+             waiting (id, slot, ahead)            others are being drawn for; ahead: other pages that wait
+             started (id, slot)                   after waiting
              preview, picture                     binary; id, slot, index, total, seed, seconds, parameters
              error (id, slot, error)              retry_s, where the same will be drawn after so long
              pong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from .catalog import Entry, own_parameters
 from .service import Service
+from .settings import CREDITS
 
 _ERROR = {
     "type": "object",
@@ -70,6 +72,33 @@ def _range(schema: Any) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key in _RANGE}
 
 
+def answers(example: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """Those to a question about a job, the good one as in the example."""
+
+    def told(description: str, example: Mapping[str, Any], required: list[str]) -> dict[str, Any]:
+        schema = {"type": "object", "required": required}
+        return {"description": description, "content": {"application/json": {"schema": schema, "example": example}}}
+
+    failed = {"status": "FAILED", "request_id": "9a1f0c…", "error": "steps must be a whole number", "metrics": _TIMES}
+    return {
+        200: told("Where it stands", dict(example), ["status", "request_id"]),
+        404: told(
+            "Unknown, or forgotten after the time that jobs are kept", {"error": "Request 9a1f0c… not found"}, ["error"]
+        ),
+        422: told("FAILED; `error` says why", failed, ["status", "request_id", "error"]),
+        429: told("The jobs can't be read now; try again", {"error": "the jobs can't be read"}, ["error"]),
+    }
+
+
+_TIMES = {"inference_time": 0.18, "queue_time": 0.02, "total_time": 0.2}
+_METRICS = {**_TIMES, "cost": 0.0, "remaining_credits": CREDITS}
+_PICTURE = "http://HOST/generations/Q2l…w.jpeg"
+STATUS = {"status": "COMPLETED", "request_id": "9a1f0c…", "metrics": _METRICS}
+RESULT = {
+    "status": "COMPLETED", "request_id": "9a1f0c…", "error": None, "output": _PICTURE,
+    "images": [{"url": _PICTURE, "content_type": "image/jpeg", "file_name": "Q2l…w.jpeg", "file_size": "9120"}],
+    "seed": "7", "prompt": "a big red star", "timings": {}, "metrics": _METRICS,
+}  # fmt: skip
 _SYNC: dict[str, Any] = {
     "description": "The picture; with base64 true it is inside JSON",
     "headers": {

@@ -17,7 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from ..errors import UsageError
 from ..runtime import names
 from ..runtime.rng import MAX_SEED
-from .catalog import Entry, own_parameters
+from .catalog import Entry, Schema, own_parameters
 
 # The API's names and those of `Pipeline.request`.
 _OPTIONS = {
@@ -26,7 +26,7 @@ _OPTIONS = {
 }  # fmt: skip
 # Sent by official clients though no page lists them (segmind-py, segmind-npm).
 _OLD_SCHEDULERS = {"dpmpp_2m", "dmpp_2m", "dpmpp_sde_ancestral"}
-_SIDE_MULTIPLE = 64
+_SIDES, _SIDE_MULTIPLE = ("img_width", "img_height"), 64
 _LARGEST = 1e18  # beyond any field's range, and well inside a float's
 
 
@@ -81,11 +81,17 @@ def read(body: Mapping[str, Any], entry: Entry, limits: str, prompt_chars: int) 
         if value is None:
             continue
         value = _value(name, value, schema["type"], prompt_chars)
+        if name in entry.own:
+            if value != schema["default"]:
+                adjusted.append(f"{name}={schema['default']}")
+            continue
         if entry.stand_in:
-            value = _nearest(name, value, local[name], adjusted)
+            value = value if name in _SIDES else _nearest(name, value, local[name], adjusted)
         else:
             _check(name, value, schema if limits == "segmind" or not entry.has_page else local.get(name, {}), limits)
         options[_OPTIONS[name]] = value
+    if entry.stand_in:
+        _fit_sides(options, local, adjusted)
     return Asked(prompt, {**options, "seed": _seed(options)}, base64, tuple(adjusted))
 
 
@@ -141,11 +147,23 @@ def _nearest(name: str, value: Any, schema: Mapping[str, Any], adjusted: list[st
         _check(name, value, schema, "local")
         return value
     near = min(max(value, schema["minimum"]), schema["maximum"])
-    if name in ("img_width", "img_height"):
-        near = max(near // _SIDE_MULTIPLE * _SIDE_MULTIPLE, schema["minimum"])
     if near != value:
         adjusted.append(f"{name}={near:g}")
     return near
+
+
+def _fit_sides(options: dict[str, Any], local: Schema, adjusted: list[str]) -> None:
+    """A picture larger than a stand-in can draw becomes one of about the same shape, its longer side the one that the
+    stand-in draws best."""
+    given = {name: options[_OPTIONS[name]] for name in _SIDES if _OPTIONS[name] in options}
+    longest = max(given.values(), default=0)
+    scale = local["img_width"]["default"] / longest if longest > local["img_width"]["maximum"] else 1
+    for name, value in given.items():
+        least = local[name]["minimum"]
+        near = max(round(value * scale) // _SIDE_MULTIPLE * _SIDE_MULTIPLE, least)
+        if near != value:
+            adjusted.append(f"{name}={near}")
+        options[_OPTIONS[name]] = near
 
 
 def _text(name: str, got: Any, most: int) -> str:

@@ -20,7 +20,10 @@ from .images import encode
 from .job import DEFECT, Done, Event, Failed, Job, Started, Stopping
 from .metrics import Metrics
 from .params import Asked
-from .store import COMPLETED, FAILED, QUEUED, Record, Store, StoreError
+from .record import COMPLETED, FAILED, QUEUED, Record
+from .refused import Refused
+from .store import Store, StoreError
+from .telling import told
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class JobQueue:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
         self._lost: dict[str, str] = {}  # why a job has failed that the disk knows nothing of
+        self._opened = False
+        self._refused = Refused(keep_s)
         self.failure: str | None = "not open yet"
 
     async def start(self) -> None:
@@ -55,17 +60,21 @@ class JobQueue:
             await self._on_disk(self._store.open)
             waiting = await self._on_disk(self._store.recover)
         except StoreError as error:
-            if str(error) != self.failure:
-                _log.error("v2 jobs are not accepted now: %s", error)
-            self.failure = str(error)
+            self._refuse(error)
             return
-        self.failure = None
+        self._opened, self.failure = True, None
         if self._store.set_aside:
             _log.error("the database of jobs was damaged; it is kept as %s, a new one is begun", self._store.set_aside)
         for record in waiting:
             await self._resume(record)
         if waiting:
             _log.info("%d jobs from before are drawn now", len(waiting))
+
+    def _refuse(self, error: StoreError) -> None:
+        """No new jobs, until the disk takes them again."""
+        if str(error) != self.failure:
+            _log.error("v2 jobs are not accepted now: %s", error)
+        self.failure = str(error)
 
     async def _resume(self, record: Record) -> None:
         if record.model not in self._models:
@@ -81,35 +90,29 @@ class JobQueue:
         self._require_disk()
         self._worker.require_room(client)  # so that a refusal costs the disk nothing
         record = self._new(asked.prompt, asked.options, model, client, base64=asked.base64)
-        await self._on_disk(self._store.add, record)
+        await self._write_down(self._store.add, record)
         try:
             self._worker.submit(self._job(record))
         except VegaEdgeError:
             del self._changed[record.id]
-            await self._on_disk(self._store.drop, record.id)
+            await self._write_down(self._store.drop, record.id)
             raise
         return record.id
 
-    async def submit_failed(self, error: str, model: str, client: str) -> str:
+    def submit_failed(self, error: str, model: str, client: str) -> str:
         """A job that is FAILED from the start: the API checks parameters after it has accepted a job."""
         self._require_disk()
-        record = self._new("", {}, model, client, error=error)
-        await self._on_disk(self._store.add, record)
+        record = replace(self._new("", {"samples": 0}, model, client), status=FAILED, error=error)
+        self._refused.add(record)
         return record.id
 
     def _require_disk(self) -> None:
         if self.failure is not None:
             raise StoreError(self.failure)
 
-    def _new(
-        self, prompt: str, options: Any, model: str, client: str, *, base64: bool = False, error: str | None = None
-    ) -> Record:
-        count = int(options.get("samples", 1)) if error is None else 0
-        files = [f"{secrets.token_urlsafe(24)}.jpeg" for _ in range(count)]
-        status = QUEUED if error is None else FAILED
-        return Record(
-            uuid.uuid4().hex, status, 0, client, model, prompt, options, base64, files, error, {}, time.time()
-        )
+    def _new(self, prompt: str, options: Any, model: str, client: str, *, base64: bool = False) -> Record:
+        files = [f"{secrets.token_urlsafe(24)}.jpeg" for _ in range(int(options.get("samples", 1)))]
+        return Record(uuid.uuid4().hex, QUEUED, 0, client, model, prompt, options, base64, files, None, {}, time.time())
 
     async def get(self, job: str, hold_s: float = 0.0) -> Record | None:
         """A job as it is now, or as soon as it has ended, but after `hold_s` at the latest."""
@@ -125,6 +128,8 @@ class JobQueue:
         return await self._read(job)
 
     async def _read(self, job: str) -> Record | None:
+        if (refused := self._refused.get(job)) is not None:
+            return refused
         record = await self._on_disk(self._store.get, job)
         if record is not None and job in self._lost:
             record = replace(record, status=FAILED, error=self._lost[job])
@@ -154,11 +159,11 @@ class JobQueue:
 
     async def _hear(self, record: Record, event: Event) -> None:
         try:
-            await self._on_disk(self._write, record, event)
+            await self._write_down(self._write, record, event)
         except StoreError as error:
             _log.error("job %s: %s", record.id, error)
             self._metrics.error("StoreError")
-            await self._give_up(record.id, f"the picture could not be kept: {error}")
+            await self._give_up(record.id, f"the picture could not be kept: {told(error)}")
         except Exception as error:  # or its client would ask for ever
             _log.exception("job %s failed on a defect as its picture was kept", record.id)
             self._metrics.error(type(error).__name__)
@@ -178,24 +183,44 @@ class JobQueue:
         elif isinstance(event, Failed) and isinstance(event.error, Stopping):
             self._store.put_back(record.id)
         elif isinstance(event, Failed):
-            text = str(event.error) if isinstance(event.error, VegaEdgeError) else DEFECT
+            text = DEFECT
+            if isinstance(event.error, VegaEdgeError):
+                text = told(event.error)
+                _log.warning("job %s failed: %s", record.id, event.error)
             taken = {"inference_time": event.draw_s, "queue_time": event.queue_s}
             self._store.fail(record.id, text, {**_rounded(taken), "total_time": total})
 
     async def _give_up(self, job: str, error: str) -> None:
         """If the disk does not even take that, it is remembered here until it does."""
         try:
-            await self._on_disk(self._store.fail, job, error, {})
+            await self._write_down(self._store.fail, job, error, {})
         except StoreError:
             self._lost[job] = error
 
     async def _housekeeping(self) -> None:
+        tidied = time.monotonic()
         while True:
-            await asyncio.sleep(_RETRY_S if self.failure else _HOUSEKEEPING_S)
+            await asyncio.sleep(min(_RETRY_S, _HOUSEKEEPING_S))
+            if not self.failure and time.monotonic() - tidied < _HOUSEKEEPING_S:
+                continue
             try:
-                await (self._open() if self.failure else self._tidy())
+                if self._opened:
+                    await self._heal()
+                    await self._tidy()
+                else:
+                    await self._open()
+            except StoreError as error:
+                self._refuse(error)
             except Exception as error:  # whatever it is, the next time is worth a try
                 _log.error("the jobs on disk could not be looked after: %s", error)
+            tidied = time.monotonic()
+
+    async def _heal(self) -> None:
+        """Jobs are accepted again where the disk takes what one needs."""
+        if self.failure:
+            await self._on_disk(self._store.probe)
+            self.failure = None
+            _log.warning("v2 jobs are accepted again")
 
     async def _tidy(self) -> None:
         await self._on_disk(self._store.expire, time.time() - self._keep_s)
@@ -221,6 +246,14 @@ class JobQueue:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _write_down(self, call: Callable[..., T], *arguments: Any) -> T:
+        """As `_on_disk`, of what new jobs need too: where it fails they are refused, rather than drawn and lost."""
+        try:
+            return await self._on_disk(call, *arguments)
+        except StoreError as error:
+            self._refuse(error)
+            raise
 
     async def _on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments))

@@ -60,8 +60,8 @@ class Residents:
         if model in self._open:
             self._open[model] = self._open.pop(model)
             return self._open[model][0]
-        size = self._bytes_of(model)
-        self._make_room(model, size, kept)
+        size = self.require_size(model)
+        self._make_room(size, kept)
         start = time.perf_counter()
         drawer = self._open_model(model)
         seconds = time.perf_counter() - start
@@ -70,13 +70,18 @@ class Residents:
         _log.info("%s is open on %s (%d MB, %.2f s)", model, drawer.engine, size // _MB, seconds)
         return drawer
 
-    def _make_room(self, model: str, size: int, kept: Collection[str]) -> None:
-        if self._budget is None:
-            return
-        if size > self._budget:
+    def require_size(self, model: str) -> int:
+        """The model's bytes. VegaEdgeError where the budget is too small for it."""
+        size = self._bytes_of(model)
+        if self._budget is not None and size > self._budget:
             raise VegaEdgeError(
                 f"{model} takes {size / _MB:.0f} MB, and the memory budget is {self._budget / _MB:.0f} MB; raise --memory-budget"
             )
+        return size
+
+    def _make_room(self, size: int, kept: Collection[str]) -> None:
+        if self._budget is None:
+            return
         for name in [n for n in self._open if n not in kept]:
             if self.bytes + size <= self._budget:
                 return

@@ -9,12 +9,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from .service import NotFound, Service
+from .telling import without_folders
 
 _FOLDER = Path(__file__).with_name("page")
 _FILES = {
     "app.css": "text/css", "app.js": "text/javascript", "live.js": "text/javascript", "history.js": "text/javascript",
     "controls.js": "text/javascript", "kiosk.js": "text/javascript", "frames.js": "text/javascript",
-    "docs.js": "text/javascript", "docs.css": "text/css", "icon.svg": "image/svg+xml",
+    "memory.js": "text/javascript", "docs.js": "text/javascript", "docs.css": "text/css", "icon.svg": "image/svg+xml",
 }  # fmt: skip
 # Nothing but our own files, so that a picture's prompt can never become a script.
 _HEADERS = {
@@ -74,6 +75,8 @@ def _not_ready(service: Service) -> list[str]:
         why.append("models are being opened")
     if service.worker.failure:
         why.append(service.worker.failure)
+    if service.keys is not None and service.keys.failure:
+        why.append(service.keys.failure)
     if service.queue.failure:
         why.append(f"v2 jobs are not accepted: {service.queue.failure}")
-    return why
+    return [without_folders(text) for text in why]  # anybody may ask

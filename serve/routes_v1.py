@@ -12,11 +12,15 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from ..runtime.tokenizer import ROOM
 from .images import encode
 from .job import Done, Job
 from .params import Asked, parse_body, read
 from .service import Service, read_body
 from .settings import CREDITS
+
+ADJUSTED = "x-vega-edge-adjusted"
+_NAMES = {"prompt": "prompt", "negative": "negative_prompt"}
 
 
 def router(service: Service) -> APIRouter:
@@ -43,6 +47,7 @@ async def _generate(service: Service, slug: str, request: HttpRequest) -> Respon
     body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     asked = read(body, entry, settings.limits, settings.prompt_chars)
     asked = asked if asked.base64 else _one(asked)
+    service.charge(request.scope["client_name"], asked.options)
     note(request, settings.log_prompts, asked, model=entry.recipe.name)
     job = Job(request.scope["client_name"], entry.recipe.name, asked.prompt, asked.options, lambda event: None)
     left = asyncio.ensure_future(_left(request))
@@ -88,8 +93,9 @@ def _headers(done: Done, asked: Asked) -> dict[str, str]:
         "x-remaining-credits": str(CREDITS), "x-cost": "0.0", "x-seed-value": str(done.request.seed),
         "x-generation-time": f"{done.seconds['draw']:.4f}", "x-output-metadata": json.dumps(size),
     }  # fmt: skip
-    if asked.adjusted:
-        headers["x-vega-edge-adjusted"] = ", ".join(asked.adjusted)
+    cut = [f"{_NAMES[name]} cut off after {ROOM} tokens" for name in done.unread]
+    if asked.adjusted or cut:
+        headers[ADJUSTED] = ", ".join([*asked.adjusted, *cut])
     return headers
 
 

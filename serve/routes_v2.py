@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
+from .openapi import RESULT, STATUS, answers
 from .params import parse_body, read
-from .routes_v1 import note
+from .record import COMPLETED, FAILED, QUEUED, Record
+from .routes_v1 import ADJUSTED, note
 from .service import NotFound, Service, read_body
 from .settings import CREDITS, POLL_S
-from .store import COMPLETED, FAILED, QUEUED, Record
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_-]{32}\.jpeg")
@@ -26,10 +28,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v2/{slug}", include_in_schema=False)
     async def submit(slug: str, request: HttpRequest) -> Response:
-        return JSONResponse(await _submit(service, slug, request))
+        return await _submit(service, slug, request)
 
     @routes.get(
-        "/v2/requests/{request_id}/status", tags=["queue"], responses=_RESPONSES,
+        "/v2/requests/{request_id}/status", tags=["queue"], responses=answers(STATUS),
         summary="Whether it is drawn; held open for up to 20 s while it is not",
     )  # fmt: skip
     async def status(request_id: str, request: HttpRequest) -> Response:
@@ -41,54 +43,58 @@ def router(service: Service) -> APIRouter:
         ("/v1/requests/{request_id}", "The outcome, for old clients"),
     ):
 
-        @routes.get(path, tags=["queue"], responses=_RESPONSES, summary=about)
+        @routes.get(path, tags=["queue"], responses=answers(RESULT), summary=about)
         async def result(request_id: str, request: HttpRequest) -> Response:
             record = await _find(service, request_id)
             if record.status == COMPLETED:
-                return JSONResponse(_result(service, record, request))
+                return JSONResponse(await asyncio.to_thread(_result, service, record, request))
             return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
 
     @routes.api_route("/generations/{file}", methods=["GET", "HEAD"], include_in_schema=False, summary="A picture")
     async def picture(file: str) -> Response:
-        path = service.settings.data / "generations" / file
-        if not _FILE.fullmatch(file) or not path.is_file():
-            raise NotFound(f"{file[:80]!r} not found")
-        return FileResponse(
-            path, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600, immutable"}
-        )
+        missing = NotFound(f"{file[:80]!r} not found")
+        if not _FILE.fullmatch(file):
+            raise missing
+        try:  # read at once: its time may end at any moment
+            data = await asyncio.to_thread((service.settings.data / "generations" / file).read_bytes)
+        except FileNotFoundError:
+            raise missing from None
+        return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600, immutable"})
 
     return routes
 
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: {"description": "Unknown, or forgotten after the time that jobs are kept"},
-    422: {"description": "FAILED; `error` says why"},
-    429: {"description": "The jobs can't be read now; try again"},
-}
-
-
-async def _submit(service: Service, slug: str, request: HttpRequest) -> dict[str, Any]:
+async def _submit(service: Service, slug: str, request: HttpRequest) -> Response:
     """Wrong parameters are accepted and fail as a job, as the API does it; a body that is no JSON is refused."""
     entry = service.entry(slug)
     body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     client, model = request.scope["client_name"], entry.recipe.name
+    headers = {}
     try:
         asked = read(body, entry, service.settings.limits, service.settings.prompt_chars)
     except UsageError as error:
-        job = await service.queue.submit_failed(str(error), model, client)
+        job = service.queue.submit_failed(str(error), model, client)
     else:
         note(request, service.settings.log_prompts, asked, model=model)
+        service.charge(client, asked.options)
+        if asked.adjusted:
+            headers[ADJUSTED] = ", ".join(asked.adjusted)
         job = await service.queue.submit(asked, model, client)
     request.scope["log"]["job"] = job
     urls = _urls(job, request)
-    return {"request_id": job, "status": QUEUED, "poll_url": f"{_base(request)}/v1/requests/{job}", **urls}
+    body = {"request_id": job, "status": QUEUED, "poll_url": f"{_base(request)}/v1/requests/{job}", **urls}
+    return JSONResponse(body, headers=headers)
 
 
 async def _find(service: Service, job: str, hold_s: float = 0.0) -> Record:
     record = await service.queue.get(job, hold_s) if _ID.fullmatch(job) else None
     if record is None:
-        raise NotFound(f"Request {job[:80]} not found")
+        raise _not_found(job)
     return record
+
+
+def _not_found(job: str) -> NotFound:
+    return NotFound(f"Request {job[:80]} not found")
 
 
 def _status(record: Record, request: HttpRequest) -> dict[str, Any]:
@@ -102,23 +108,24 @@ def _status(record: Record, request: HttpRequest) -> dict[str, Any]:
 
 def _result(service: Service, record: Record, request: HttpRequest) -> dict[str, Any]:
     folder = service.settings.data / "generations"
+    try:  # its pictures' time may end at any moment
+        sizes = [(folder / file).stat().st_size for file in record.files]
+        data = [(folder / file).read_bytes() for file in record.files if record.base64]
+    except FileNotFoundError:
+        raise _not_found(record.id) from None
     images = [
         {
             "url": f"{_base(request)}/generations/{file}", "content_type": "image/jpeg", "file_name": file,
-            "file_size": str(path.stat().st_size if (path := folder / file).is_file() else 0),
+            "file_size": str(size),
         }
-        for file in record.files
+        for file, size in zip(record.files, sizes, strict=True)
     ]  # fmt: skip
     result: dict[str, Any] = {
         "status": COMPLETED, "request_id": record.id, "error": None, "output": images[0]["url"], "images": images,
         "seed": str(record.options["seed"]), "prompt": record.prompt, "timings": {}, "metrics": _metrics(record),
     }  # fmt: skip
     if record.base64:
-        texts = [
-            base64.b64encode((folder / file).read_bytes()).decode()
-            for file in record.files
-            if (folder / file).is_file()
-        ]
+        texts = [base64.b64encode(each).decode() for each in data]
         result["image"] = texts[0] if len(texts) == 1 else texts
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from .rate import Rate
 from .residents import Drawer, Residents
 from .settings import BODY_BYTES, BODY_S, Settings
 from .store import Store, StoreError
+from .telling import not_now
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class Service:
         except VegaEdgeError as error:
             raise NotFound(str(error)) from error
         return entry
+
+    def charge(self, client: str, options: Mapping[str, Any]) -> None:
+        """Of several samples each one counts against a key's rate; the first was counted as the request came."""
+        self.rate.charge(client.removeprefix("key:"), int(options.get("samples", 1)) - 1)
 
     async def draw(self, job: Job, left: asyncio.Future[Any]) -> Done:
         """Waits until it is drawn; raises what it failed with, or ClientLeft where `left` is done before."""
@@ -114,6 +118,8 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
         metrics.swap,
     )
     worker = Worker(residents, metrics, queue=settings.queue, job_s=settings.job_s, batch=settings.batch)
+    for name in settings.preload:
+        residents.require_size(entries[name].recipe.name)
     queue = JobQueue(Store(settings.data), worker, metrics, settings.keep_s, recipes)
     keys = KeyFile(settings.api_keys) if settings.api_keys else None
     metrics.watch("queue_length", "Jobs that wait.", lambda: worker.waiting)
@@ -144,9 +150,9 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
     if isinstance(error, NotFound):
         return 404, {}
     if isinstance(error, Overloaded):
-        return 429, {"retry-after": str(math.ceil(error.retry_s))}
+        return 429, not_now(error.retry_s)
     if isinstance(error, StoreError):  # not now: it is tried again every few seconds
-        return 429, {"retry-after": "5"}
+        return 429, not_now(5)
     if isinstance(error, Stopping):
         return 503, {"retry-after": "5"}
     if isinstance(error, TookTooLong):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +78,29 @@ class Settings:
             value = getattr(self, name)
             if not least <= value <= most:  # which NaN is not either
                 raise UsageError(f"{flag} must be from {least} to {most}, got {value}")
+        for name in self.hosts:
+            if not _is_name(name):
+                raise UsageError(
+                    f"--allow-host must be a name alone, such as draw.example, without a port or http://, got {name!r}"
+                )
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy)
             except ValueError:
                 raise UsageError(f"--trusted-proxy must be an address or a network, got {proxy!r}") from None
+
+
+def _is_name(text: str) -> bool:
+    """A host's name as browsers send it, in ASCII. Addresses need not be allowed, but may be."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]+", text) is not None or _is_address(text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

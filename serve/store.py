@@ -13,16 +13,16 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import VegaEdgeError
 from ..whole_file import writing
+from .record import COMPLETED, FAILED, PROCESSING, QUEUED, Record, record_of
 
-QUEUED, PROCESSING, COMPLETED, FAILED = "QUEUED", "PROCESSING", "COMPLETED", "FAILED"
 _VERSION = 1
+_PROBE_BYTES, _PROMPT_BYTES = 4_000_000, 64 * 1024  # a large picture, and the longest prompt
 _SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
@@ -31,28 +31,12 @@ CREATE TABLE jobs (
 );
 CREATE INDEX by_status ON jobs (status, number);
 """
+_COLUMNS = {"number", "id", "status", "attempts", "client", "model", "prompt", "options", "base64", "files", "error",
+            "metrics", "created", "finished"}  # fmt: skip
 
 
 class StoreError(VegaEdgeError):
     """The jobs can't be kept now: locked, full or damaged; it may pass."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A job as it is on disk. files: of its pictures, made or to be made. created: seconds since 1970."""
-
-    id: str
-    status: str
-    attempts: int
-    client: str
-    model: str
-    prompt: str
-    options: Mapping[str, Any]
-    base64: bool
-    files: Sequence[str]
-    error: str | None
-    metrics: Mapping[str, Any]
-    created: float
 
 
 class Store:
@@ -84,6 +68,7 @@ class Store:
         connection = sqlite3.connect(self._database, timeout=0.5, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
+            connection.text_factory = _text  # or one damaged text would keep all of them from being read
             connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
@@ -94,7 +79,11 @@ class Store:
             if version not in (0, _VERSION):
                 raise sqlite3.OperationalError(f"it is of version {version}, this program reads {_VERSION}")
             if version == 0:
+                if connection.execute("SELECT name FROM sqlite_master").fetchone():
+                    raise sqlite3.DatabaseError("it has tables, and no version")
                 connection.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
+            elif missing := _COLUMNS - {row["name"] for row in connection.execute("PRAGMA table_info(jobs)")}:
+                raise sqlite3.DatabaseError(f"its table of jobs has no {', '.join(sorted(missing))}")
             connection.execute("BEGIN EXCLUSIVE")
             connection.execute("COMMIT")
         except BaseException:
@@ -117,11 +106,10 @@ class Store:
 
     def add(self, record: Record) -> None:
         self._write(
-            "INSERT INTO jobs (id, status, client, model, prompt, options, base64, files, error, created, finished)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO jobs (id, status, client, model, prompt, options, base64, files, created)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             record.id, record.status, record.client, record.model, record.prompt, json.dumps(dict(record.options)),
-            record.base64, json.dumps(list(record.files)), record.error, record.created,
-            record.created if record.status == FAILED else None,
+            record.base64, json.dumps(list(record.files)), record.created,
         )  # fmt: skip
 
     def drop(self, job: str) -> None:
@@ -152,25 +140,33 @@ class Store:
 
     def get(self, job: str) -> Record | None:
         rows = self._read("SELECT * FROM jobs WHERE id = ?", job)
-        return _record(rows[0]) if rows else None
+        return record_of(rows[0]) if rows else None
 
     def recover(self) -> list[Record]:
         """After a start: what is still to be drawn, in order. A job that was being drawn when the process ended waits
         again, once; the second time it has failed. One whose pictures are all there has been drawn."""
-        for record in map(_record, self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", PROCESSING)):
+        for record in self._readable(PROCESSING):
             if all((self.pictures / file).is_file() for file in record.files):
                 self.complete(record.id, _since(record))
             elif record.attempts > 1:
                 self.fail(record.id, f"the server ended {record.attempts} times while it drew this", _since(record))
             else:
                 self._write("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, record.id)
-        return [_record(row) for row in self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", QUEUED)]
+        return self._readable(QUEUED)
+
+    def _readable(self, status: str) -> list[Record]:
+        """In order. Those that can't be read have failed, each for itself."""
+        found = [record_of(row) for row in self._read("SELECT * FROM jobs WHERE status = ? ORDER BY number", status)]
+        for record in found:
+            if record.status == FAILED:
+                self.fail(record.id, str(record.error), {})
+        return [record for record in found if record.status != FAILED]
 
     def expire(self, before: float) -> int:
         """Forgets jobs that ended before a time, in seconds since 1970, and their pictures; also files of nobody."""
         rows = self._read("SELECT id FROM jobs WHERE finished < ?", before)
         self._write("DELETE FROM jobs WHERE finished < ?", before)
-        known = {file for row in self._read("SELECT files FROM jobs") for file in json.loads(row["files"])}
+        known = {file for row in self._read("SELECT * FROM jobs") for file in record_of(row).files}
         with _as_store_error(self.pictures):
             paths = list(self.pictures.iterdir())
         for path in paths:
@@ -183,6 +179,20 @@ class Store:
         """A picture, whole or not at all."""
         with _as_store_error(self.pictures), writing(self.pictures / name) as file:
             file.write(data)
+
+    def probe(self) -> None:
+        """StoreError where the disk does not take a job and its picture now. Nothing of it stays."""
+        name = f"{secrets.token_urlsafe(24)}.jpeg"
+        with _as_store_error(self.pictures):
+            self.pictures.mkdir(exist_ok=True)
+        try:
+            self.save(name, bytes(_PROBE_BYTES))
+        finally:
+            with contextlib.suppress(OSError):
+                (self.pictures / name).unlink()
+        job = Record(name, FAILED, 0, "", "", " " * _PROMPT_BYTES, {}, False, (), "", {}, time.time())
+        self.add(job)
+        self.drop(job.id)
 
     def _write(self, text: str, *values: Any) -> None:
         with _as_store_error(self._database):
@@ -216,9 +226,5 @@ def _since(record: Record) -> dict[str, float]:
     return {"total_time": round(time.time() - record.created, 4)}
 
 
-def _record(row: sqlite3.Row) -> Record:
-    return Record(
-        row["id"], row["status"], row["attempts"], row["client"], row["model"], row["prompt"],
-        json.loads(row["options"]), bool(row["base64"]), json.loads(row["files"]), row["error"],
-        json.loads(row["metrics"]), row["created"],
-    )  # fmt: skip
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")

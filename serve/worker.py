@@ -50,6 +50,13 @@ class Worker:
     def waiting(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
+    def ahead(self, client: str) -> int | None:
+        """How many other clients wait for live pictures; None where this one waits for nobody but itself."""
+        with self._changed:
+            others, now = self._lines[LIVE].others(client), self._drawing.now
+            theirs = bool(now) and all(job.client != client for job in now)
+            return others if others or theirs else None
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_handler_of_an_earlier_test() -> None:
-    """The command line logs to the stderr it finds, which is closed after its test; a server's thread may still log."""
-    for handler in list(logging.getLogger().handlers):
-        if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
-            logging.getLogger().removeHandler(handler)
+def no_logging_of_an_earlier_test() -> None:
+    """The command line logs to the stderr it finds, which is closed after its test; a server's thread may still log.
+    `serve` silences what quotes prompts."""
+    logging.getLogger("vega_edge.runtime.text").setLevel(logging.NOTSET)
+    for logger in (logging.getLogger(), logging.getLogger("vega_edge.serve.requests")):
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests compile and remember is not kept among the user's files, unless VEGA_EDGE_HOME asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "VEGA_EDGE_HOME" not in os.environ:
+            patch.setenv("VEGA_EDGE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,10 @@ class FakeDrawer:
             self.steps.append((requests[0].prompt, index))
             yield SimpleNamespace(index=index, total=requests[0].steps, preview=lambda: [self._look(requests[0])])
         timings = {"text": 0.001, "denoise": 0.002, "decode": 0.003}
-        return [SimpleNamespace(images=[colour(r, s) for s in r.seeds], request=r, timings=timings) for r in requests]
+        return [
+            SimpleNamespace(images=[colour(r, s) for s in r.seeds], request=r, timings=timings, unread={})
+            for r in requests
+        ]
 
     def _look(self, request: Request) -> Image.Image:
         self.previews += 1

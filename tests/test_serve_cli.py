@@ -6,10 +6,12 @@ import argparse
 import io
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,15 +26,16 @@ from vega_edge.models import find_bundle
 from vega_edge.runtime.memory import weight_bytes
 from vega_edge.serve import keys
 from vega_edge.serve.job import Done
-from vega_edge.serve.listener import HEAD_S, addresses, listen
+from vega_edge.serve.listener import addresses, listen
 from vega_edge.serve.live import NEWCOMERS
+from vega_edge.serve.protocols import HEAD_S
 from vega_edge.serve.service import Service, build
 from vega_edge.serve.settings import _RANGES, BODY_BYTES, BODY_S, Settings
 from vega_edge.verbs import serve
 
 from . import serve_fakes
 from .serve_fakes import FakeDrawer
-from .serve_running import free_port, running
+from .serve_running import free_port, running, wait_until
 
 
 def test_keys_add_list_revoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,3 +188,31 @@ def test_the_server_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
         body = {"prompt": "a big red star on a blue background", "seed": 7, "img_width": 64, "img_height": 64}
         theirs = Image.open(io.BytesIO(server.post("/v1/demo-vegart", body).content)).convert("RGB")
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).mean() < 4  # JPEG
+
+
+def test_prompts_are_not_logged(tmp_path: Path) -> None:
+    """By nobody: the tokenizer, which says what it cuts off, is far from the server."""
+    port = free_port()
+    command = [sys.executable, "-m", "vega_edge", "serve", "--port", str(port), "--data", str(tmp_path / "data")]
+    with open(tmp_path / "said", "w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=tmp_path)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:
+                wait_until(lambda: is_up(http))
+                body = {"prompt": "a red star, " * 30 + "a wish", "negative_prompt": "a fear " * 80, "seed": 4}
+                for changes in ({}, {"guidance_scale": 2}, {"num_inference_steps": "x"}):
+                    http.post("/v1/demo-vegart", json={**body, **changes})
+        finally:
+            process.terminate()
+            process.wait(30)
+        said.seek(0)
+        text = said.read()
+    assert text.count('"path": "/v1/demo-vegart"') == 3
+    assert not {word for word in ("star", "wish", "fear") if word in text}
+
+
+def is_up(http: httpx.Client) -> bool:
+    try:
+        return http.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False

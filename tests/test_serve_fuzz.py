@@ -12,6 +12,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,24 @@ def test_hand_made_requests(server: Running) -> None:
             good(server)
     good(server)
     assert {200, 400, 404, 405, 406} <= set(statuses)
+
+
+def test_wrong_values_and_the_real_model(tmp_path: Path) -> None:
+    """Right values among wrong ones, so that many reach the pipeline, which has checks of its own."""
+    draw, statuses = random.Random(9), Counter[int]()
+    right = {"prompt": "a red star", "num_inference_steps": 1, "img_width": 64, "img_height": 64, "samples": 1}
+    with running(tmp_path, real=True) as server:
+        for number in range(COUNT // 20):
+            changed = {name: draw.choice(VALUES) for name in draw.sample(FIELDS, draw.randrange(3))}
+            body = {**right, **changed, "num_inference_steps": draw.choice([1, 2, 0, 51, "1"])}
+            text = json.dumps(body).encode("utf-8", "surrogatepass")
+            answer = server.http.post(
+                draw.choice(PATHS[:4]), content=text, headers={"content-type": "application/json"}
+            )
+            statuses[answer.status_code] += 1
+            assert answer.status_code < 500, (number, body, answer.text)
+        good(server)
+    assert {200, 400} <= set(statuses)
 
 
 def test_raw_connections(server: Running) -> None:

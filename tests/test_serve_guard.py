@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from vega_edge.serve import keys, rate
+from vega_edge.errors import UsageError
+from vega_edge.serve import guard, keys, rate
+from vega_edge.serve.catalog import OWN_NAMES, catalog
 from vega_edge.serve.rate import Rate
 
 from .serve_fakes import FakeDrawer, Gate
@@ -75,12 +78,114 @@ def test_only_whole_names_are_open_to_all(keyed: tuple[Running, str]) -> None:
     assert server.http.get("/generations/" + "A" * 32 + ".jpeg").status_code == 404
 
 
+def test_what_is_open_is_open_for_fetching_only(keyed: tuple[Running, str]) -> None:
+    server, key = keyed
+    for path in ("/page", "/live", "/healthz", "/readyz", "/generations", "/generations/x", "/page/app.js", "/"):
+        for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+            answer = server.http.request(method, path, json={"prompt": "a star"})
+            assert (answer.status_code, answer.json()) == (401, {"error": guard.NO_KEY}), (method, path)
+        assert server.http.request("POST", path, headers={"x-api-key": key}).status_code in (404, 405, 406)
+    for path in ("/", "/healthz", "/readyz", "/page/app.js"):
+        assert server.http.get(path).status_code == server.http.head(path).status_code == 200
+
+
+def test_no_model_is_called_like_an_address_of_ours(keyed: tuple[Running, str]) -> None:
+    server, key = keyed
+    paths = {f"/{name}" for name in OWN_NAMES} | {"/page/app.js", "/generations/" + "A" * 32 + ".jpeg"}
+    fetched = [path for path in paths if server.http.get(path).status_code != 401]
+    assert {path.split("/")[1] for path in fetched} <= OWN_NAMES
+    description = server.http.get("/openapi.json", headers={"x-api-key": key}).json()
+    assert {path.split("/")[1] for path in description["paths"]} <= OWN_NAMES
+    for name in OWN_NAMES:
+        with pytest.raises(UsageError) as refused:
+            catalog({name: "demo-vegart"})
+        assert str(refused.value) == f"--alias: '{name}' is an address of the server's own; choose another name"
+
+
+def test_a_refusal_is_in_the_log_with_its_reason(keyed: tuple[Running, str], caplog: pytest.LogCaptureFixture) -> None:
+    server, key = keyed
+    asked = (
+        ({}, 401, guard.NO_KEY),
+        ({"x-api-key": "SG_no"}, 401, guard.BAD_KEY),
+        ({"host": "evil.com"}, 400, "unknown Host 'evil.com'; call the server by its address, or add --allow-host NAME"),
+        ({"x-api-key": key, "origin": "http://evil.com"}, 403, "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"),
+    )  # fmt: skip
+    with caplog.at_level("INFO", "vega_edge.serve.requests"):
+        for headers, status, _ in asked:
+            assert server.post("/v1/demo-vegart", headers=headers).status_code == status
+        wait_until(lambda: caplog.text.count("/v1/demo-vegart") == len(asked))
+    lines = [json.loads(r.message) for r in caplog.records]
+    assert [(line["status"], line["error"]) for line in lines] == [(status, text) for _, status, text in asked]
+
+
+def test_a_defect_before_any_route_is_answered_in_our_form(
+    keyed: tuple[Running, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, key = keyed
+
+    def broken(owner: str) -> str:
+        raise RecursionError("secret detail")
+
+    assert server.service.keys is not None
+    monkeypatch.setattr(server.service.keys, "owner", broken)
+    answer = server.post("/v1/demo-vegart", headers={"x-api-key": key})
+    assert answer.status_code == 500
+    assert answer.json() == {"error": f"an internal error; the log has it under {answer.headers['x-request-id']}"}
+    assert "secret detail" in caplog.text
+
+
+def test_both_names_behind_a_proxy_must_be_ours(proxied: Running) -> None:
+    """A page of a rebound name may send X-Forwarded-Host itself; its own Host it can't choose."""
+    for host, forwarded, status in (
+        ("evil.com", "localhost", 400),
+        ("localhost", "evil.com", 400),
+        ("localhost", "draw.example", 200),
+        ("draw.example", "localhost", 200),
+    ):
+        answer = proxied.http.get("/healthz", headers={"host": host, "x-forwarded-host": forwarded})
+        assert answer.status_code == status, (host, forwarded)
+
+
+CSP = {
+    "default-src": "'self'", "img-src": "'self' blob: data:", "base-uri": "'none'", "form-action": "'self'",
+    "frame-ancestors": "'none'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/page/app.js", "/page/app.css", "/page/icon.svg"])
+def test_pages_may_load_nothing_but_our_own_files(proxied: Running, path: str) -> None:
+    headers = proxied.http.get(path).headers
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy == CSP  # no script is inline, and none is made of a text
+    assert (headers["referrer-policy"], headers["x-content-type-options"]) == ("no-referrer", "nosniff")
+
+
 def test_a_socket_at_another_address_is_refused_with_a_key_and_without(keyed: tuple[Running, str]) -> None:
     server, key = keyed
-    for headers in ({}, {"x-api-key": key}):
+    for headers, status in (({}, 401), ({"x-api-key": key}, 403)):
         with pytest.raises(InvalidStatus) as refused:
             connect(server.url.replace("http", "ws") + "/metrics", proxy=None, additional_headers=headers)
-        assert refused.value.response.status_code == 403
+        assert refused.value.response.status_code == status
+
+
+def test_a_socket_that_is_refused_is_told_why(keyed: tuple[Running, str]) -> None:
+    server, _ = keyed
+    why = "unknown Host 'evil.com'; call the server by its address, or add --allow-host NAME"
+    stop = "the server is shutting down; try again in a moment"
+    for host, status, text in (("evil.com", 400, why), ("localhost", 503, stop)):
+        server.service.stopping = status == 503
+        with pytest.raises(InvalidStatus) as refused:
+            connect(
+                f"ws://{host}:{server.service.settings.port}/live",
+                sock=socket.create_connection(("127.0.0.1", server.service.settings.port)),
+                proxy=None,
+            )
+        server.service.stopping = False
+        answer = refused.value.response
+        assert answer.status_code == status and answer.body is not None
+        assert json.loads(answer.body) == {
+            "error": text.replace("evil.com", f"evil.com:{server.service.settings.port}")
+        }
 
 
 def test_a_key_that_takes_the_place_of_another_of_the_same_length(
@@ -160,11 +265,13 @@ def test_a_rate_is_a_bucket_that_fills_again(monkeypatch: pytest.MonkeyPatch) ->
     assert each.take("a") == pytest.approx(2.0) and each.take("b") == 0.0
     now += 1.5
     assert each.take("a") == pytest.approx(0.5)
-    now += 0.51
+    now += 0.497
+    assert each.take("a") == 0.1  # 3 ms: never 0, which is the leave to go on
+    now += 0.01
     assert each.take("a") == 0.0 and each.take("a") > 1.9
     now += 3600  # no savings beyond a minute's worth
     assert [each.take("a") for _ in range(31)][-2:] == [0.0, pytest.approx(2.0)]
-    assert each.refusal(2.0) == "more than 30 requests a minute; try again in 2.0 s"
+    assert each.refusal(2.0) == "more than 30 pictures a minute; try again in 2.0 s"
     assert not any(Rate(0).take("a") for _ in range(1000))
 
 
@@ -176,10 +283,24 @@ def test_a_refusal_says_when_it_ends(tmp_path: Path) -> None:
     assert 58 <= int(second.headers["retry-after"]) <= 60
 
 
+def test_every_sample_counts(tmp_path: Path) -> None:
+    key = keys.add(tmp_path / "keys.json", "me")
+    with running(tmp_path / "data", api_keys=tmp_path / "keys.json", rate=8) as server:
+        body = {"prompt": "a star", "samples": 4, "base64": True, "num_inference_steps": 1}
+        asked = [
+            ("/v1/demo-vegart", body),
+            ("/v2/demo-vegart", {**body, "samples": 3}),
+            ("/v1/demo-vegart", {**body, "base64": False}),
+        ]
+        statuses = [server.post(path, sent, headers={"x-api-key": key}).status_code for path, sent in asked]
+        assert statuses == [200, 200, 200]  # 4, 3, and 1 of which a JPEG is
+        assert server.post("/v1/demo-vegart", headers={"x-api-key": key}).status_code == 429
+
+
 def test_a_second_head_has_as_long_as_the_first_and_a_page_as_long_as_it_likes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vega_edge.serve.listener.HEAD_S", 0.5)
+    monkeypatch.setattr("vega_edge.serve.protocols.HEAD_S", 0.5)
     with running(tmp_path) as server:
         with socket.create_connection(("127.0.0.1", server.service.settings.port), timeout=10) as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -227,3 +348,52 @@ def test_a_signal_to_stop_is_heard_at_once_by_those_who_wait(tmp_path: Path, mon
         assert server.http.get(url).json()["status"] == "PROCESSING"
         assert time.monotonic() - start < 25 and server.service.stopping  # half of what it would be held for
         gate.let(50)
+
+
+def test_while_the_running_picture_is_finished_who_calls_is_told(tmp_path: Path) -> None:
+    """By connections of their own, as a supervisor and a load balancer do."""
+    gate = Gate()
+    drawer = FakeDrawer(before_step=gate)
+    with running(tmp_path, drawer) as server, httpx.Client(timeout=60, trust_env=False) as other:
+        drawn: list[int] = []
+        client = threading.Thread(
+            target=lambda: drawn.append(other.post(f"{server.url}/v1/demo-vegart", json={"prompt": "a"}).status_code)
+        )
+        client.start()
+        gate.wait()
+        with connect(server.url.replace("http", "ws") + "/live", proxy=None) as page:
+            assert json.loads(page.recv(timeout=20))["type"] == "ready"
+            server.server.should_exit = True
+            with pytest.raises(ConnectionClosed) as closed:
+                page.recv(timeout=20)
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+        answers = {}
+        for path in ("/readyz", "/healthz", "/v2/requests/x", "/"):
+            answers[path] = httpx.get(server.url + path, trust_env=False)
+        assert {path: a.status_code for path, a in answers.items()} == {
+            "/readyz": 503,
+            "/healthz": 200,
+            "/v2/requests/x": 503,
+            "/": 503,
+        }
+        assert answers["/readyz"].json() == {"ready": False, "why": ["shutting down"]}
+        assert answers["/"].json() == {"error": "the server is shutting down; try again in a moment"}
+        assert answers["/"].headers["retry-after"] == "5"
+        gate.let(50)
+        client.join(20)
+        assert drawn == [200]
+        wait_until(lambda: not server.server.server_state.connections)
+        with pytest.raises(OSError, match="refused"):
+            wait_until(lambda: socket.create_connection(("127.0.0.1", server.service.settings.port), 5).close(), 5)
+
+
+def test_a_page_that_is_open_to_the_end_does_not_spoil_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    with running(tmp_path) as server:
+        page = connect(server.url.replace("http", "ws") + "/live", proxy=None)
+        assert json.loads(page.recv(timeout=20))["type"] == "ready"
+    with page, pytest.raises(ConnectionClosed) as closed:
+        page.recv(timeout=20)
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+    assert faults == []

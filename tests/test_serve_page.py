@@ -117,6 +117,7 @@ def test_a_fault_is_said_plainly(server: Running, page_of: Open) -> None:
     assert page.inner_text("#frame-a figcaption") == "the engine failed"
     assert page.text_content("#said") == "Not drawn: the engine failed"
     drawn(page, lambda: page.fill("#prompt", "a star"))
+    assert "fault" not in (page.get_attribute("#frame-a figcaption", "class") or "")
 
 
 def test_a_lost_connection_is_said_and_heals(tmp_path: Path, page_of: Open) -> None:
@@ -258,7 +259,7 @@ def test_a_rate_that_is_reached_is_said_and_heals(tmp_path: Path, page_of: Open)
             pass
         page.fill("#prompt", "a star")
         page.wait_for_selector("figcaption.fault")
-        assert page.inner_text("#frame-a figcaption").startswith("more than 10 requests a minute; try again in ")
+        assert page.inner_text("#frame-a figcaption").startswith("more than 10 pictures a minute; try again in ")
         page.wait_for_function("() => document.querySelector('#frame-a img').alt === 'a star'")
 
 
@@ -276,6 +277,7 @@ def test_fingers_have_room_and_equal_pictures_are_kept_once(server: Running, pag
     low = page.evaluate("""[...document.querySelectorAll('button, select, summary, .quiet')]
         .filter(e => e.offsetParent && e.getBoundingClientRect().height < 44).map(e => e.id || e.className)""")
     assert low == []
+    assert page.get_attribute("#panel", "open") is None  # the picture has its room; the settings are a touch away
     drawn(page, lambda: page.fill("#prompt", "a star"))
     page.wait_for_selector("#history li")
     drawn(page, lambda: page.click("#history li button"))

@@ -1,7 +1,9 @@
-"""What the page does when time passes, with the browser's clock in our hands: silence, a kiosk left alone; full screen."""
+"""What the page does when time passes, with the browser's clock in our hands: silence; and what it does in browsers
+that lack or forbid something."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
 
-from .serve_fakes import FakeDrawer, Gate
+from vega_edge.serve import keys
+
 from .serve_running import Running, running, wait_until
 from .test_serve_page import READY, drawn
 
@@ -32,6 +35,7 @@ class Cable:
     def __init__(self, pulled: bool = False) -> None:
         self.pulled, self.connections = pulled, 0
         self.pings, self.passed, self.pongs = 0, 0, 0
+        self.draws: list[dict[str, Any]] = []
 
     def lay(self, page: Any) -> None:
         self.page = page
@@ -45,6 +49,8 @@ class Cable:
 
         def up(message: Any) -> None:
             self.pings += '"ping"' in message
+            if '"draw"' in message:
+                self.draws.append(json.loads(message))
             if not self.pulled:
                 self.passed += '"ping"' in message
                 server.send(message)
@@ -65,8 +71,10 @@ class Cable:
 
     def until(self, expression: str, argument: Any = None) -> None:
         def true() -> bool:
+            if self.page.evaluate("0") != 0 or self.passed != self.pongs:
+                return False
             self.page.clock.run_for(500)
-            return bool(self.page.evaluate(expression, argument)) and self.passed == self.pongs
+            return bool(self.page.evaluate(expression, argument))
 
         wait_until(true)
 
@@ -108,38 +116,31 @@ def test_a_server_that_never_says_anything_is_noticed_too(server: Running, page_
     page.wait_for_selector(READY)
 
 
-def test_a_kiosk_leaves_who_touches_it_alone_for_twenty_seconds(server: Running, page_of: Open) -> None:
+def test_the_numbers_are_of_what_was_done_last(server: Running, page_of: Open) -> None:
     cable = Cable()
-    page = page_of(server, "/?kiosk", before=cable.lay)
+    page = page_of(server, before=cable.lay)
     page.wait_for_selector(READY)
-    cable.wait(2)
-    assert page.input_value("#prompt") == ""
-    for touch in (lambda: page.mouse.click(5, 400), lambda: page.keyboard.press("Shift")):
-        cable.wait(8)
-        assert page.input_value("#prompt") not in ("", "a visitor's")  # it draws by itself
-        touch()
+    assert [page.inner_text(f"#{name}") for name in ("latency", "device", "rate")] == ["–", "–", "–"]
+    chip = page.locator("#chips button").first
+    for number, act in enumerate(
+        (
+            lambda: page.fill("#prompt", "a star"),
+            lambda: page.press("#prompt", "Enter"),
+            lambda: page.click("#dice"),
+            chip.click,
+        ),
+        1,
+    ):
+        cable.wait(30)
+        before = page.evaluate("document.documentElement.dataset.shown || ''")
+        act()
+        cable.until("(before) => (document.documentElement.dataset.shown || '') !== before", before)
+        value, unit = page.inner_text("#latency").split()
+        assert 0 < float(value) * {"s": 1000, "ms": 1}[unit] < 10_000, f"action {number} took {value} {unit}"
         cable.wait(1)
-        page.fill("#prompt", "a visitor's")
-        cable.wait(17)
-        assert page.input_value("#prompt") == "a visitor's"
-
-
-def test_a_kiosk_goes_from_text_to_text_and_waits_two_minutes_for_a_picture(tmp_path: Path, page_of: Open) -> None:
-    gate, cable = Gate(), Cable()
-    drawer = FakeDrawer(before_step=gate)
-    with running(tmp_path, drawer) as server:
-        page = page_of(server, "/?kiosk", before=cable.lay)
-        page.wait_for_selector(READY)
-        texts = page.evaluate("[...document.querySelectorAll('#chips button')].map((chip) => chip.textContent)")
-        cable.wait(10)
-        assert page.input_value("#prompt") == texts[0]
-        cable.wait(110)  # its picture does not come
-        assert page.input_value("#prompt") == texts[0]
-        cable.wait(20)
-        assert page.input_value("#prompt") == texts[1]
-        gate.let(1000)
-        for text in texts[1:4]:  # now they come
-            cable.until(SHOWN, text)
+        assert page.inner_text("#rate") == "0.2"
+        cable.wait(5)
+        assert page.inner_text("#rate") == "–"
 
 
 def test_full_screen_by_its_button_which_works_in_a_kiosk_too(server: Running, page_of: Open) -> None:
@@ -153,18 +154,6 @@ def test_full_screen_by_its_button_which_works_in_a_kiosk_too(server: Running, p
             assert page.evaluate("document.fullscreenElement !== null") is now
 
 
-def test_a_kiosk_asks_for_full_screen_when_a_browser_grants_it(server: Running, page_of: Open) -> None:
-    """The HTML standard's activation triggering events: a mouse that is pressed, a key, a finger that is lifted."""
-    heard = """window.heard = []; Element.prototype.requestFullscreen = () => {
-        heard.push(event.type + ' ' + (event.pointerType ?? event.key)); return Promise.reject(Error('not now')); };"""
-    page = page_of(server, "/?kiosk", before=lambda page: page.add_init_script(heard), has_touch=True)
-    page.wait_for_selector(READY)
-    page.touchscreen.tap(5, 400)
-    page.mouse.click(5, 400)
-    page.keyboard.press("Shift")
-    assert {"pointerup touch", "pointerdown mouse", "keydown Shift"} <= set(page.evaluate("heard"))
-
-
 @pytest.mark.parametrize("path", ["/", "/?kiosk"])
 def test_a_browser_without_full_screen_and_wake_lock_draws_all_the_same(
     server: Running, page_of: Open, path: str
@@ -176,3 +165,36 @@ def test_a_browser_without_full_screen_and_wake_lock_draws_all_the_same(
     assert not page.is_visible("#kiosk")
     text = page.inner_text("#chips button")
     assert drawn(page, lambda: page.tap("#chips button"))["alt"] == text
+
+
+NO_STORAGE = """for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name,
+    { get() { throw new DOMException('Access is denied for this document.', 'SecurityError'); } });"""
+FULL_STORAGE = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+
+
+@pytest.mark.parametrize("script", [NO_STORAGE, FULL_STORAGE])
+def test_a_browser_that_keeps_nothing_draws_and_remembers_until_the_page_is_closed(
+    tmp_path: Path, page_of: Open, script: str
+) -> None:
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "page")
+    cable = Cable()
+
+    def before(page: Any) -> None:
+        cable.lay(page)
+        page.add_init_script(script)
+
+    with running(tmp_path / "data", api_keys=file) as server:
+        page = page_of(server, before=before)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(READY)
+        page.fill("#prompt", "a star")
+        cable.until(SHOWN, "a star")
+        for theme in ("dark", "light", "as the system"):
+            page.click("#theme")
+            assert page.get_attribute("#theme", "aria-label") == f"Theme: {theme}"
+        page.evaluate("dispatchEvent(new Event('offline'))")
+        assert cable.status == LOST
+        cable.until(f"document.querySelector('{READY}') !== null")  # with the key that it was given

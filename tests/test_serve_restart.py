@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
 
-from vega_edge.serve.store import COMPLETED, FAILED, QUEUED, Record, Store, StoreError
+from vega_edge.serve.record import COMPLETED, FAILED, QUEUED, Record
+from vega_edge.serve.store import Store, StoreError
 
 from .serve_fakes import FakeDrawer
 from .serve_running import Running, free_port, running, wait_until
@@ -129,7 +130,8 @@ def test_a_polite_stop_finishes_the_running_picture_and_keeps_the_rest(process: 
 
 
 def record(job: str, status: str = QUEUED, files: tuple[str, ...] = ("f.jpeg",)) -> Record:
-    return Record(job, status, 0, "me", "demo-vegart", "a star", {"seed": 1}, False, files, None, {}, time.time())
+    options = {"seed": 1, "samples": len(files)}
+    return Record(job, status, 0, "me", "demo-vegart", "a star", options, False, files, None, {}, time.time())
 
 
 def test_pictures_that_are_all_there_are_not_drawn_again(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_second_server_on_the_same_folder_goes_on_without_a_queue(tmp_path: Pa
     with running(tmp_path) as server:
         ready = server.http.get("/readyz")
         assert ready.status_code == 503
-        why = f"{tmp_path / 'jobs.sqlite'} can't be used: database is locked; another server uses it: stop that one, or give this one another --data folder"
+        why = "jobs.sqlite can't be used: database is locked; another server uses it: stop that one, or give this one another --data folder"
         assert ready.json() == {"ready": False, "why": [f"v2 jobs are not accepted: {why}"]}
         answer = server.post("/v2/demo-vegart")
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
@@ -263,6 +265,7 @@ def submitted(server: Running) -> str:
 
 
 def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.queue._RETRY_S", 0.1)
     with running(tmp_path) as server:
         replace = os.replace
 
@@ -275,16 +278,56 @@ def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch:
         job = server.post("/v2/demo-vegart").json()
         answer = server.http.get(job["status_url"])
         assert answer.status_code == 422
-        folder = tmp_path / "generations"
-        assert (
-            answer.json()["error"] == f"the picture could not be kept: {folder} can't be used: No space left on device"
-        )
+        why = "the picture could not be kept: generations can't be used: No space left on device"
+        assert answer.json()["error"] == why
+        time.sleep(0.5)  # a few probes
+        for body in ({"prompt": "a"}, {"prompt": 1}):  # nor is another one drawn for nothing
+            refused = server.post("/v2/demo-vegart", body)
+            assert refused.status_code == 429
+            assert refused.json() == {"error": "generations can't be used: No space left on device"}
+        ready = server.http.get("/readyz")
+        why = "v2 jobs are not accepted: generations can't be used: No space left on device"
+        assert (ready.status_code, ready.json()["why"]) == (503, [why])
         assert server.post("/v1/demo-vegart").status_code == 200
-        monkeypatch.undo()
+        monkeypatch.setattr(os, "replace", replace)
+        wait_until(lambda: server.http.get("/readyz").status_code == 200)
+        assert submitted(server) == COMPLETED
+        assert len(list((tmp_path / "generations").iterdir())) == 1  # nothing is left of what it was tried with
+
+
+def test_a_probe_needs_room_for_a_job_and_for_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.open()
+    store.probe()
+    assert store._read("SELECT * FROM jobs") == [] and list(store.pictures.iterdir()) == []
+
+    def full(a: object, b: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(StoreError, match="generations can't be used: No space left on device"):
+            store.probe()
+    connection = store._required()
+    connection.execute("VACUUM")
+    connection.execute(f"PRAGMA max_page_count={connection.execute('PRAGMA page_count').fetchone()[0]}")
+    with pytest.raises(StoreError, match="database or disk is full"):
+        store.probe()
+    assert store._read("SELECT * FROM jobs") == [] and list(store.pictures.iterdir()) == []
+    store.close()
+
+
+def test_a_folder_of_pictures_that_was_deleted_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.queue._RETRY_S", 0.1)
+    with running(tmp_path) as server:
+        (tmp_path / "generations").rmdir()
+        assert submitted(server) == FAILED
+        wait_until(lambda: server.http.get("/readyz").status_code == 200)
         assert submitted(server) == COMPLETED
 
 
-def test_a_database_that_can_not_grow_refuses_new_jobs_only(tmp_path: Path) -> None:
+def test_a_database_that_can_not_grow_refuses_new_jobs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vega_edge.serve.queue._RETRY_S", 0.1)
     with running(tmp_path) as server:
         store = server.service.queue._store
         pages = store._required().execute("PRAGMA page_count").fetchone()[0]
@@ -292,7 +335,14 @@ def test_a_database_that_can_not_grow_refuses_new_jobs_only(tmp_path: Path) -> N
         answers = [server.post("/v2/demo-vegart", {"prompt": "x" * 3900}) for _ in range(8)]
         assert {a.status_code for a in answers} == {200, 429}
         full = next(a for a in answers if a.status_code == 429)
-        assert full.json()["error"] == f"{tmp_path / 'jobs.sqlite'} can't be used: database or disk is full"
+        assert full.json()["error"] == "jobs.sqlite can't be used: database or disk is full"
+        time.sleep(0.5)  # a few probes
+        assert server.http.get("/readyz").status_code == 503
+        connection = store._required()
+        connection.execute("PRAGMA max_page_count=100000")
+        wait_until(lambda: server.http.get("/readyz").status_code == 200)
+        assert submitted(server) == COMPLETED
+        assert store._read("SELECT * FROM jobs WHERE model = ''") == []
         assert server.post("/v1/demo-vegart").status_code == 200
 
 

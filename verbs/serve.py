@@ -41,7 +41,10 @@ def add(p: argparse.ArgumentParser) -> None:
 def _add_server(p: argparse.ArgumentParser) -> None:
     p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; default: this machine only")
     p.add_argument("--port", type=whole, default=8000, metavar="N", help="default: %(default)s")
-    p.add_argument("--data", type=Path, metavar="FOLDER", help="where v2 jobs and their pictures are kept")
+    p.add_argument(
+        "--data", type=Path, metavar="FOLDER",
+        help="where v2 jobs and their pictures are kept; default: ~/.cache/vega-edge/serve, or serve in VEGA_EDGE_HOME",
+    )  # fmt: skip
     p.add_argument("--engine", default="auto", metavar="NAME", help="what runs the graphs; default: auto")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: what the engine runs on")
     p.add_argument(
@@ -120,6 +123,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise VegaEdgeError(f'the server needs {error.name}; pip install "vega-edge[serve]"') from error
     settings = _settings(arguments)
     if arguments.check:
+        from .serve_check import check
+
+        check(settings)
         return
     _log_to_stderr(arguments.verbose)
     server = Server(build(settings))
@@ -191,3 +197,5 @@ def _log_to_stderr(verbose: bool) -> None:
     requests.handlers, requests.propagate = [lines], False
     requests.setLevel(logging.INFO)
     logging.getLogger("vega_edge.serve").setLevel(logging.INFO if verbose else logging.WARNING)
+    # Its warnings quote prompts. Who asked is told in a header.
+    logging.getLogger("vega_edge.runtime.text").setLevel(logging.ERROR)

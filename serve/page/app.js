@@ -1,10 +1,11 @@
 // The page: what is typed is asked for, what comes is shown. The connection is in live.js, the strip in history.js,
 // reading and filling the controls in controls.js, the pictures in frames.js.
-import { $, asked, choose, milliseconds, options, range, sizes, theme } from "./controls.js";
-import { download, newFrame } from "./frames.js";
+import { $, asked, choose, milliseconds, offer, options, theme } from "./controls.js";
+import { download, files, newFrame, put } from "./frames.js";
 import { History } from "./history.js";
 import { runKiosk } from "./kiosk.js";
 import { Live } from "./live.js";
+import { recall, remember } from "./memory.js";
 
 const root = document.documentElement;
 const address = new URLSearchParams(location.search);
@@ -32,6 +33,7 @@ const live = new Live({
   picture: (head, blob) => show(head, blob, true),
   preview: (head, blob) => show(head, blob, false),
   waiting: (head) => pending[head.id] && state("drawing", head.ahead ? `Busy: ${head.ahead} before you` : "Busy: others are drawing"),
+  started: (head) => pending[head.id] && state("drawing", "Drawing…"),
   fault: (message) => fault(message),
   key: (text) => { state("fault", "A key is needed"); $("key-fault").textContent = text || ""; askForKey(); },
 });
@@ -56,7 +58,7 @@ function askForKey() {
 function setUp(message) {
   models = message.models;
   const shown = $("model").value; // empty after a reload, as all settings are
-  const before = shown || address.get("model") || localStorage.getItem("model");
+  const before = shown || address.get("model") || recall("model");
   options($("model"), models.map((m) => [m.name, `${m.name} – ${m.title}`]));
   if (models.some((m) => m.name === before)) $("model").value = before;
   for (const list of ["scheduler", "compare-scheduler"]) {
@@ -78,14 +80,7 @@ function settingsOfAddress() {
 function useModel(fresh) {
   const model = models.find((m) => m.name === $("model").value);
   if (!model) return;
-  const p = model.parameters;
-  range("steps", p.num_inference_steps, fresh);
-  range("guidance", p.guidance_scale, fresh);
-  const guided = (p.guidance_scale.maximum ?? 0) > 1;
-  $("guidance-field").hidden = $("negative-field").hidden = !guided;
-  const size = $("size").value;
-  options($("size"), sizes(p));
-  $("size").value = fresh || ![...$("size").options].some((o) => o.value === size) ? `${p.img_width.default}x${p.img_height.default}` : size;
+  offer(model.parameters, fresh);
   ideas(model.name.startsWith("demo-") ? IDEAS.demo : IDEAS.other);
   readouts();
 }
@@ -109,6 +104,11 @@ function readouts() {
   $("compare-scheduler-field").hidden = other !== "scheduler";
   frames.b.figure.hidden = !other;
   root.classList.toggle("comparing", !!other);
+  offerSave();
+}
+
+function offerSave() {
+  $("download").disabled = !files(Object.values(frames)).length;
 }
 
 function type(text) {
@@ -167,35 +167,34 @@ async function show(head, blob, final) {
   if (!pending[head.id] || (job.done && !final)) return URL.revokeObjectURL(url);
   job.done = final;
   const old = frame.url;
-  frame.url = url;
-  frame.image.src = url;
-  frame.image.hidden = false;
-  frame.empty.hidden = true;
-  frame.figure.classList.add("drawn");
-  frame.figure.style.setProperty("--picture", `url("${url}")`);
-  frame.canvas.style.setProperty("--ratio", next.naturalWidth / next.naturalHeight);
-  frame.bar.style.width = `${(100 * (final ? 1 : head.index / (head.total || head.index + 1))).toFixed()}%`;
+  put(frame, next, final ? pictureOf(head, job, blob) : previewOf(head, job));
+  offerSave();
   requestAnimationFrame(() => {
     if (old && !frame.kept) URL.revokeObjectURL(old);
     frame.kept = false;
-    if (final) finished(head, job, frame, blob);
+    if (final) finished(head, job, frame);
   });
 }
 
-function finished(head, job, frame, blob) {
+function pictureOf(head, { request: { prompt } }, blob) {
+  const caption = `${head.scheduler}, ${head.steps} steps, seed ${head.seed}, ${head.width} × ${head.height}`;
+  return { done: 1, alt: prompt, caption, file: { blob, prompt, seed: head.seed } };
+}
+
+function previewOf({ index, total }, { request }) {
+  const caption = `Preview after step ${index}${total ? ` of ${total}` : ""}`;
+  return { done: index / (total || index + 1), alt: `Preview: ${request.prompt}`, caption };
+}
+
+function finished(head, job, frame) {
+  if (pending[head.id] !== job) return; // another one was asked for meanwhile
   delete pending[head.id];
   frame.figure.classList.remove("busy");
-  frame.image.alt = job.request.prompt;
-  frame.blob = blob;
-  frame.head = head;
-  frame.caption.classList.remove("fault");
-  frame.caption.textContent = `${head.scheduler}, ${head.steps} steps, seed ${head.seed}, ${head.width} × ${head.height}`;
   const now = performance.now();
   shownAt.push(now);
   $("latency").textContent = milliseconds(now - job.since);
   $("device").textContent = milliseconds(1000 * head.seconds.draw);
   if (!Object.keys(pending).length) state("ready", "Ready");
-  $("download").disabled = false;
   root.dataset.shown = head.id; // for those who watch from outside
   if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say("Picture drawn"); }, SETTLED_MS);
 }
@@ -238,7 +237,7 @@ function dice() {
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("form").addEventListener("input", (event) => {
   typedAt = performance.now();
-  if (event.target.id === "model") { localStorage.setItem("model", event.target.value); useModel(true); }
+  if (event.target.id === "model") { remember("model", event.target.value); useModel(true); }
   drawSoon();
 });
 $("prompt").addEventListener("keydown", (event) => {
@@ -255,9 +254,9 @@ $("kiosk").onclick = () => (document.fullscreenElement ? document.exitFullscreen
 $("key-form").addEventListener("submit", () => live.useKey($("key").value.trim()));
 $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // there is nothing without a key
 $("key-dialog").addEventListener("close", () => live.needsKey && askForKey());
-$("theme").onclick = () => theme({ auto: "dark", dark: "light", light: "auto" }[localStorage.getItem("theme") || "auto"]);
+$("theme").onclick = () => theme({ auto: "dark", dark: "light", light: "auto" }[recall("theme") || "auto"]);
 
-theme(localStorage.getItem("theme") || "auto");
+theme(recall("theme") || "auto");
 
 setInterval(() => {
   const now = performance.now();
@@ -267,4 +266,4 @@ setInterval(() => {
 
 if (matchMedia("(max-width: 60rem)").matches) $("panel").open = false;
 
-if (kiosk) runKiosk({ live, draw, dice, type, busy: () => Object.keys(pending).length > 0 });
+if (kiosk) runKiosk({ live, draw, dice, busy: () => Object.keys(pending).length > 0 });

@@ -1,5 +1,7 @@
 // The controls as they stand: what a model offers goes into them, what is asked for is read from them.
 
+import { remember } from "./memory.js";
+
 export const $ = (id) => document.getElementById(id);
 const SIZES = [64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048];
 
@@ -16,13 +18,23 @@ export function choose(id, value) {
   return false;
 }
 
-export function range(id, schema, fresh) {
+// What a model can do. fresh: all as the model has it; otherwise what was chosen stays, where the model can do that.
+export function offer(p, fresh) {
+  range("steps", p.num_inference_steps, fresh);
+  range("guidance", p.guidance_scale, fresh);
+  $("guidance-field").hidden = $("negative-field").hidden = (p.guidance_scale.maximum ?? 0) <= 1;
+  const before = $("size").value;
+  options($("size"), sizes(p));
+  if (fresh || !choose("size", before)) $("size").value = `${p.img_width.default}x${p.img_height.default}`;
+}
+
+function range(id, schema, fresh) {
   $(id).min = schema.minimum ?? 1;
   $(id).max = schema.maximum ?? 100;
   if (fresh) $(id).value = schema.default;
 }
 
-export function sizes(p) {
+function sizes(p) {
   const { minimum: low = 64, maximum: high = 2048 } = p.img_width;
   const d = p.img_width.default;
   const pairs = SIZES.filter((s) => s >= low && s <= high).map((s) => [s, s]);
@@ -30,7 +42,7 @@ export function sizes(p) {
   return pairs.map(([w, h]) => [`${w}x${h}`, `${w} × ${h}`]);
 }
 
-export function seedOf(id) {
+function seedOf(id) {
   const digits = $(id).value.replace(/\D/g, "").slice(0, 15);
   return digits === "" ? 0 : Number(digits);
 }
@@ -53,7 +65,7 @@ export function milliseconds(ms) {
 }
 
 export function theme(name) {
-  localStorage.setItem("theme", name);
+  remember("theme", name);
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
   $("theme").setAttribute("aria-label", `Theme: ${name === "auto" ? "as the system" : name}`);

@@ -1,5 +1,7 @@
 // The connection: says hello, sends what to draw, takes pictures apart, and comes back by itself when it was lost.
 
+import { recall, remember } from "./memory.js";
+
 const FIRST_RETRY_MS = 500;
 const LAST_RETRY_MS = 5000;
 const PING_MS = 10000;
@@ -7,12 +9,12 @@ const SILENCE_MS = 20000; // after a ping; then the connection is taken for lost
 const NEEDS_KEY = 4401;
 
 export class Live {
-  // on: {state(name, text), ready(message), picture(head, blob), preview(head, blob), waiting(head), fault(message), key(text)}
+  // on: {state(name, text), ready(message), picture(head, blob), preview(head, blob), waiting(head), started(head), fault(message), key(text)}
   constructor(on) {
     this.on = on;
     this.retryMs = FIRST_RETRY_MS;
     this.nextId = 0;
-    this.key = sessionStorage.getItem("key") || "";
+    this.key = recall("key", "sessionStorage") || "";
     addEventListener("online", () => this.connect());
     addEventListener("offline", () => this.drop());
     setInterval(() => this.watch(), PING_MS);
@@ -21,10 +23,8 @@ export class Live {
 
   connect() {
     if (this.socket && this.socket.readyState < WebSocket.CLOSING) return;
-    clearTimeout(this.timer);
     const address = new URL("live", location.href);
     address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-    address.search = address.hash = "";
     const socket = (this.socket = new WebSocket(address));
     this.pingedAt = performance.now();
     socket.binaryType = "arraybuffer";
@@ -51,7 +51,7 @@ export class Live {
   useKey(key) {
     this.key = key;
     this.needsKey = false;
-    sessionStorage.setItem("key", key);
+    remember("key", key, "sessionStorage");
     this.connect();
   }
 
@@ -76,7 +76,7 @@ export class Live {
       this.ready = true;
       this.retryMs = FIRST_RETRY_MS;
       this.on.ready(message);
-    } else if (message.type === "waiting") this.on.waiting(message);
+    } else if (message.type === "waiting" || message.type === "started") this.on[message.type](message);
     else if (message.type === "error") {
       this.lastFault = message.error;
       this.on.fault(message);
@@ -99,7 +99,7 @@ export class Live {
     }
     const full = event.code === 1013;
     this.on.state("lost", full ? `${this.lastFault}. Trying again…` : "Connection lost. Trying again…");
-    this.timer = setTimeout(() => this.connect(), this.retryMs);
+    setTimeout(() => this.connect(), this.retryMs);
     this.retryMs = Math.min(this.retryMs * 1.6, LAST_RETRY_MS);
   }
 }
