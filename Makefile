@@ -1,7 +1,7 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
 # make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
 # exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, in an
-# environment of its own, .venv-gpu, which is also that of python -m vega_edge.bench.gpu; what else can run there, such as
+# environment of its own, .venv-gpu, which is also that of vega-edge bench gpu; what else can run there, such as
 # tensorrt, is installed into it.
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
@@ -16,8 +16,9 @@ endif
 demo: .venv/demo-installed
 	.venv/$(BIN)/python -m vega_edge.demo.sheet demo.png
 
+# A file at a time in each process: what its tests share is made once. Each may take a gigabyte or two.
 test: .venv-test/installed
-	.venv-test/$(BIN)/python -m pytest
+	.venv-test/$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
