@@ -23,7 +23,7 @@ test: .venv-test/installed
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
-	.venv-test/$(BIN)/python -m pytest tests/test_full_engines.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 tests/test_full_engines.py
 
 test-gpu: .venv-gpu/installed
 	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py
@@ -31,7 +31,7 @@ test-gpu: .venv-gpu/installed
 test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
 test-interop: .venv-test/installed
 	.venv-test/$(BIN)/python -m tests.make_interop .venv-interop
-	.venv-test/$(BIN)/python -m pytest tests/test_interop.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 tests/test_interop.py
 
 # mypy does not follow an editable install, so it reads a copy; once for the oldest Python, once for Windows.
 check: .venv-test/installed

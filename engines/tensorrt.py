@@ -5,6 +5,7 @@ What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Her
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,9 @@ from .plan_range import Profile, SeveralPlans, Shape
 from .plan_store import Plan, PlanStore
 from .protocol import Engine, Opening, Spec
 from .rtx_cache import RuntimeCache
+from .trt_logger import alone, logger
 
+_log = logging.getLogger(__name__)
 # names of TensorRT's DataType members that numpy has too
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
 # of weights that are replaced; the bits of bfloat16, which numpy lacks, come as uint16
@@ -93,8 +96,9 @@ class _Program:
 
     def __init__(self, trt: Any, plan: Plan, content: memoryview, device: CudaDevice, cache: Path | None) -> None:
         self._trt, self._device, self._said = trt, device, list[str]()
-        self._logger = trt_errors.logger(trt, self._said)
-        self._runtime = trt.Runtime(self._logger)
+        self._logger = logger(trt, self._said, _log.debug)
+        with alone():
+            self._runtime = trt.Runtime(self._logger)
         self._file, self._header = plan.file, bytes(content[: getattr(self._runtime, "engine_header_size", 0)])
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
@@ -126,7 +130,8 @@ class _Program:
         """All weights from the bundle's `graph`, then those replaced: the library combines weights, and takes one of them
         only with the others."""
         trt = self._trt
-        refitter = trt.Refitter(self._engine, self._logger)
+        with alone():
+            refitter = trt.Refitter(self._engine, self._logger)
         parser = trt.OnnxParserRefitter(refitter, self._logger)  # kept until the end: it may hold what it read
         if not parser.refit_from_file(str(graph)):
             self._said += trt_errors.parser_errors(parser)
@@ -155,7 +160,8 @@ class _Program:
     def close(self) -> None:
         self._cache.save()
         self._cache.close()
-        self._engine = self._runtime = None  # the library frees what nothing refers to, in this order
+        with alone():
+            self._engine = self._runtime = None  # the library frees what nothing refers to, in this order
 
     def _spec(self, name: str) -> Spec:
         kind = self._engine.get_tensor_dtype(name).name

@@ -2,26 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Set
 from typing import Any
-
-_log = logging.getLogger(__name__)
-
-
-def logger(trt: Any, said: list[str]) -> Any:
-    """The library's logger: its errors go to `said`, each as one line."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                said.append(" ".join(message.split()))
-            _log.debug("%s", message)
-
-    return Logger()
 
 
 def why(said: list[str]) -> str:

@@ -5,9 +5,7 @@ Names of inputs and outputs are optimum's. Knows nothing of files.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ..collector import uncollected
 from ..errors import ExportError
 from .quiet import quiet
 from .simplify import simplify
@@ -156,7 +155,8 @@ def trace(
     }
     opset = OPSET_BF16 if arithmetic == "bf16" else OPSET
     try:
-        with quiet(), torch.no_grad(), _uncollected():
+        # the collector would look through a trace's million objects again and again, and find nothing
+        with quiet(), torch.no_grad(), uncollected():
             program = torch.onnx.export(
                 wrapper.eval(), (), kwargs=dict(feeds), input_names=list(spec.inputs), output_names=list(spec.outputs),
                 opset_version=opset, dynamo=True, dynamic_shapes=dynamic, optimize=False, verbose=False,
@@ -176,18 +176,6 @@ def trace(
         if not value.uses():
             model.graph.inputs.remove(value)
     return Traced(model, {name.removeprefix(f"{ROOT}."): value for name, value in used.items()})
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's collector, which looks through a trace's million objects again and again and finds nothing."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _parameters_to_inputs(graph: ir.Graph, names: set[str]) -> dict[str, ir.Value]:

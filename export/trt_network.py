@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cuda import select
+from ..engines.trt_logger import alone
+from ..engines.trt_logger import logger as trt_logger
 from ..errors import BundleError, EngineError
 from ..onnx_file import read_weights
 from ..whole_file import writing
@@ -50,7 +52,8 @@ def read_inputs(library: Library, graph: Path) -> dict[str, tuple[int, ...]]:
     """The graph's inputs with their shapes; -1 is a free axis. EngineError for a graph that can't be parsed."""
     builder, network, parser = _parse(Job(library, graph))
     shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
-    del parser, network, builder  # in this order: each refers to the next
+    with alone():
+        del parser, network, builder  # in this order: each refers to the next
     return shapes
 
 
@@ -116,8 +119,9 @@ def builder_flags(trt: Any, flags: tuple[str, ...]) -> list[str]:
 
 def _parse(job: Job) -> tuple[Any, Any, Any]:
     trt = job.library.module
-    logger = _logger(job)
-    builder = trt.Builder(logger)
+    logger = trt_logger(trt, job.said, lambda message: _log.info("%s: %s", where(job), message))
+    with alone():
+        builder = trt.Builder(logger)
     # TensorRT 11 has no other networks; before that it must be asked for, or precision would be the builder's choice.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -170,21 +174,6 @@ def _timing_cache(job: Job, config: Any) -> Any:
         cache = config.create_timing_cache(job.timing_cache)
         config.set_timing_cache(cache, False)  # False: one of another GPU is refused, not used
     return cache
-
-
-def _logger(job: Job) -> Any:
-    trt = job.library.module
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                job.said.append(" ".join(message.split()))
-            _log.info("%s: %s", where(job), message)
-
-    return Logger()
 
 
 def _monitor(library: Library, progress: Progress) -> Any:

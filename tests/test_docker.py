@@ -136,7 +136,6 @@ def test_a_jetson_that_is_stopped_while_it_builds_stops_building_and_does_not_se
     start = subprocess.Popen(
         ["/bin/sh", str(ROOT / "docker" / "jetson-start.sh"), "segmind-vegart", "--no-auth"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else a shell in the background ignores it
     )  # fmt: skip
     try:
         for _ in range(400):

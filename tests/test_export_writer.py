@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,8 +101,7 @@ def test_a_write_that_fails_without_a_number(
 def test_ctrl_c_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """A real process, stopped while it writes parts."""
     command = [sys.executable, "-u", "-m", "vega_edge", "export", str(checkpoint), "-o", str(tmp_path / "bundle")]
-    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell in the background has it ignored
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(3000):  # until the first part is under way in the folder beside the bundle
             if any(tmp_path.rglob("vocab.json")) or process.poll() is not None:
                 break

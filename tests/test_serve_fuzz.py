@@ -23,6 +23,7 @@ from .serve_fakes import FakeDrawer
 from .serve_running import Running, running
 
 COUNT = int(os.environ.get("VEGA_EDGE_FUZZ", "1000"))
+pytestmark = pytest.mark.timeout(600 + COUNT // 5)
 
 
 @pytest.fixture(scope="module")

@@ -216,11 +216,9 @@ def test_progress_never_goes_back(graph):
 
 
 @pytest.fixture
-def silent(tmp_path, monkeypatch, request):
+def silent(tmp_path, monkeypatch):
     """A Job for a library that the child finds as tensorrt_rtx: `silent(CODE)` runs CODE where it builds."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def job(code):
         fake_library(tmp_path, code)
@@ -296,8 +294,7 @@ def building(tmp_path, recipe_copy):
     """`vega-edge build` for int8, at work with its copies of the weights in a hidden folder."""
     fake_library(tmp_path, "time.sleep(60)")
     code = (
-        f"import signal, sys; sys.path[:] = {[str(tmp_path), *sys.path]!r}\nfrom vega_edge.cli import main\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell has it ignored
+        f"import sys; sys.path[:] = {[str(tmp_path), *sys.path]!r}\nfrom vega_edge.cli import main\n"
         f"sys.exit(main(['build', {str(recipe_copy)!r}, '--engine', 'tensorrt-rtx', '--part', 'unet', '--precision', 'int8']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
