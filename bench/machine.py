@@ -39,13 +39,14 @@ def facts(commit: bool = True) -> dict[str, Any]:
     }
 
 
-def peak_mb() -> float:
-    """This process's largest resident memory so far, in MB; file pages that are mapped count."""
+def peak_mb(children: bool = False) -> float:
+    """The largest resident memory so far, in MB, of this process or of the largest of its children that have ended; file
+    pages that are mapped count."""
     if sys.platform == "win32":
         raise SystemExit("this measurement needs a POSIX system: peak memory is read as getrusage tells it")
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 

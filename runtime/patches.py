@@ -23,6 +23,7 @@ from ..onnx_file import Weight, read_weights, to_stored
 from ..whole_file import sha256_of
 
 Loras = Sequence[tuple[Path, float]]
+_STRIP = 64  # rows
 _LARGEST = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.4e38}
 
 
@@ -72,7 +73,10 @@ class Patches:
         values = weight.read()
         for layer, strength in layers:
             delta = layer.delta(self._shapes[part][name], strength)
-            values += delta.T if place.transposed else delta
+            if place.transposed:
+                _add_transposed(values, delta)
+            else:
+                values += delta
         largest = float(np.abs(values).max(initial=0))
         if not largest <= _LARGEST[weight.dtype]:  # NaN too
             raise CheckpointError(
@@ -91,6 +95,13 @@ class Patches:
                 "numbers, though its manifest says so; export it again"
             )
         return weight.shape[::-1] if place.transposed else weight.shape
+
+
+def _add_transposed(values: NDArray[np.float32], delta: NDArray[np.float32]) -> None:
+    """values += delta.T, in strips that stay in the processor's cache: as one, it takes three times as long. (A product
+    with both sides transposed would give other last bits than the exporter's.)"""
+    for first in range(0, len(delta), _STRIP):
+        values[:, first : first + _STRIP] += delta[first : first + _STRIP].T
 
 
 def _check_bundle(bundle: Bundle) -> None:

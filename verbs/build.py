@@ -89,6 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"vega-edge: {graph}: an engine as exact as the graph is there too, and goes before; to use this one: "
             f"vega-edge engines rm {bundle.path} FILE", file=sys.stderr,
         )  # fmt: skip
+    if bundle.manifest is not None and bundle.manifest.dtype == "fp32":
+        print(
+            "vega-edge: this bundle calculates in fp32, and so do its engines; those of an export with --dtype fp16 are "
+            "half as large", file=sys.stderr,
+        )  # fmt: skip
     for each in built:
         done = f"built in {each.seconds:.1f} s" if each.seconds else "there already"
         print(f"{each.plan.graph}: {each.plan.bytes / 1e6:.1f} MB, {done}", file=sys.stderr)
