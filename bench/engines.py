@@ -83,17 +83,8 @@ def measure(
     for graph in graphs(Bundle.open(folder, verify=False), parts):
         if precision != "graph" and not graph.startswith(QUANTIZED_PARTS[precision]):
             continue
-        command = [
-            sys.executable,
-            "-m",
-            "vega_edge.bench.engines",
-            str(folder.absolute()),
-            "--engine",
-            engine,
-            "--graph",
-            graph,
-        ]
-        command += ["--precision", precision, "--lora-rank", str(lora_rank)]
+        command = [sys.executable, "-m", "vega_edge.bench.engines", str(folder), "--engine", engine]
+        command += ["--graph", graph, "--precision", precision, "--lora-rank", str(lora_rank)]
         with tempfile.TemporaryFile("w+") as errors:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             errors.seek(0)

@@ -141,7 +141,8 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     recipe = recipes().get(text)
     if recipe is None:
         if os.path.isdir(text) or "/" in text or os.sep in text:
-            return Path(text)
+            path = Path(text)
+            return path.absolute() if str(path) in recipes() else path  # "./NAME", which loses its "./", is not NAME
         raise unknown("model", text, recipes())
     if not recipe.ready:
         raise BundleError(f"{text} has no bundle at {recipe.bundle_path} yet; {recipe.cure}")

@@ -184,6 +184,15 @@ def test_unknown_models_are_named() -> None:
         find_bundle("segmind-vega-rt")
 
 
+def test_a_folder_that_is_called_like_a_model_stays_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path is printed, and given to other processes, without the './'."""
+    from vega_edge.models import find_bundle
+
+    monkeypatch.chdir(tmp_path)
+    assert find_bundle("./segmind-vega") == tmp_path / "segmind-vega"
+    assert find_bundle("./other") == Path("other")
+
+
 def test_models_prints_what_json_says(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
