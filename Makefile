@@ -16,14 +16,15 @@ endif
 demo: .venv/demo-installed
 	.venv/$(BIN)/python -m vega_edge.demo.sheet demo.png
 
-# A file at a time in each process: what its tests share is made once. Each may take a gigabyte or two.
+# A file at a time in each process: what its tests share is made once. Each may take a gigabyte or two. A process that
+# crashes, or is ended because a test hangs, ends the run: a new one would only begin the same test again.
 test: .venv-test/installed
-	.venv-test/$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv-test/$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
-	.venv-test/$(BIN)/python -m pytest --timeout 0 tests/test_full_engines.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py
 
 test-gpu: .venv-gpu/installed
 	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py
@@ -31,7 +32,7 @@ test-gpu: .venv-gpu/installed
 test-interop: export VEGA_EDGE_OPTIMUM_PYTHON := $(CURDIR)/.venv-interop/$(BIN)/python
 test-interop: .venv-test/installed
 	.venv-test/$(BIN)/python -m tests.make_interop .venv-interop
-	.venv-test/$(BIN)/python -m pytest --timeout 0 tests/test_interop.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_interop.py
 
 # mypy does not follow an editable install, so it reads a copy; once for the oldest Python, once for Windows.
 check: .venv-test/installed
