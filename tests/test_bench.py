@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from vega_edge.bench import (
@@ -185,3 +186,20 @@ def test_memory_is_held_against_the_goals_for_openvino() -> None:
     ]
     assert memory.held_against_goals(results, "all", "fp16") == []
     assert memory.held_against_goals(results, "unet", "fp32") == []
+
+
+def test_an_engine_with_a_lora_is_measured_beside_the_one_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    from vega_edge.bench import engines
+
+    engines.main(["demo-vegart", "--lora-rank", "4", "-o", str(tmp_path / "engines.json")])
+    plain, patched = json.loads((tmp_path / "engines.json").read_text())["rows"]
+    assert (plain["lora_rank"], patched["lora_rank"]) == (0, 4)
+    assert plain["graph"] == patched["graph"] == "unet/model.onnx"
+    assert abs(plain["mb"] - patched["mb"]) < 0.01 * plain["mb"]
+    for row in (plain, patched):
+        assert 0 <= row["prepared_s"] < row["seconds"]
+        assert row["peak_gb"] > 0.1 and row["cpu_s"] > 0
+    assert "| demo-vegart | unet/model.onnx | graph     | 4 " in capsys.readouterr().out

@@ -73,3 +73,11 @@ def test_eight_bits_make_smaller_engines(precision: str, tiny_vae: Path) -> None
     (row,) = measure(bundle, "tensorrt-rtx", ["unet"], precision)
     assert row["mb"] < 750 * unet_gb(bundle)
     assert row["peak_gb"] <= allowed_gb(bundle)
+
+
+def test_with_a_lora_like_vegarts(tiny_vae: Path) -> None:
+    """What it adds lies in the memory of the process that asked for the build."""
+    bundle = exported("segmind-vega", tiny_vae)
+    (row,) = measure(bundle, "tensorrt-rtx", ["unet"], "graph", 128)
+    assert row["peak_gb"] <= allowed_gb(bundle)
+    assert row["mb"] > 900 * unet_gb(bundle)
