@@ -35,6 +35,7 @@ INDEX, FORMAT = "engines.json", 1
 REVISION = 1  # of how plans are built, raised where the same `Plan` gives another engine
 FOLDER_VARIABLE = "VEGA_EDGE_ENGINES"
 _STRAY_AFTER_S = 600
+RANGES = ".ranges"  # ends the names of what fp8 is scaled by: PART.GRAPH-HASH.LORAS.ranges
 BUILD_PREFIX = ".build-"  # of the folders that changed copies of graphs are written to, for the time of a build
 _LOCK_AFTER_S = 86400
 
@@ -172,7 +173,7 @@ class PlanStore:
 
     def stray(self, installed: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
         """What a build left when it was killed, plans that the manifest does not list, locks that nobody took for a day,
-        and timings of libraries that are `installed` (name -> version) in another version now.
+        timings of libraries that are `installed` (name -> version) in another version now, and ranges of other graphs.
 
         Not files of the last minutes, which another process may be about to name or to list, nor folders in which one
         builds.
@@ -186,7 +187,12 @@ class PlanStore:
         if "tensorrt" in installed:  # TensorRT-RTX has no timings
             current = f"tensorrt-{installed['tensorrt']}-"
             old += [p for p in self.folder.glob("tensorrt-*.timing") if not p.name.startswith(current)]
+        old += [path for path in self.folder.glob(f"*{RANGES}") if not self._has_graph(*path.name.split(".")[:2])]
         return sorted(old)
+
+    def _has_graph(self, part: str, digest: str) -> bool:
+        graph = self.bundle / part / "model.onnx"
+        return graph.is_file() and graph_hash(graph).startswith(digest)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
 from .trt_network import Job, Progress, read_inputs
 from .trt_profiles import Sizes, check_inputs, latent_px, profile, unit_px
+from .trt_ranges import kept_ranges
 
 Weights = Mapping[str, NDArray[Any]]
 QUANTIZED_PARTS = {"graph": (), "int8": ("unet", "text_encoder"), "fp8": ("unet",)}
@@ -108,15 +110,21 @@ def build_engines(
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
-            measured = {}
+            measured: Ranges = {}
             if precision == "fp8":
-                with prepared(path, weights(part), "graph", folder) as calibrated:  # with the LoRA's weights
-                    measured = ranges(calibrated)
+                measured = kept_ranges(store, wanted, partial(_measure, path, part, weights, ranges, folder))
             # made anew, so that nobody holds them: they would be a copy of the network beside the library's
             with prepared(path, weights(part), precision, folder, measured) as source:
                 job = _job(store, wanted, library, source, options.gpu)
                 built.append(_build(store, wanted, job, folder, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
     return built
+
+
+def _measure(
+    graph: Path, part: str, weights: Callable[[str], Weights], ranges: Callable[[Path], Ranges], folder: Path
+) -> Ranges:
+    with prepared(graph, weights(part), "graph", folder) as calibrated:  # with the LoRA's weights
+        return ranges(calibrated)
 
 
 def _job(store: PlanStore, wanted: Plan, library: Library, source: Path, gpu: int) -> Job:

@@ -79,7 +79,7 @@ class Parts:
     """Opens the graphs of `bundle` on `engine`, one of ENGINES.
 
     `low_memory`: each is open only while it runs. `cache`: the folder for what engines compile, None for none.
-    `device`: cpu, cuda or cuda:N; None for what the engine runs on.
+    `device`: cpu, cuda or cuda:N; None for what the engine runs on. `openers`: file -> what opens it instead.
     """
 
     bundle: Bundle
@@ -88,12 +88,13 @@ class Parts:
     low_memory: bool = False
     cache: Path | None = None
     device: str | None = None
+    openers: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
     _made: list[Part] = field(default_factory=list)
 
     def part(self, file: str) -> Part:
         """`file`: such as "unet/model.onnx"; BundleError if the bundle has none. Nothing is opened yet."""
         path = self.bundle.file(file)
-        made = Part(lambda: self._open(file, path), keep=not self.low_memory)
+        made = Part(self.openers.get(file) or partial(self._open, file, path), keep=not self.low_memory)
         self._made.append(made)
         return made
 

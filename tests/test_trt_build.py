@@ -29,11 +29,11 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import LazyWeights, nvidia
 from vega_edge.engines.plan_choice import Here, choose_plans
-from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore
+from vega_edge.engines.plan_store import Plan, PlanLora, PlanStore, graph_hash
 from vega_edge.errors import EngineError, ExportError, UsageError
 from vega_edge.export import trt_build, trt_child, trt_library, trt_network
 from vega_edge.export.trt_build import BuildOptions, BuiltEngine, build_engines, graphs
-from vega_edge.export.trt_calibrate import largest_values
+from vega_edge.export.trt_calibrate import Measured
 from vega_edge.export.trt_child import build_apart
 from vega_edge.export.trt_graph import int8_scale, prepared
 from vega_edge.export.trt_library import Library, check_targets, load_library
@@ -48,10 +48,12 @@ from vega_edge.export.trt_profiles import (
     profile,
     size_range,
 )
+from vega_edge.export.trt_ranges import kept_ranges
 from vega_edge.manifest import MANIFEST
 from vega_edge.models import recipes
 from vega_edge.onnx_file import read_weights
-from vega_edge.runtime.calibration import unet_feeds
+from vega_edge.runtime import parts
+from vega_edge.runtime.calibration import draw_with
 from vega_edge.runtime.parts import weights_of
 from vega_edge.runtime.patches import Patches
 from vega_edge.tiling import TILING
@@ -721,6 +723,13 @@ def test_a_cast_that_others_use_too_stays(half_stored, tmp_path):
     assert str(caught.value) == "half/model.onnx has no matrix product that int8 could be used for"
 
 
+def largest_values(graph, feeds):
+    measured = Measured(graph)
+    for given in feeds:
+        assert list(measured.run(given)) == list(measured.outputs)
+    return measured.largest()
+
+
 def test_calibration_takes_the_largest_of_all_inputs(graph):
     feeds = [{"x": np.full((1, 16, 128), value, np.float32)} for value in (1, -5, 3)]
     assert largest_values(graph, feeds) == {"x": 5}
@@ -786,17 +795,55 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     np.testing.assert_array_equal(measured[1], new)
 
 
-def test_calibration_on_what_is_not_finite(graph):
-    feeds = [{"x": np.full((1, 16, 128), np.inf, np.float32)}]
+def test_what_fp8_is_scaled_by_is_measured_once(graph):
+    """Another target, or size, takes the same; another graph, or LoRA, does not. A damaged file is measured anew."""
+    store, measured = PlanStore(graph.parent.parent), []
+    plan = Plan("", "", 0, "unet/model.onnx", graph_hash(graph), "tensorrt-rtx", "1.7", ("sm_89",), {}, precision="fp8")
+
+    def kept(**changes):
+        def measure():
+            measured.append(changes)
+            return {"x": float(len(measured))}
+
+        return kept_ranges(store, dataclasses.replace(plan, **changes), measure)
+
+    assert kept() == kept() == kept(targets=("sm_120",)) == kept(library="tensorrt") == {"x": 1.0}
+    assert kept(loras=(PlanLora("ab" * 32, 1.0),)) == {"x": 2.0}
+    assert kept(loras=(PlanLora("ab" * 32, 0.5),)) == {"x": 3.0}
+    assert kept(graph_hash="0" * 64) == {"x": 4.0}
+    assert store.stray() == [next(store.folder.glob("unet.0000000000000000.*.ranges"))]
+    first = next(path for path in store.folder.glob("*.ranges") if path.read_text() == '{"x": 1.0}')
+    for damage in (b"", b"junk", b"\xff", b"[]", b'{"x": "1"}', b'{"x": NaN}', b'{"x": -1.0}', b'{"x": Infinity}'):
+        first.write_bytes(damage)
+        again = kept()
+        assert again == {"x": float(len(measured))} and kept() == again
+    assert len(measured) == 4 + 8
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_calibration_on_what_is_not_finite(graph, value):
+    feeds = [{"x": np.full((1, 16, 128), each, np.float32)} for each in (1, value, 2)]
     assert refused(EngineError, largest_values, graph, feeds) == (
         "unet/model.onnx: x is not finite on calibration inputs; fp8 can't be scaled: use int8"
     )
 
 
-def test_calibration_inputs_are_what_the_unet_is_fed():
-    shares = []
-    feeds = list(unet_feeds(recipes()["demo-vegart"].bundle_path, progress=shares.append))
+def test_calibration_draws_with_the_measured_unet(monkeypatch):
+    """The one that is measured draws: another would be its weights and its work once more."""
+    bundle, shares, opened = recipes()["demo-vegart"].bundle_path, [], []
+    real = parts.open_engine
+    monkeypatch.setattr(
+        parts, "open_engine", lambda path, *args, **how: opened.append(path) or real(path, *args, **how)
+    )
+    measured = Measured(Path(bundle) / "unet" / "model.onnx")
+    plain = engines.open_engine(Path(bundle) / "unet" / "model.onnx", "onnxruntime-cpu")
+    assert (measured.inputs, measured.outputs) == (plain.inputs, plain.outputs)
+    feeds, run = [], measured.run
+    monkeypatch.setattr(measured, "run", lambda given: feeds.append(given) or run(given))
+    draw_with(measured, bundle, progress=shares.append)
     assert len(feeds) == 3 * 4
+    assert opened and not any("unet" in path.parts for path in opened)
+    assert all(0 < value < 1e4 for value in measured.largest().values())
     assert shares == pytest.approx([i / 12 for i in range(1, 13)])
     times = [float(given["timestep"][0]) for given in feeds]
     assert times[:4] == sorted(times[:4], reverse=True) == times[4:8]

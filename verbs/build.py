@@ -159,10 +159,12 @@ def _ranges(
     bundle: Bundle, graph: Path, loras: list[tuple[Path, float]], progress: Callable[[str, float, str], None]
 ) -> dict[str, float]:
     """What fp8 is scaled by: the bundle itself draws a few pictures on the CPU, and its UNet is measured on the way."""
-    from ..export.trt_calibrate import largest_values
-    from ..runtime.calibration import unet_feeds
+    from ..export.trt_calibrate import Measured
+    from ..runtime.calibration import draw_with
 
     def drawn(share: float) -> None:
         progress(f"{graph.parent.name}/{graph.name}", share, "drawing pictures to measure")
 
-    return largest_values(graph, unet_feeds(bundle.path, loras, drawn))
+    measured = Measured(graph)
+    draw_with(measured, bundle.path, loras, drawn)
+    return measured.largest()
