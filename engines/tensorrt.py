@@ -5,6 +5,7 @@ What to do when is decided in plan_engine.py; which plan, in plan_choice.py. Her
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from importlib import import_module
@@ -42,16 +43,19 @@ def open_graph(path: Path, module: str, how: Opening) -> Engine:
 
 
 def _open_plan(trt: Any, store: PlanStore, chosen: Chosen, path: Path, how: Opening) -> PlanEngine:
-    device = CudaDevice(how.gpu)
-    try:
-        program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
+    with contextlib.ExitStack() as undo:
+        device = CudaDevice(how.gpu)
+        undo.callback(device.close)
+        with alone():
+            program = _Program(trt, chosen.plan, store.read(chosen.plan), device, how.cache)
+        undo.callback(program.close)
         if chosen.refit or "stripped" in chosen.plan.flags:  # one that was built with a LoRA has lost that too
-            program.refit(path, how.weights)
+            with alone():
+                program.refit(path, how.weights)
         streams = "weight-streaming" in chosen.plan.flags  # its runs copy weights, and it was not built to be captured
-        return PlanEngine(program, device, chosen.rebuild, graphs=not streams)
-    except BaseException:
-        device.close()
-        raise
+        engine = PlanEngine(program, device, chosen.rebuild, graphs=not streams)
+        undo.pop_all()  # the engine closes both
+        return engine
 
 
 def version(module: str) -> str:
@@ -97,8 +101,7 @@ class _Program:
     def __init__(self, trt: Any, plan: Plan, content: memoryview, device: CudaDevice, cache: Path | None) -> None:
         self._trt, self._device, self._said = trt, device, list[str]()
         self._logger = logger(trt, self._said, _log.debug)
-        with alone():
-            self._runtime = trt.Runtime(self._logger)
+        self._runtime = trt.Runtime(self._logger)
         self._file, self._header = plan.file, bytes(content[: getattr(self._runtime, "engine_header_size", 0)])
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
@@ -130,8 +133,7 @@ class _Program:
         """All weights from the bundle's `graph`, then those replaced: the library combines weights, and takes one of them
         only with the others."""
         trt = self._trt
-        with alone():
-            refitter = trt.Refitter(self._engine, self._logger)
+        refitter = trt.Refitter(self._engine, self._logger)
         parser = trt.OnnxParserRefitter(refitter, self._logger)  # kept until the end: it may hold what it read
         if not parser.refit_from_file(str(graph)):
             self._said += trt_errors.parser_errors(parser)

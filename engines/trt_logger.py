@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,11 @@ def logger(trt: Any, said: list[str], tell: Callable[[str], None]) -> Any:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """To make or end a Builder or a Runtime in: one thread at a time, and nothing is collected."""
+    """To make or end a Builder or a Runtime in: one thread at a time, and nothing is collected. An exception that leaves
+    the block holds the frames it came through; what the functions called in it had made ends here, too."""
     with _turn, uncollected():
-        yield
+        try:
+            yield
+        except BaseException as failure:
+            traceback.clear_frames(failure.__traceback__)
+            raise

@@ -50,10 +50,14 @@ class BuiltPlan:
 
 def read_inputs(library: Library, graph: Path) -> dict[str, tuple[int, ...]]:
     """The graph's inputs with their shapes; -1 is a free axis. EngineError for a graph that can't be parsed."""
-    builder, network, parser = _parse(Job(library, graph))
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
     with alone():
-        del parser, network, builder  # in this order: each refers to the next
+        return _read_inputs(Job(library, graph))
+
+
+def _read_inputs(job: Job) -> dict[str, tuple[int, ...]]:
+    builder, network, parser = _parse(job)
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    del parser, network, builder  # in this order: each refers to the next
     return shapes
 
 
@@ -72,6 +76,11 @@ def build_plan(job: Job, progress: Progress = lambda share, phase: None) -> Buil
     """Raises EngineError that says which node or what memory. Ctrl-C is heard when it is done: see trt_child.py."""
     if job.gpu:
         select(job.gpu)
+    with alone():
+        return _build_plan(job, progress)
+
+
+def _build_plan(job: Job, progress: Progress) -> BuiltPlan:
     trt = job.library.module
     builder, network, parser = _parse(job)
     config = builder.create_builder_config()
@@ -120,8 +129,7 @@ def builder_flags(trt: Any, flags: tuple[str, ...]) -> list[str]:
 def _parse(job: Job) -> tuple[Any, Any, Any]:
     trt = job.library.module
     logger = trt_logger(trt, job.said, lambda message: _log.info("%s: %s", where(job), message))
-    with alone():
-        builder = trt.Builder(logger)
+    builder = trt.Builder(logger)
     # TensorRT 11 has no other networks; before that it must be asked for, or precision would be the builder's choice.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ START = f"""
 import gc, logging, sys, threading, time
 sys.path[:] = {sys.path!r}
 from pathlib import Path
+from vega_edge.errors import VegaEdgeError
 from vega_edge.export.trt_library import load_library
 from vega_edge.export.trt_network import read_inputs
 rtx, graph = load_library("tensorrt-rtx"), Path({str(GRAPH)!r})
@@ -44,15 +46,61 @@ def test_one_that_nobody_holds_any_more_is_not_collected_while_another_is_made()
     )
 
 
-def test_two_threads_at_once() -> None:
-    """A log that is written somewhere lets the other thread in."""
+def test_two_threads_at_once(tmp_path: Path) -> None:
+    """A log that is written somewhere lets the other thread in. What is made for a damaged graph ends with the error."""
+    (tmp_path / "damaged.onnx").write_bytes(b"no graph")
     run(
+        f"damaged = Path({str(tmp_path / 'damaged.onnx')!r})\n"
+        "def fail():\n"
+        "    try: read_inputs(rtx, damaged)\n"
+        "    except VegaEdgeError: pass\n"
         "class Slow(logging.NullHandler):\n"
         "    def handle(self, record): 'createInferBuilder' in record.getMessage() and time.sleep(0.05)\n"
         "logging.basicConfig(level='INFO', handlers=[Slow()])\n"
-        "threads = [threading.Thread(target=lambda: [read_inputs(rtx, graph) for _ in range(4)], daemon=True) for _ in 'abc']\n"
+        "threads = [threading.Thread(target=lambda: [(fail(), fail(), read_inputs(rtx, graph)) for _ in range(4)], daemon=True) for _ in 'abc']\n"
         "[thread.start() for thread in threads]; [thread.join() for thread in threads]; print('done')"
     )
+
+
+def test_a_graph_that_can_not_be_read_leaves_nothing_in_its_error() -> None:
+    from vega_edge.engines.trt_logger import _turn
+    from vega_edge.errors import EngineError
+    from vega_edge.export.trt_library import Library
+    from vega_edge.export.trt_network import read_inputs
+
+    from .fake_tensorrt import Builder, FakeTensorRT
+
+    ended = []
+
+    class Watched(Builder):
+        def __del__(self) -> None:
+            ended.append(_turn.locked())
+
+    fake = FakeTensorRT(parse=("node", "Operator", "unknown"))
+    fake.Builder = lambda logger: Watched(fake, logger)
+    with pytest.raises(EngineError) as caught:
+        read_inputs(Library("tensorrt-rtx", fake), GRAPH)
+    assert caught.value.__traceback__ is not None
+    assert ended == [True]
+
+
+def test_the_collector_comes_back_with_the_last_of_two_threads() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with uncollected():
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    gc.enable()
+    with uncollected():
+        thread.start()
+        assert inside.wait(20)
+    assert not gc.isenabled()
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("on", [True, False])
