@@ -79,11 +79,16 @@ class Buffers:
     def upload(self, feeds: Mapping[str, NDArray[Any]]) -> list[str]:
         """Sends what is not there yet, and says which. `reserve` must have made room."""
         sent = self._held.changed(feeds)
-        for name in sent:
-            array = feeds[name]
-            staging = self._staging[name][: array.nbytes]
-            staging.view(array.dtype).reshape(array.shape)[...] = array
-            self._device.upload(self._pointers[name], staging)
+        try:
+            for name in sent:
+                array = feeds[name]
+                staging = self._staging[name][: array.nbytes]
+                staging.view(array.dtype).reshape(array.shape)[...] = array
+                self._device.upload(self._pointers[name], staging)
+        except BaseException:  # such as Ctrl-C in a notebook, which goes on with the same arrays
+            for name in sent:
+                self._held.forget(name)
+            raise
         return sent
 
     def download(self, outputs: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> dict[str, NDArray[Any]]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -130,12 +131,15 @@ class PlanStore:
         """Why the plan is of no use any more: its file is gone or altered, the bundle's graph is another now, or its
         library is `installed` (name -> version) in another version. '' if it is of use."""
         path = self.path(plan)
-        if not path.is_file():
+        try:
+            if (size := path.stat().st_size) < plan.bytes:
+                return f"truncated, {size} of {plan.bytes} bytes"
+            if known_sha256(path) != plan.sha256:
+                return "altered since it was built"
+        except FileNotFoundError:
             return "its file is missing"
-        if (size := path.stat().st_size) < plan.bytes:
-            return f"truncated, {size} of {plan.bytes} bytes"
-        if known_sha256(path) != plan.sha256:
-            return "altered since it was built"
+        except OSError as failure:
+            return f"can't be read ({failure.strerror})"
         if installed.get(plan.library, plan.version) != plan.version:
             return f"of {plan.library} {plan.version}, and {installed[plan.library]} is installed"
         graph = self.bundle / plan.graph
@@ -165,11 +169,14 @@ class PlanStore:
 
     def remove(self, plans: tuple[Plan, ...]) -> None:
         """Takes them off the manifest first: a file that is not listed is never loaded."""
-        files = {plan.file for plan in plans}
         with self.lock(INDEX):
-            self._list([plan for plan in self.own() if plan.file not in files])
-        for file in files:
-            (self.folder / file).unlink(missing_ok=True)
+            own = self.own()
+            gone = [
+                plan for plan in own if plan in plans
+            ]  # not one that was built again meanwhile, under the same name
+            self._list([plan for plan in own if plan not in gone])
+            for plan in gone:
+                (self.folder / plan.file).unlink(missing_ok=True)
 
     def stray(self, installed: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
         """What a build left when it was killed, plans that the manifest does not list, locks that nobody took for a day,
@@ -180,10 +187,10 @@ class PlanStore:
         """
         listed, now = {plan.file for plan in self.own()}, time.time()
         files = (p for p in self.folder.glob("*") if p.name.endswith((PART, ".plan")) and p.name not in listed)
-        old = [path for path in files if now - path.stat().st_mtime > _STRAY_AFTER_S]
+        old = [path for path in files if now - _written(path) > _STRAY_AFTER_S]
         old += [path for path in self.folder.glob(f"{BUILD_PREFIX}*") if not self._in_use(path)]
         locks = (p for p in self.folder.glob(".*.lock") if p.name != f".{INDEX}.lock")
-        old += [path for path in locks if now - path.stat().st_mtime > _LOCK_AFTER_S]
+        old += [path for path in locks if now - _written(path) > _LOCK_AFTER_S]
         if "tensorrt" in installed:  # TensorRT-RTX has no timings
             current = f"tensorrt-{installed['tensorrt']}-"
             old += [p for p in self.folder.glob("tensorrt-*.timing") if not p.name.startswith(current)]
@@ -251,6 +258,14 @@ class PlanStore:
                 stream.write(content)
         except OSError as failure:
             raise EngineError(f"{target} can't be written ({failure.strerror}); free some space there") from failure
+
+
+def _written(path: Path) -> float:
+    """When, in seconds since 1970; of a file that another process has renamed meanwhile, never long ago."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _check_names(plans: tuple[Plan, ...]) -> None:

@@ -42,7 +42,8 @@ def record_of(row: sqlite3.Row) -> Record:
 def _checked(row: sqlite3.Row) -> Record:
     """ValueError names the column."""
     status, number = row["status"], (int, float)
-    for name, kind in (("client", str), ("model", str), ("prompt", str), ("attempts", int), ("created", number)):
+    kinds = (("client", str), ("model", str), ("prompt", str), ("attempts", int), ("created", number))
+    for name, kind in (*kinds, ("error", (str, type(None)))):
         if not isinstance(row[name], kind):
             raise ValueError(f"{name} is {row[name]!r}")
     if status not in (QUEUED, PROCESSING, COMPLETED, FAILED):
@@ -62,6 +63,7 @@ def _checked(row: sqlite3.Row) -> Record:
 def _json(row: sqlite3.Row, name: str, kind: type) -> Any:
     try:
         value = json.loads(row[name])
+        json.dumps(value, allow_nan=False)  # it is told as JSON
     except (ValueError, RecursionError):
         raise ValueError(f"{name} are not JSON") from None
     if not isinstance(value, kind):

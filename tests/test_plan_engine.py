@@ -414,3 +414,23 @@ def test_a_refused_shape_leaves_the_engine_working():
     with pytest.raises(EngineError):
         bench.engine.run({"x": x(5, 8), "b": np.float32([0])})
     bench.run(x())
+
+
+def test_constants_are_sent_again_after_an_upload_that_was_interrupted(monkeypatch):
+    """Ctrl-C in a notebook, then the same picture: the text that was to be sent after it must not count as sent."""
+    device = FakeDevice()
+    buffers, old, new = Buffers(device), constant([1, 1]), constant([2, 2])
+    buffers.reserve({"sample": 8, "text": 8})
+    buffers.upload({"sample": np.zeros(2, np.float32), "text": old})
+    feeds = {"sample": np.ones(2, np.float32), "text": new}
+    upload = device.upload
+    monkeypatch.setattr(device, "upload", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        buffers.upload(feeds)
+    monkeypatch.setattr(device, "upload", upload)
+    assert buffers.upload(feeds) == ["sample", "text"]
+    assert buffers.upload(feeds) == ["sample"]
+
+
+def _interrupted(*args):
+    raise KeyboardInterrupt

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vega_edge.bundle import describe_files, write_manifest
-from vega_edge.engines import LazyWeights
+from vega_edge.engines import LazyWeights, plan_store
 from vega_edge.engines.plan_choice import BuiltFor, Here, choose_plans, lacking
 from vega_edge.engines.plan_store import INDEX, Plan, PlanLora, PlanStore, graph_hash
 from vega_edge.errors import EngineError
@@ -578,3 +578,37 @@ def test_gc_keeps_plans_of_a_library_that_is_not_here(store, bundle, monkeypatch
     added = store.add(plan(bundle, version="1.6"), b"plan", 0)
     assert main(["engines", "gc", str(bundle)]) == 0
     assert store.plans() == (added,)
+
+
+def test_gc_leaves_what_was_built_again_meanwhile(store, bundle):
+    """Under its old name: gc may take a while to read the other engines."""
+    old = store.add(plan(bundle), b"plan", 0)
+    new = store.add(plan(bundle), b"plan, built again", 1)
+    assert new.file == old.file
+    store.remove((old,))
+    assert store.plans() == (new,)
+    assert store.read(new) == b"plan, built again"
+
+
+def test_gc_beside_a_process_that_renames_what_it_wrote(store, bundle, monkeypatch):
+    store.add(plan(bundle), b"plan", 0)
+    (store.folder / ".1-x.part").touch()
+    real = Path.stat
+
+    def stat(path, **how):
+        if path.name.endswith(".part"):
+            raise FileNotFoundError(2, "gone", str(path))
+        return real(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert store.stray() == []
+
+
+def test_an_engine_that_can_not_be_read_is_said_to_be_of_no_use(store, bundle, monkeypatch):
+    added = store.add(plan(bundle), b"plan", 0)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(plan_store, "known_sha256", refused)
+    assert store.fault(added) == "can't be read (Permission denied)"

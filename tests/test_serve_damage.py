@@ -61,6 +61,9 @@ def ended(server: Running, job: str) -> Any:
         ("files", '["a.jpeg", "../a.jpeg"]', "files are not the job's pictures"),  # as many good ones as samples
         ("files", '"a"', "files are of another kind"),
         ("metrics", "7", "metrics are of another kind"),
+        ("metrics", '{"total_time": NaN}', "metrics are not JSON"),
+        ("metrics", '{"total_time": 1e999}', "metrics are not JSON"),
+        ("error", b"full", "error is b'full'"),
         ("attempts", "often", "attempts is 'often'"),
         ("prompt", b"\xff\0", "prompt is b'\\xff\\x00'"),
         ("created", "now", "created is 'now'"),
