@@ -13,6 +13,7 @@ import secrets
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,20 +110,41 @@ def add(path: Path, name: str) -> str:
     """Makes a key and returns it: this is the only time that it can be seen."""
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise UsageError(f"a key's name is 1 to 64 letters, digits, or _ . @ -, got {name!r}")
-    keys = load(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise UsageError(f"{path} has a key named {name!r}; revoke it first, or choose another name")
     key = f"SG_{secrets.token_hex(16)}"  # the form that the API's own have
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    _save(path, [*keys, Key(name, digest_of(key), created)])
+    with _alone(path):
+        keys = load(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise UsageError(f"{path} has a key named {name!r}; revoke it first, or choose another name")
+        _save(path, [*keys, Key(name, digest_of(key), created)])
     return key
 
 
 def revoke(path: Path, name: str) -> None:
-    keys = load(path)
-    if all(key.name != name for key in keys):
-        raise unknown("key", name, [key.name for key in keys])
-    _save(path, [key for key in keys if key.name != name])
+    with _alone(path):
+        keys = load(path)
+        if all(key.name != name for key in keys):
+            raise unknown("key", name, [key.name for key in keys])
+        _save(path, [key for key in keys if key.name != name])
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time: another would write back the keys that it read before, one that was revoked among them."""
+    from filelock import FileLock
+
+    if not path.parent.is_dir():  # which a lock would make; reading or writing `path` says it
+        yield
+        return
+    lock = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise VegaEdgeError(f"{path} can't be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _save(path: Path, keys: list[Key]) -> None:

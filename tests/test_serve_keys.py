@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,31 @@ def test_a_file_that_can_not_be_read_at_the_start_is_one_line(tmp_path: Path) ->
         keys.KeyFile(tmp_path)
     why = "Permission denied" if sys.platform == "win32" else "Is a directory"
     assert str(failure.value) == f"{tmp_path} can't be read: {why}"
+
+
+def test_changes_at_the_same_time_are_all_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that was handed out and is not in the file opens nothing; one that was revoked and is, everything."""
+    file = tmp_path / "keys.json"
+    keys.add(file, "old")
+    load = keys.load
+
+    def slow(path: Path) -> list[keys.Key]:
+        found = load(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(keys, "load", slow)
+    names = [f"k{i}" for i in range(8)]
+    with ThreadPoolExecutor(9) as pool:
+        made = [*(pool.submit(keys.add, file, name) for name in names), pool.submit(keys.revoke, file, "old")]
+        for each in made:
+            each.result()
+    assert sorted(key.name for key in load(file)) == names
+
+
+@pytest.mark.parametrize("change", [keys.add, keys.revoke])
+def test_keys_in_a_folder_that_is_not_there(tmp_path: Path, change: Callable[[Path, str], object]) -> None:
+    file = tmp_path / "nowhere" / "keys.json"
+    with pytest.raises(VegaEdgeError, match=r"keys\.json (can't be written: No such file|does not exist; make it: )"):
+        change(file, "me")
+    assert not file.parent.exists()
