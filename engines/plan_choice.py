@@ -54,6 +54,8 @@ def choose_plans(store: PlanStore, graph: Path, here: Here, weights: Mapping[str
     current = graph_hash(graph) if there else ""
     faults = [_fault(plan, current, here) for plan in there]
     faults = [fault or _weights_fault(plan, weights) for plan, fault in zip(there, faults, strict=True)]
+    gaps = [store.gap(plan) for plan in there]  # of a copy that was not finished
+    faults = [fault or (gap and f"listed, but {gap}") for fault, gap in zip(faults, gaps, strict=True)]
     fitting = [plan for plan, fault in zip(there, faults, strict=True) if not fault]
     if not fitting:
         why = f"the one there is {faults[0]}" if faults else "none has been built"

@@ -57,16 +57,16 @@ class PlanStore:
     def folder(self) -> Path:
         """BUNDLE.engines beside the bundle; in the folder that VEGA_EDGE_ENGINES names, BUNDLE-HASH.engines, by a hash of
         the bundle's path: bundles of one name elsewhere have their own there."""
-        bundle, elsewhere = self.bundle.absolute(), os.environ.get(FOLDER_VARIABLE)
+        bundle, elsewhere = self.bundle.resolve(), os.environ.get(FOLDER_VARIABLE)
         if not elsewhere:
             return self.beside
-        place = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:8]
+        place = hashlib.sha256(os.fsencode(bundle)).hexdigest()[:8]
         return Path(elsewhere) / f"{bundle.name}-{place}.engines"
 
     @property
     def beside(self) -> Path:
         """Where engines come along with their bundle, built on another machine: read, whatever `folder` is."""
-        bundle = self.bundle.absolute()
+        bundle = self.bundle.resolve()  # also of "..", and of a link to it
         return bundle.with_name(f"{bundle.name}.engines")
 
     def plans(self) -> tuple[Plan, ...]:
@@ -130,14 +130,11 @@ class PlanStore:
     def fault(self, plan: Plan, installed: Mapping[str, str] = MappingProxyType({})) -> str:
         """Why the plan is of no use any more: its file is gone or altered, the bundle's graph is another now, or its
         library is `installed` (name -> version) in another version. '' if it is of use."""
-        path = self.path(plan)
+        if gap := self.gap(plan):
+            return gap
         try:
-            if (size := path.stat().st_size) < plan.bytes:
-                return f"truncated, {size} of {plan.bytes} bytes"
-            if known_sha256(path) != plan.sha256:
+            if known_sha256(self.path(plan)) != plan.sha256:
                 return "altered since it was built"
-        except FileNotFoundError:
-            return "its file is missing"
         except OSError as failure:
             return f"can't be read ({failure.strerror})"
         if installed.get(plan.library, plan.version) != plan.version:
@@ -146,6 +143,16 @@ class PlanStore:
         if not graph.is_file():
             return f"the bundle has no {plan.graph}"
         return "" if graph_hash(graph) == plan.graph_hash else f"{plan.graph} has changed since"
+
+    def gap(self, plan: Plan) -> str:
+        """What is missing of its file, '' for nothing. Reads none of it."""
+        try:
+            size = self.path(plan).stat().st_size
+        except FileNotFoundError:
+            return "its file is missing"
+        except OSError as failure:
+            return f"can't be read ({failure.strerror})"
+        return f"truncated, {size} of {plan.bytes} bytes" if size < plan.bytes else ""
 
     def _rebuild(self, plan: Plan) -> str:
         return f"build it again: vega-edge build {self.bundle} --engine {plan.library} --part {part_of(plan.graph)}"
@@ -205,8 +212,15 @@ class PlanStore:
     def lock(self, name: str) -> Iterator[None]:
         """Held by one process at a time, and by none after it died."""
         self._make_folder()
-        with self._file_lock(name):
+        lock = self._file_lock(name)
+        try:
+            lock.acquire()
+        except OSError as failure:
+            raise self._not_ours(failure) from failure
+        try:
             yield
+        finally:
+            lock.release()
 
     def _file_lock(self, name: str, timeout_s: float = -1) -> Any:
         try:
@@ -241,10 +255,14 @@ class PlanStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            raise EngineError(
-                f"{self.folder} can't be made ({failure.strerror}); copy the bundle to a folder of yours, or set "
-                f"{FOLDER_VARIABLE} to one where engines may be kept"
-            ) from failure
+            raise self._not_ours(failure) from failure
+
+    def _not_ours(self, failure: OSError) -> EngineError:
+        done = "written to" if self.folder.is_dir() else "made"
+        return EngineError(
+            f"{self.folder} can't be {done} ({failure.strerror}); copy the bundle to a folder of yours, or set "
+            f"{FOLDER_VARIABLE} to one where engines may be kept"
+        )
 
     def _list(self, plans: list[Plan]) -> None:
         text = json.dumps(records.encode(_Index(FORMAT, tuple(sorted(plans, key=lambda p: p.file)))), indent=2)

@@ -105,6 +105,9 @@ def build_engines(
             loras=tuple(PlanLora(*lora) for lora in loras) if replaced else (), unit_px=unit_px(part, scale),
             pictures=tuple(options.sizes.batch), revision=REVISION,
         )  # fmt: skip
+        if there := _find(store, wanted):  # told where nothing may be written, too
+            built.append(BuiltEngine(there, 0.0))
+            continue
         with store.building(wanted.key) as folder:  # another process that wants the same plan waits, and then finds it
             there = _find(store, wanted)
             if there is not None:

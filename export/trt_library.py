@@ -60,7 +60,7 @@ def check_targets(library: Library, targets: tuple[str, ...], precision: str, gp
     for target in targets:
         if target not in known:
             raise unknown("target", target, known)
-    targets = targets or (AMPERE_PLUS,)
+    targets = tuple(sorted({*targets}, key=known.index)) or (AMPERE_PLUS,)  # in whatever order they were named
     if len(targets) > 1 and set(targets) & {AMPERE_PLUS, TURING}:
         raise UsageError(
             f"{AMPERE_PLUS} and {TURING} are each an engine of its own, not to be mixed with others: build one after "

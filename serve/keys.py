@@ -110,6 +110,7 @@ def add(path: Path, name: str) -> str:
     """Makes a key and returns it: this is the only time that it can be seen."""
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise UsageError(f"a key's name is 1 to 64 letters, digits, or _ . @ -, got {name!r}")
+    path = path.resolve()  # a link stays one
     key = f"SG_{secrets.token_hex(16)}"  # the form that the API's own have
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with _alone(path):
@@ -121,6 +122,7 @@ def add(path: Path, name: str) -> str:
 
 
 def revoke(path: Path, name: str) -> None:
+    path = path.resolve()
     with _alone(path):
         keys = load(path)
         if all(key.name != name for key in keys):

@@ -612,3 +612,87 @@ def test_an_engine_that_can_not_be_read_is_said_to_be_of_no_use(store, bundle, m
 
     monkeypatch.setattr(plan_store, "known_sha256", refused)
     assert store.fault(added) == "can't be read (Permission denied)"
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_what_a_file_manager_leaves_beside_a_graph_is_nothing_to_its_engines(tmp_path, with_manifest):
+    from vega_edge.manifest import MANIFEST
+    from vega_edge.models import recipes
+
+    bundle = Path(shutil.copytree(recipes()["demo-vegart"].bundle_path, tmp_path / "demo"))
+    if not with_manifest:
+        (bundle / MANIFEST).unlink()
+    graph = bundle / "unet" / "model.onnx"
+    before = graph_hash(graph)
+    for name in (".DS_Store", "._model.onnx_data", "Thumbs.db"):
+        (graph.parent / name).write_bytes(b"?")
+    (graph.parent / "folder").mkdir()
+    assert graph_hash(graph) == before
+    if not with_manifest:
+        with open(graph.parent / "model.onnx_data", "r+b") as stream:
+            stream.write(b"other weights")
+        assert graph_hash(graph) != before
+
+
+def test_engines_lie_beside_the_bundle_however_it_is_named(bundle, monkeypatch, tmp_path):
+    beside = tmp_path / "bundle.engines"
+    (tmp_path / "link").symlink_to(bundle)
+    monkeypatch.chdir(bundle / "unet")
+    for name in ("..", "../../bundle", str(tmp_path / "link"), "../../link"):
+        assert (PlanStore(Path(name)).folder, PlanStore(Path(name)).beside) == (beside, beside)
+
+
+def test_a_folder_of_engines_that_can_not_be_written_is_one_line(store, bundle, monkeypatch):
+    added = store.add(plan(bundle), b"plan", 0)
+
+    def refused(self, *args, **how):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(EngineError) as caught:
+        store.remove((added,))
+    assert str(caught.value) == (
+        f"{store.folder} can't be written to (Read-only file system); copy the bundle to a folder of yours, or set "
+        "VEGA_EDGE_ENGINES to one where engines may be kept"
+    )
+
+
+def test_an_engine_whose_copy_was_not_finished_is_passed_over(store, bundle):
+    graph = bundle / "unet" / "model.onnx"
+    good = store.add(plan(bundle, targets=("sm_89",)), b"plan", 0)
+    half = store.add(plan(bundle), b"plan", 0)
+    store.path(half).write_bytes(b"pl")
+    assert [each.plan for each in choose_plans(store, graph, ADA, {})] == [good]
+    store.path(good).unlink()
+    told = refused(choose_plans, store, graph, ADA, {})
+    assert ": the one there is listed, but truncated, 2 of 4 bytes; run: vega-edge build" in told
+
+
+@pytest.mark.parametrize("action", ["ls", "gc"])
+def test_only_rm_takes_files(bundle, store, capsys, action):
+    from vega_edge.cli import main
+
+    store.add(plan(bundle, version="1.6"), b"plan", 0)
+    assert main(["engines", action, str(bundle), "one.plan"]) == 2
+    assert capsys.readouterr().err == (
+        f"vega-edge: engines {action} takes no files; to remove some: engines rm BUNDLE FILE ...\n"
+    )
+    assert len(store.plans()) == 1
+
+
+def test_rm_and_gc_say_what_they_removed_as_json(bundle, store, capsys, monkeypatch):
+    from vega_edge.cli import main
+
+    monkeypatch.setattr(verbs_engines, "_installed", lambda: {"tensorrt-rtx": "1.7"})
+    old, kept = store.add(plan(bundle, version="1.6"), b"plan", 0), store.add(plan(bundle), b"plan", 0)
+    assert main(["engines", "gc", "--json", str(bundle)]) == 0
+    assert json.loads(capsys.readouterr().out) == [old.file]
+    assert main(["engines", "rm", "--json", str(bundle), kept.file]) == 0
+    assert json.loads(capsys.readouterr().out) == [kept.file]
+
+
+def test_engines_of_what_is_no_bundle(tmp_path, capsys):
+    from vega_edge.cli import main
+
+    assert main(["engines", "ls", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"vega-edge: {tmp_path} is not a bundle: it has no model_index.json; ")

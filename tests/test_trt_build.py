@@ -524,6 +524,8 @@ RTX = Library("tensorrt-rtx", type("M", (), {"ComputeCapability": Capability, "_
         (("sm_75",), "graph", ("sm_75",)),
         (("sm_86", "sm_89"), "int8", ("sm_86", "sm_89")),
         (("sm_89", "sm_120"), "fp8", ("sm_89", "sm_120")),
+        (("sm_89", "sm_86", "sm_89"), "graph", ("sm_86", "sm_89")),  # one engine, in whatever order they are named
+        (("ampere+", "ampere+"), "graph", ("ampere+",)),
     ],
 )
 def test_targets(targets, precision, got):
@@ -795,6 +797,15 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     np.testing.assert_array_equal(measured[1], new)
 
 
+def test_what_is_built_already_is_told_where_nothing_can_be_written(embedded, built, monkeypatch):
+    def refused(self, *args, **how):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    again = build_engines(embedded, BuildOptions("tensorrt-rtx", bundle_sizes(embedded), ("unet",)))
+    assert [(each.plan.graph, each.seconds) for each in again] == [("unet/model.onnx", 0.0)]
+
+
 def test_what_fp8_is_scaled_by_is_measured_once(graph):
     """Another target, or size, takes the same; another graph, or LoRA, does not. A damaged file is measured anew."""
     store, measured = PlanStore(graph.parent.parent), []
@@ -974,7 +985,9 @@ def test_it_is_said_where_an_engine_of_fewer_bits_will_not_run(tmp_path):
     smaller = store.add(dataclasses.replace(unet, precision="int8"), b"plan", 0)
     built = [BuiltEngine(smaller, 1.0)]
     assert build._passed_over(SimpleNamespace(path=store.bundle), built) == []
-    store.add(dataclasses.replace(unet, version="1.6"), b"plan", 0)
+    lora = (PlanLora("ab" * 32, 1.0),)
+    for other in ({"version": "1.6"}, {"targets": ("sm_86",)}, {"loras": lora}, {"graph_hash": "1"}):
+        store.add(dataclasses.replace(unet, **other), b"plan", 0)
     assert build._passed_over(SimpleNamespace(path=store.bundle), built) == []
     store.add(unet, b"plan", 0)
     assert build._passed_over(SimpleNamespace(path=store.bundle), built) == ["unet/model.onnx"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ..bundle import Bundle
+    from ..engines.plan_store import Plan
     from ..export.trt_build import BuildOptions, BuiltEngine
 
 _FLAGS = ("static", "refit", "stripped", "weight_streaming")
@@ -114,11 +115,20 @@ def _passed_over(bundle: Bundle, built: Sequence[BuiltEngine]) -> list[str]:
     """The graphs whose plans of fewer bits, asked for now, are not those that will run."""
     from ..engines.plan_store import PlanStore
 
+    exact = [plan for plan in PlanStore(bundle.path).plans() if plan.precision == "graph"]
     plans = [each.plan for each in built if each.plan.precision != "graph"]
-    exact = {
-        (plan.graph, plan.library, plan.version) for plan in PlanStore(bundle.path).plans() if plan.precision == "graph"
-    }
-    return [plan.graph for plan in plans if (plan.graph, plan.library, plan.version) in exact]
+    return [plan.graph for plan in plans if any(_goes_before(other, plan) for other in exact)]
+
+
+def _goes_before(exact: Plan, plan: Plan) -> bool:
+    """On every GPU that `plan` is for."""
+    from ..export.trt_library import AMPERE_PLUS, TURING
+
+    def same(p: Plan) -> tuple[object, ...]:
+        return p.graph, p.graph_hash, p.library, p.version, p.loras
+
+    covers = {*plan.targets} <= {*exact.targets} or (AMPERE_PLUS in exact.targets and TURING not in plan.targets)
+    return same(exact) == same(plan) and covers
 
 
 def _options(bundle: Bundle, arguments: argparse.Namespace) -> BuildOptions:

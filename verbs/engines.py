@@ -28,16 +28,28 @@ def add(p: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..bundle import Bundle
     from ..engines.plan_store import PlanStore
     from ..models import find_bundle
 
     store = PlanStore(find_bundle(arguments.bundle))
+    if arguments.files and arguments.action != "rm":
+        raise UsageError(f"engines {arguments.action} takes no files; to remove some: engines rm BUNDLE FILE ...")
+    if not store.folder.is_dir() and not store.beside.is_dir():
+        Bundle.open(store.bundle, verify=False)  # what is no bundle is not one without engines
     if arguments.action == "ls":
         _list(store, arguments.json)
     elif arguments.action == "rm":
-        _remove(store, arguments.files)
+        _say(_remove(store, arguments.files), arguments.json)
     else:
-        _clean(store)
+        _say(_clean(store), arguments.json)
+
+
+def _say(names: list[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(names, indent=2))
+    elif names:
+        print(*names, sep="\n")
 
 
 def _list(store: PlanStore, as_json: bool) -> None:
@@ -63,18 +75,19 @@ def _describe(plan: Plan) -> str:
     return f"{plan.library} {plan.version} {','.join(plan.targets)}  {shapes}  {' '.join(extras)}".rstrip()
 
 
-def _remove(store: PlanStore, files: list[str]) -> None:
+def _remove(store: PlanStore, files: list[str]) -> list[str]:
     plans = {plan.file: plan for plan in store.own()}
     if not files:
         raise UsageError("engines rm: name the files to remove, as engines ls prints them")
     for file in files:
         if file not in plans:
             raise UsageError(f"there is no engine {file} in {store.folder}; see: vega-edge engines ls {store.bundle}")
-    store.remove(tuple(plans[file] for file in dict.fromkeys(files)))
-    print(*files, sep="\n")
+    names = list(dict.fromkeys(files))
+    store.remove(tuple(plans[file] for file in names))
+    return names
 
 
-def _clean(store: PlanStore) -> None:
+def _clean(store: PlanStore) -> list[str]:
     installed = _installed()
     unusable = tuple(plan for plan in store.own() if store.fault(plan, installed))
     strays = store.stray(installed)
@@ -87,11 +100,10 @@ def _clean(store: PlanStore) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for name in (*(plan.file for plan in unusable), *(path.name for path in strays)):
-        print(name)
     missing = len(unusable) + len(strays) - len(there)
     gone = f"; {missing} more were listed, and missing" if missing else ""
     print(f"{len(there)} files, {freed / 1e6:.1f} MB removed from {store.folder}{gone}", file=sys.stderr)
+    return [*(plan.file for plan in unusable), *(path.name for path in strays)]
 
 
 def _installed() -> dict[str, str]:
