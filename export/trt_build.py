@@ -139,7 +139,8 @@ def _job(store: PlanStore, wanted: Plan, library: Library, source: Path, gpu: in
 
 
 def _timing(store: PlanStore, wanted: Plan) -> Path:
-    return store.folder / f"{wanted.library}-{wanted.version}-{'-'.join(wanted.targets)}.timing"
+    name = f"{wanted.library}-{wanted.version}-{'-'.join(wanted.targets)}-{part_of(wanted.graph)}"  # two parts may be built at once
+    return store.folder / f"{name}.timing"
 
 
 def _build(store: PlanStore, wanted: Plan, job: Job, folder: Path, progress: Progress) -> BuiltEngine:
