@@ -236,4 +236,5 @@ def test_the_kiosks_units_are_units_that_are_enabled():
     (user,) = (line.removeprefix("User=") for line in lines if line.startswith("User="))
     (session,) = (line.removeprefix("PAMName=") for line in lines if line.startswith("PAMName="))
     assert re.search(rf"sudo useradd .*\b{user}\b", text)
+    assert "sudo apt install cage xwayland wget" in text  # Cage 0.1.4 ends without Xwayland
     assert re.search(rf"`/etc/pam\.d/{session}`:\n\n```\n[^`]*pam_systemd\.so", text)
