@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 import vega_edge
+from vega_edge.bundle import Bundle
 from vega_edge.cli import _parser as parser
-from vega_edge.models import recipes
+from vega_edge.engines.plan_choice import needed_graphs
+from vega_edge.models import find_bundle, recipes
+from vega_edge.runtime.vae_choice import unused_parts
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -195,3 +198,43 @@ def test_the_kiosk_builds_what_its_page_asks_for():
     for options in builds:
         assert "--static" in options and "--size" not in options
     assert "sudo chown -R 1000:1000 /opt/kiosk" in text  # USER of the image
+
+
+def test_the_kiosks_start_builds_no_part_that_was_not_built_before():
+    """The swap that building needs is gone then. The parts are those that `--vae tiny` draws with."""
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8")
+    (options,) = re.findall(r"VEGA_EDGE_BUILD=([^\"]*)", text)
+    (loop,) = re.findall(r"for part in (.*); do", text)
+    parts = parser().parse_args(["build", "segmind-vegart", "--engine", "tensorrt", *options.split()]).part
+    assert loop.split() == parts
+    bundle = Bundle.open(find_bundle("demo-vegart"))  # of the same architecture
+    drawn_with = {graph.parent.name for graph in needed_graphs(bundle.path)} - unused_parts(bundle, "tiny")
+    assert set(parts) == drawn_with and len(parts) == len(drawn_with)
+
+
+def test_the_kiosks_containers_see_its_folder():
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    runs = [line for line in text.splitlines() if "docker run" in line]
+    assert len(runs) == 4
+    for line in runs:
+        assert re.search(r"(-v|--volume) /opt/kiosk:/data ", line) and "segmind-vegart" in line
+    assert "docker build -f docker/jetson.Dockerfile -t vega-edge:jetson ." in text
+
+
+def test_the_kiosks_units_are_units_that_are_enabled():
+    """What systemd needs for a compositor that nobody is logged in for: a session, a terminal, and time for the server."""
+    text = (ROOT / "docs" / "kiosk.md").read_text(encoding="utf-8")
+    units = re.findall(r"`/etc/systemd/system/(\S+)\.service`.*?```ini\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _ in units] == ["vega-edge", "kiosk-screen"]
+    for name, unit in units:
+        assert re.findall(r"(?m)^\[.*", unit) == ["[Unit]", "[Service]", "[Install]"]
+        assert re.search(r"(?m)^ExecStart=/", unit) and "\nRestartSec=" in unit
+        assert re.search(rf"sudo systemctl enable (--now )?{name}\b", text)
+    lines = units[1][1].splitlines()
+    assert {"TTYPath=/dev/tty1", "StandardInput=tty-fail", "TimeoutStartSec=infinity"} <= {*lines}
+    assert "Conflicts=getty@tty1.service" in lines
+    (user,) = (line.removeprefix("User=") for line in lines if line.startswith("User="))
+    (session,) = (line.removeprefix("PAMName=") for line in lines if line.startswith("PAMName="))
+    assert re.search(rf"sudo useradd .*\b{user}\b", text)
+    assert "sudo apt install cage xwayland wget" in text  # Cage 0.1.4 ends without Xwayland
+    assert re.search(rf"`/etc/pam\.d/{session}`:\n\n```\n[^`]*pam_systemd\.so", text)
