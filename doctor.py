@@ -65,16 +65,21 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def examine(bundle_folders: Iterable[Path] = (), model: Path | None = None, device: str | None = None) -> Report:
+def examine(
+    bundle_folders: Iterable[Path] = (),
+    model: Path | None = None,
+    device: str | None = None,
+    unused: frozenset[str] = frozenset(),
+) -> Report:
     """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist. `model`: a bundle's
-    folder; `device`: cpu, cuda or cuda:N, both as they would be drawn with. BundleError where there is no such bundle."""
+    folder; `device`: cpu, cuda or cuda:N, both as they would be drawn with; `unused`: its parts that would not. BundleError where there is no such bundle."""
     gpus, why_no_gpu = _gpus()
     if model is None:
         auto, passed_over = engines.best_engine(device=device)
         auto_small, _ = engines.best_engine(model_bytes=0, device=device)
     else:
         size, precision = sum(f.stat().st_size for f in model.glob("*/*.onnx*")), Bundle.open(model, False).precision
-        auto, passed_over = engines.best_engine(size, engines.BuiltFor(model), device, precision)
+        auto, passed_over = engines.best_engine(size, engines.BuiltFor(model, unused), device, precision)
         auto_small = auto
     no_engine = [] if auto else ['no engine can be used; pip install "vega-edge[cpu]"']
     return Report(

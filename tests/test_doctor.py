@@ -103,6 +103,20 @@ def test_what_auto_takes_for_a_bundle(monkeypatch, capsys):
     assert "  auto passes over tensorrt (it is not installed)\n" in told
 
 
+def test_a_bundle_that_draws_with_its_small_decoder_needs_no_other(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(engines, "best_engine", lambda size, built, *more: asked.append(built.unused) or ("fake", []))
+    for more in ([], ["--vae", "tiny"]):
+        assert main(["doctor", "demo-vegart", *more]) == 0
+    assert asked == [frozenset(), frozenset({"vae_decoder"})]
+    capsys.readouterr()
+    assert (main(["doctor", "demo-vegart", "--vae", "small"]), main(["doctor", "--vae", "tiny"])) == (2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "vega-edge: unknown vae 'small'; there are: full, tiny",
+        "vega-edge: doctor --vae is about a BUNDLE: name one",
+    ]
+
+
 def test_doctor_of_a_bundle_that_is_not_there(capsys):
     assert main(["doctor", "nowhere/at-all"]) == 1
     assert capsys.readouterr().err.startswith("vega-edge: ")
