@@ -10,7 +10,7 @@ much JSON, then the file.
     from us  ready (models, schedulers)           after hello, or at once
              waiting (id, slot, ahead)            others are being drawn for; ahead: other pages that wait
              started (id, slot)                   after waiting
-             preview, picture                     binary; id, slot, index, total, seed, seconds, parameters
+             preview, picture                     binary; id, slot, index, total, seed, seconds, parameters, adjusted
              error (id, slot, error)              retry_s, where the same will be drawn after so long
              pong
 """
@@ -71,7 +71,7 @@ def picture(facts: dict[str, Any], done: Done, media: str) -> dict[str, Any]:
         "type": "picture", **facts, "seed": request.seed, "media": media, "width": request.width,
         "height": request.height, "steps": request.steps, "scheduler": request.scheduler,
         "seconds": {k: round(v, 4) for k, v in done.seconds.items()},
-        "parameters": request.parameters(done.model, __version__),
+        "parameters": request.parameters(done.model, __version__), "adjusted": done.cut_off,
     }  # fmt: skip
 
 

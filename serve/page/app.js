@@ -177,7 +177,7 @@ async function show(head, blob, final) {
 }
 
 function pictureOf(head, { request: { prompt } }, blob) {
-  const caption = `${head.scheduler}, ${head.steps} steps, seed ${head.seed}, ${head.width} × ${head.height}`;
+  const caption = [head.scheduler, `${head.steps} steps`, `seed ${head.seed}`, `${head.width} × ${head.height}`, ...(head.adjusted ?? [])].join(", ");
   return { done: 1, alt: prompt, caption, file: { blob, prompt, seed: head.seed } };
 }
 
@@ -196,7 +196,7 @@ function finished(head, job, frame) {
   $("device").textContent = milliseconds(1000 * head.seconds.draw);
   if (!Object.keys(pending).length) state("ready", "Ready");
   root.dataset.shown = head.id; // for those who watch from outside
-  if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say("Picture drawn"); }, SETTLED_MS);
+  if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say(["Picture drawn", ...(head.adjusted ?? [])].join(", ")); }, SETTLED_MS);
 }
 
 function fault(message) {
