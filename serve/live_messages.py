@@ -18,6 +18,7 @@ much JSON, then the file.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
@@ -59,8 +60,15 @@ def number(message: dict[str, Any]) -> int | None:
     return value if isinstance(value, int) and abs(value) < 2**53 else None
 
 
-def ready(entries: list[Entry]) -> dict[str, Any]:
-    models = [{"name": e.recipe.name, "title": e.recipe.title, "parameters": e.parameters} for e in entries]
+def ready(entries: list[Entry], slugs: Mapping[str, str]) -> dict[str, Any]:
+    """slugs: every name that is known here, and the name of the model that it means."""
+    models = [
+        {
+            "name": e.slug, "title": e.recipe.title, "parameters": e.parameters,
+            "slugs": sorted(slug for slug, name in slugs.items() if name == e.slug != slug),
+        }
+        for e in entries
+    ]  # fmt: skip
     schedulers = list(dict.fromkeys(row.name for row in all_schedulers()))
     return {"type": "ready", "version": __version__, "models": models, "schedulers": schedulers}
 

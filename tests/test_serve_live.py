@@ -101,6 +101,7 @@ def test_webp_and_what_ready_says(server: Running) -> None:
     with live(server, ready=False) as socket:
         ready = receive(socket)
         assert ready["models"][0]["name"] == "demo-vegart"  # the machine may have others besides
+        assert {"segmind-vega", "segmind-vega-rt-v1"} < set(ready["models"][0]["slugs"])  # aliases
         assert ready["models"][0]["parameters"]["num_inference_steps"]["default"] == 4
         assert {"LCM", "Euler a"} <= set(ready["schedulers"])
         send(socket, type="draw", id=1, prompt="a", format="webp", previews="off")
