@@ -356,6 +356,19 @@ def test_metrics_health_and_description(server: Running) -> None:
     assert server.http.get("/docs").status_code == 200
 
 
+def test_the_description_says_which_models_are_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Running
+) -> None:
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    described = server.http.get("/openapi.json").json()["paths"]
+    for version in ("v1", "v2"):
+        told = described[f"/{version}/demo-vega"]["post"]["summary"]
+        assert told == "Not here; make it with: vega-edge export demo-vega"
+        assert not described[f"/{version}/segmind-vega"]["post"]["summary"].startswith(
+            "Not here"
+        )  # an alias of one that is
+
+
 def test_one_line_a_request_and_prompts_only_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for prompts in (False, True):
         caplog.clear()
