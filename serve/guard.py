@@ -130,7 +130,10 @@ class Guard:
             return 403, "requests from other web pages are not allowed; behind a proxy for TLS: --trusted-proxy ADDRESS"
         if self._service.stopping and scope["path"] not in _PROBES:
             return 503, "the server is shutting down; try again in a moment", {"retry-after": "5"}
-        return None if self._keys is None or _is_open(scope) else self._key_fault(scope, headers)
+        fault = None if self._keys is None or _is_open(scope) else self._key_fault(scope, headers)
+        if fault is None and scope["type"] == "websocket" and scope["path"] != "/live":
+            return 403, f"no WebSocket is at {scope['path'][:80]!r}; there is one at /live"
+        return fault
 
     def _key_fault(self, scope: Scope, headers: Mapping[str, str]) -> tuple[Any, ...] | None:
         assert self._keys is not None

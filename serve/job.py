@@ -11,8 +11,10 @@ from PIL import Image
 
 from ..errors import VegaEdgeError
 from ..runtime.request import Request
+from ..runtime.tokenizer import ROOM
 
 DEFECT = "an internal error; it is in the log"  # of a job: nothing of ours leaks to a client
+_PROMPTS = {"prompt": "prompt", "negative": "negative_prompt"}  # as the API calls them
 
 
 class Overloaded(VegaEdgeError):
@@ -59,6 +61,11 @@ class Done:
     seconds: Mapping[str, float]
     together: int = 1
     unread: tuple[str, ...] = ()
+
+    @property
+    def cut_off(self) -> list[str]:
+        """What a client is told of the prompts that were not read to their ends."""
+        return [f"{_PROMPTS[name]} cut off after {ROOM} tokens" for name in self.unread]
 
 
 @dataclass(frozen=True)

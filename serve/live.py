@@ -150,7 +150,8 @@ class Socket:
 
     async def serve(self) -> None:
         sender = asyncio.create_task(self._send())
-        self._say(messages.ready(list(self._entries.values())))
+        slugs = {slug: entry.recipe.name for slug, entry in self._service.entries.items()}
+        self._say(messages.ready(list(self._entries.values()), slugs))
         try:
             while True:
                 await self._receive()

@@ -10,7 +10,7 @@ much JSON, then the file.
     from us  ready (models, schedulers)           after hello, or at once
              waiting (id, slot, ahead)            others are being drawn for; ahead: other pages that wait
              started (id, slot)                   after waiting
-             preview, picture                     binary; id, slot, index, total, seed, seconds, parameters
+             preview, picture                     binary; id, slot, index, total, seed, seconds, parameters, adjusted
              error (id, slot, error)              retry_s, where the same will be drawn after so long
              pong
 """
@@ -18,6 +18,7 @@ much JSON, then the file.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
@@ -59,8 +60,15 @@ def number(message: dict[str, Any]) -> int | None:
     return value if isinstance(value, int) and abs(value) < 2**53 else None
 
 
-def ready(entries: list[Entry]) -> dict[str, Any]:
-    models = [{"name": e.recipe.name, "title": e.recipe.title, "parameters": e.parameters} for e in entries]
+def ready(entries: list[Entry], slugs: Mapping[str, str]) -> dict[str, Any]:
+    """slugs: every name that is known here, and the name of the model that it means."""
+    models = [
+        {
+            "name": e.slug, "title": e.recipe.title, "parameters": e.parameters,
+            "slugs": sorted(slug for slug, name in slugs.items() if name == e.slug != slug),
+        }
+        for e in entries
+    ]  # fmt: skip
     schedulers = list(dict.fromkeys(row.name for row in all_schedulers()))
     return {"type": "ready", "version": __version__, "models": models, "schedulers": schedulers}
 
@@ -71,7 +79,7 @@ def picture(facts: dict[str, Any], done: Done, media: str) -> dict[str, Any]:
         "type": "picture", **facts, "seed": request.seed, "media": media, "width": request.width,
         "height": request.height, "steps": request.steps, "scheduler": request.scheduler,
         "seconds": {k: round(v, 4) for k, v in done.seconds.items()},
-        "parameters": request.parameters(done.model, __version__),
+        "parameters": request.parameters(done.model, __version__), "adjusted": done.cut_off,
     }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], 
         code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in codes.items()
     }
     return {
-        "summary": summary,
+        "summary": summary if entry.ready else f"Not here; {entry.recipe.cure}",
         "operationId": f"{tag} {entry.slug}",
         "tags": [tag],
         "description": f"Drawn by {entry.recipe.name}: {entry.recipe.title}.",

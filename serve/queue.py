@@ -90,6 +90,7 @@ class JobQueue:
         self._require_disk()
         self._worker.require_room(client)  # so that a refusal costs the disk nothing
         record = self._new(asked.prompt, asked.options, model, client, base64=asked.base64)
+        record = replace(record, adjusted=asked.adjusted)
         await self._write_down(self._store.add, record)
         try:
             self._worker.submit(self._job(record))
@@ -179,7 +180,8 @@ class JobQueue:
             self._metrics.stage(record.model, "encode", time.perf_counter() - start)
             self._metrics.stage(record.model, "total", total)
             taken = {"inference_time": event.seconds["draw"], "queue_time": event.seconds["queue"]}
-            self._store.complete(record.id, {**_rounded(taken), "total_time": total})
+            adjusted = [*record.adjusted, *event.cut_off]
+            self._store.complete(record.id, {**_rounded(taken), "total_time": total}, adjusted)
         elif isinstance(event, Failed) and isinstance(event.error, Stopping):
             self._store.put_back(record.id)
         elif isinstance(event, Failed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 QUEUED, PROCESSING, COMPLETED, FAILED = "QUEUED", "PROCESSING", "COMPLETED", "FAILED"
+_LINE = re.compile(r"[ -~]*")  # what a header takes
 
 
 @dataclass(frozen=True)
 class Record:
-    """A job as it is on disk. files: of its pictures, made or to be made. created: seconds since 1970."""
+    """A job as it is on disk. files: of its pictures, made or to be made. created: seconds since 1970. adjusted: what is
+    drawn otherwise than asked; on disk it is among the metrics, so that older versions can read the same table."""
 
     id: str
     status: str
@@ -28,6 +31,7 @@ class Record:
     error: str | None
     metrics: Mapping[str, Any]
     created: float
+    adjusted: Sequence[str] = ()
 
 
 def record_of(row: sqlite3.Row) -> Record:
@@ -54,9 +58,12 @@ def _checked(row: sqlite3.Row) -> Record:
     names = [file for file in files if isinstance(file, str) and Path(file).name == file]
     if names != files or (status != FAILED and len(names) != options.get("samples", 1)):
         raise ValueError("files are not the job's pictures")
+    adjusted = metrics.pop("adjusted", [])
+    if not isinstance(adjusted, list) or not all(isinstance(each, str) and _LINE.fullmatch(each) for each in adjusted):
+        raise ValueError("metrics say of adjusted what can't be told")
     return Record(
         row["id"], status, row["attempts"], row["client"], row["model"], row["prompt"], options, bool(row["base64"]),
-        files, row["error"], metrics, row["created"],
+        files, row["error"], metrics, row["created"], adjusted,
     )  # fmt: skip
 
 

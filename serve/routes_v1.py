@@ -6,13 +6,13 @@ import asyncio
 import base64
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..runtime.tokenizer import ROOM
 from .images import encode
 from .job import Done, Job
 from .params import Asked, parse_body, read
@@ -20,7 +20,6 @@ from .service import Service, read_body
 from .settings import CREDITS
 
 ADJUSTED = "x-vega-edge-adjusted"
-_NAMES = {"prompt": "prompt", "negative": "negative_prompt"}
 
 
 def router(service: Service) -> APIRouter:
@@ -93,10 +92,12 @@ def _headers(done: Done, asked: Asked) -> dict[str, str]:
         "x-remaining-credits": str(CREDITS), "x-cost": "0.0", "x-seed-value": str(done.request.seed),
         "x-generation-time": f"{done.seconds['draw']:.4f}", "x-output-metadata": json.dumps(size),
     }  # fmt: skip
-    cut = [f"{_NAMES[name]} cut off after {ROOM} tokens" for name in done.unread]
-    if asked.adjusted or cut:
-        headers[ADJUSTED] = ", ".join([*asked.adjusted, *cut])
-    return headers
+    return {**headers, **adjusted([*asked.adjusted, *done.cut_off])}
+
+
+def adjusted(what: Sequence[str]) -> dict[str, str]:
+    """The header that says what is drawn otherwise than asked, where anything is."""
+    return {ADJUSTED: ", ".join(what)} if what else {}
 
 
 async def _left(request: HttpRequest) -> None:

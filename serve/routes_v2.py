@@ -15,7 +15,7 @@ from ..errors import UsageError
 from .openapi import RESULT, STATUS, answers
 from .params import parse_body, read
 from .record import COMPLETED, FAILED, QUEUED, Record
-from .routes_v1 import ADJUSTED, note
+from .routes_v1 import adjusted, note
 from .service import NotFound, Service, read_body
 from .settings import CREDITS, POLL_S
 
@@ -35,8 +35,7 @@ def router(service: Service) -> APIRouter:
         summary="Whether it is drawn; held open for up to 20 s while it is not",
     )  # fmt: skip
     async def status(request_id: str, request: HttpRequest) -> Response:
-        record = await _find(service, request_id, POLL_S)
-        return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
+        return _status_of(await _find(service, request_id, POLL_S), request)
 
     for path, about in (
         ("/v2/requests/{request_id}", "The outcome"),
@@ -47,8 +46,9 @@ def router(service: Service) -> APIRouter:
         async def result(request_id: str, request: HttpRequest) -> Response:
             record = await _find(service, request_id)
             if record.status == COMPLETED:
-                return JSONResponse(await asyncio.to_thread(_result, service, record, request))
-            return JSONResponse(_status(record, request), 422 if record.status == FAILED else 200)
+                answer = await asyncio.to_thread(_result, service, record, request)
+                return JSONResponse(answer, headers=adjusted(record.adjusted))
+            return _status_of(record, request)
 
     @routes.api_route("/generations/{file}", methods=["GET", "HEAD"], include_in_schema=False, summary="A picture")
     async def picture(file: str) -> Response:
@@ -69,7 +69,7 @@ async def _submit(service: Service, slug: str, request: HttpRequest) -> Response
     entry = service.entry(slug)
     body = await parse_body(await read_body(request), request.headers.get("content-type", ""))
     client, model = request.scope["client_name"], entry.recipe.name
-    headers = {}
+    headers: dict[str, str] = {}
     try:
         asked = read(body, entry, service.settings.limits, service.settings.prompt_chars)
     except UsageError as error:
@@ -77,8 +77,7 @@ async def _submit(service: Service, slug: str, request: HttpRequest) -> Response
     else:
         note(request, service.settings.log_prompts, asked, model=model)
         service.charge(client, asked.options)
-        if asked.adjusted:
-            headers[ADJUSTED] = ", ".join(asked.adjusted)
+        headers = adjusted(asked.adjusted)
         job = await service.queue.submit(asked, model, client)
     request.scope["log"]["job"] = job
     urls = _urls(job, request)
@@ -97,12 +96,17 @@ def _not_found(job: str) -> NotFound:
     return NotFound(f"Request {job[:80]} not found")
 
 
+def _status_of(record: Record, request: HttpRequest) -> Response:
+    status = 422 if record.status == FAILED else 200
+    return JSONResponse(_status(record, request), status, adjusted(record.adjusted))
+
+
 def _status(record: Record, request: HttpRequest) -> dict[str, Any]:
     body: dict[str, Any] = {"status": record.status, "request_id": record.id}
     if record.status == FAILED:
         return {**body, "error": record.error, "metrics": _times(record)}
     if record.status == COMPLETED:
-        return {**body, "metrics": _metrics(record)}
+        return {**body, "metrics": _metrics(record), **_adjusted(record)}
     return {**body, **_urls(record.id, request), "metrics": {}}
 
 
@@ -123,11 +127,17 @@ def _result(service: Service, record: Record, request: HttpRequest) -> dict[str,
     result: dict[str, Any] = {
         "status": COMPLETED, "request_id": record.id, "error": None, "output": images[0]["url"], "images": images,
         "seed": str(record.options["seed"]), "prompt": record.prompt, "timings": {}, "metrics": _metrics(record),
+        **_adjusted(record),
     }  # fmt: skip
     if record.base64:
         texts = [base64.b64encode(each).decode() for each in data]
         result["image"] = texts[0] if len(texts) == 1 else texts
     return result
+
+
+def _adjusted(record: Record) -> dict[str, Any]:
+    """A field of ours, which the API's answers do not have."""
+    return {"adjusted": list(record.adjusted)} if record.adjusted else {}
 
 
 def _metrics(record: Record) -> dict[str, Any]:

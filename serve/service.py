@@ -107,6 +107,11 @@ def build(settings: Settings, open_model: Callable[[str], Drawer] | None = None)
             raise UsageError(f"--preload: unknown model {name!r}; there are: {', '.join(sorted(entries))}")
         entries[name].require_ready()
     for name in settings.loras:
+        model = settings.aliases.get(name, name)
+        if model != name:
+            raise UsageError(
+                f"--lora: {name} is an alias here, for {model}; give the LoRA to that: --lora {model}=FILE"
+            )
         if name not in recipes:
             raise UsageError(f"--lora: unknown model {name!r}; there are: {', '.join(sorted(recipes))}")
     if missing := [file for loras in settings.loras.values() for file, _ in loras if not file.is_file()]:

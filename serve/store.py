@@ -13,7 +13,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,11 @@ class Store:
 
     def add(self, record: Record) -> None:
         self._write(
-            "INSERT INTO jobs (id, status, client, model, prompt, options, base64, files, created)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO jobs (id, status, client, model, prompt, options, base64, files, metrics, created)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             record.id, record.status, record.client, record.model, record.prompt, json.dumps(dict(record.options)),
-            record.base64, json.dumps(list(record.files)), record.created,
+            record.base64, json.dumps(list(record.files)), _metrics(record.metrics, record.adjusted),
+            record.created,
         )  # fmt: skip
 
     def drop(self, job: str) -> None:
@@ -125,17 +126,17 @@ class Store:
             QUEUED, job, PROCESSING,
         )  # fmt: skip
 
-    def complete(self, job: str, metrics: Mapping[str, Any]) -> None:
-        self._end(job, COMPLETED, None, metrics)
+    def complete(self, job: str, metrics: Mapping[str, Any], adjusted: Sequence[str] = ()) -> None:
+        self._end(job, COMPLETED, None, _metrics(metrics, adjusted))
 
     def fail(self, job: str, error: str, metrics: Mapping[str, Any]) -> None:
-        self._end(job, FAILED, error, metrics)
+        self._end(job, FAILED, error, _metrics(metrics))
 
-    def _end(self, job: str, status: str, error: str | None, metrics: Mapping[str, Any]) -> None:
+    def _end(self, job: str, status: str, error: str | None, metrics: str) -> None:
         """The first end counts; there is no second."""
         self._write(
             "UPDATE jobs SET status = ?, error = ?, metrics = ?, finished = ? WHERE id = ? AND status IN (?, ?)",
-            status, error, json.dumps(dict(metrics)), time.time(), job, QUEUED, PROCESSING,
+            status, error, metrics, time.time(), job, QUEUED, PROCESSING,
         )  # fmt: skip
 
     def get(self, job: str) -> Record | None:
@@ -147,7 +148,7 @@ class Store:
         again, once; the second time it has failed. One whose pictures are all there has been drawn."""
         for record in self._readable(PROCESSING):
             if all((self.pictures / file).is_file() for file in record.files):
-                self.complete(record.id, _since(record))
+                self.complete(record.id, _since(record), record.adjusted)
             elif record.attempts > 1:
                 self.fail(record.id, f"the server ended {record.attempts} times while it drew this", _since(record))
             else:
@@ -224,6 +225,10 @@ def _as_store_error(path: Path) -> Iterator[None]:
 
 def _since(record: Record) -> dict[str, float]:
     return {"total_time": round(time.time() - record.created, 4)}
+
+
+def _metrics(metrics: Mapping[str, Any], adjusted: Sequence[str] = ()) -> str:
+    return json.dumps({**metrics, **({"adjusted": list(adjusted)} if adjusted else {})})
 
 
 def _text(data: bytes) -> str:

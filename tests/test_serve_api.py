@@ -356,6 +356,19 @@ def test_metrics_health_and_description(server: Running) -> None:
     assert server.http.get("/docs").status_code == 200
 
 
+def test_the_description_says_which_models_are_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Running
+) -> None:
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    described = server.http.get("/openapi.json").json()["paths"]
+    for version in ("v1", "v2"):
+        told = described[f"/{version}/demo-vega"]["post"]["summary"]
+        assert told == "Not here; make it with: vega-edge export demo-vega"
+        assert not described[f"/{version}/segmind-vega"]["post"]["summary"].startswith(
+            "Not here"
+        )  # an alias of one that is
+
+
 def test_one_line_a_request_and_prompts_only_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for prompts in (False, True):
         caplog.clear()
@@ -648,12 +661,38 @@ def test_a_prompt_that_is_cut_off_is_told(tmp_path: Path) -> None:
     assert told == ["prompt cut off after 75 tokens", None]
 
 
+def test_v2_says_what_was_drawn_otherwise_and_what_was_cut_off_also_after_a_restart(tmp_path: Path) -> None:
+    long = {"prompt": "a red star " * 40, "negative_prompt": "blue " * 90, "img_width": 1024, "img_height": 64}
+    sides = {"img_width": 64, "img_height": 64}
+    told = {"img_width=128", *OF_FEW_STEPS.split(", "), "prompt cut off after 75 tokens"}
+    with running(tmp_path, real=True) as server:
+        asked = {**long, "guidance_scale": 9, "num_inference_steps": 25, "scheduler": "UniPC"}
+        job, other = (
+            server.post(path, body).json()["request_id"]
+            for path, body in (("/v2/segmind-vega", asked), ("/v2/demo-vegart", {"prompt": "a", **sides}))
+        )
+        for _ in range(2):
+            answer = server.http.get(f"/v2/requests/{job}/status")
+            assert set(answer.json()["adjusted"]) >= told, answer.text
+        assert "adjusted" not in server.http.get(f"/v2/requests/{other}/status").json()
+    with running(tmp_path) as server:
+        for path in (f"/v2/requests/{job}", f"/v2/requests/{job}/status", f"/v1/requests/{job}"):
+            answer = server.http.get(path)
+            assert set(answer.headers["x-vega-edge-adjusted"].split(", ")) == set(answer.json()["adjusted"]) >= told
+            assert set(answer.json()["metrics"]) == METRICS
+        answer = server.http.get(f"/v2/requests/{other}")
+        assert "adjusted" not in answer.json() and "x-vega-edge-adjusted" not in answer.headers
+
+
 def test_aliases_that_are_wrong() -> None:
     with pytest.raises(UsageError, match="unknown model 'nope'"):
         catalog({"segmind-vega": "nope"})
     with pytest.raises(UsageError) as failure:
         catalog({"a/b": "demo-vegart"})
     assert str(failure.value) == "--alias must be SLUG=MODEL, and a slug has no slash, got 'a/b'"
+
+
+METRICS = {"inference_time", "queue_time", "total_time", "cost", "remaining_credits"}
 
 
 def test_the_sdk_base_url_without_v1(server: Running) -> None:

@@ -49,6 +49,9 @@ HOST = "--allow-host must be a name alone, such as draw.example, without a port 
     [
         (["--alias", "x=nope"], "unknown model 'nope'; there are: "),
         (["--alias", "a/b=demo-vegart"], "--alias must be SLUG=MODEL, and a slug has no slash, got 'a/b'"),
+        (["--alias", "a=demo-vegart", "--alias", "b=demo-vegart", "--alias", "a=demo-vega"], "--alias: 'a' is given twice, for demo-vegart and for demo-vega; leave one out"),
+        (["--alias", "segmind-vega=demo-vega"], "segmind-vega: the model demo-vega has no bundle here; make it with: vega-edge export demo-vega, or let another stand in: --alias segmind-vega=MODEL"),
+        (["--alias", "segmind-vega=demo-vegart", "--lora", "segmind-vega=missing"], "--lora: segmind-vega is an alias here, for demo-vegart; give the LoRA to that: --lora demo-vegart=FILE"),
         (["--preload", "nope"], "--preload: unknown model 'nope'; there are: "),
         (["--preload", "segmind-vega"], "segmind-vega: the model segmind-vega has no bundle here; make it with: vega-edge export segmind-vega, or let another stand in: --alias segmind-vega=MODEL"),
         (["--lora", "nope=missing"], "--lora: unknown model 'nope'; there are: "),
@@ -82,6 +85,11 @@ def test_folders_for_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (status, text.startswith(f"--data: {folder} can't be written: ")) == (1, True)
     assert said(capsys, "--data", tmp_path / "new" / "deep") == (0, "")
     assert list(tmp_path.iterdir()) == [file]  # nothing stays
+    pictures = tmp_path / "data" / "generations"
+    pictures.parent.mkdir()
+    pictures.touch()
+    why = f"--data: {pictures} can't be written: Not a directory; choose another folder"
+    assert said(capsys, "--data", pictures.parent) == (1, why)
 
 
 def test_loras_and_bundles_are_looked_into(

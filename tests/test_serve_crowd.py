@@ -24,6 +24,12 @@ from .serve_fakes import FakeDrawer, Gate
 from .serve_running import Running, running, wait_until
 from .test_serve_live import live, receive, send
 
+POST = b"POST /v1/demo-vegart HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+UNFINISHED = POST + b"Content-Length: 15\r\n\r\n{"
+HELLO = (
+    b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 BUSY = "too many pages are just connecting; try again later"
 
 
@@ -67,14 +73,10 @@ def test_more_strangers_push_out_strangers_and_not_a_page_that_is_slow_with_its_
 
 def test_strangers_who_come_at_once_are_no_more_than_others(keyed: tuple[Running, str]) -> None:
     server, _ = keyed
-    hello = (
-        b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
     with contextlib.ExitStack() as open_now:
         strangers = [open_now.enter_context(client(server)) for _ in range(3 * NEWCOMERS)]
         for stranger in strangers:
-            stranger.sendall(hello)
+            stranger.sendall(HELLO)
         heard = dict.fromkeys(strangers, b"")
 
         def pushed_out() -> int:
@@ -116,27 +118,60 @@ def test_silent_connections_keep_no_client_out(tmp_path: Path) -> None:
 
 def test_who_has_most_connections_takes_none_from_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """All that it has are busy, so it is told to come again, in our form, and it is logged and counted."""
+    gate = Gate()
     with (
         caplog.at_level("INFO", "vega_edge.serve.requests"),
-        running(tmp_path, connections=4) as server,
+        running(tmp_path, FakeDrawer(before_step=gate), connections=5) as server,
         contextlib.ExitStack() as open_now,
     ):
-        idle = open_now.enter_context(client(server, "127.0.0.2"))
+        open_now.callback(gate.let, 50)
+        idle, slow = (open_now.enter_context(client(server, "127.0.0.2")) for _ in range(2))
+        slow.sendall(UNFINISHED)
         for _ in range(3):
-            busy = open_now.enter_context(client(server))
-            busy.sendall(
-                b"POST /v1/demo-vegart HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-            )
-        wait_until(lambda: sum(not c.idle for c in server.server.server_state.connections) == 3)  # type: ignore[union-attr]
+            open_now.enter_context(client(server)).sendall(POST + b'Content-Length: 15\r\n\r\n{"prompt": "a"}')
+        wait_until(lambda: sum(not c.may_go for c in server.server.server_state.connections) == 3)  # type: ignore[union-attr]
         head, _, body = whole(open_now.enter_context(client(server))).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 429 Too Many Requests\r\n") and b"\r\nretry-after: 1\r\n" in head
-        why = "more than 4 connections; try again later"
+        why = "more than 5 connections; try again later"
         assert json.loads(body) == {"error": why} and b"\r\nx-rate-limit-reset-at-utc: " in head
         (line,) = (json.loads(r.message) for r in caplog.records if "connections" in r.message)
         assert (line["status"], line["error"], line["client"]) == (429, why, "127.0.0.1")
         assert line["id"].encode() in head
         idle.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert b'vega_edge_responses_total{route="none",status="429"} 1.0' in whole(idle)
+        gate.let(50)
+        slow.sendall(b'"prompt": "a"}')
+        assert slow.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize("shown_out", [False, True])
+def test_clients_that_keep_others_waiting_keep_no_client_out(tmp_path: Path, shown_out: bool) -> None:
+    """With the rest of a request, or with their goodbye after they were shown out."""
+    keys.add(tmp_path / "keys.json", "me")
+    with (
+        running(
+            tmp_path / "data", connections=24, **({"api_keys": tmp_path / "keys.json"} if shown_out else {})
+        ) as server,
+        contextlib.ExitStack() as open_now,
+    ):
+        other = open_now.enter_context(client(server, "127.0.0.3"))
+        strangers = [open_now.enter_context(client(server)) for _ in range(23)]
+        for stranger in strangers:
+            stranger.sendall(HELLO if shown_out else UNFINISHED)
+        wait_until(lambda: leaving(server) == (23 - NEWCOMERS if shown_out else 23), 8)
+        for _ in range(3):
+            one = open_now.enter_context(client(server, "127.0.0.2"))
+            one.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert one.recv(12) == b"HTTP/1.1 200"
+        with contextlib.suppress(ConnectionResetError):
+            whole(strangers[0])  # the oldest has gone
+        other.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert other.recv(12) == b"HTTP/1.1 200"
+
+
+def leaving(server: Running) -> int:
+    """Those that were asked something, and may go all the same."""
+    return sum(c.may_go and not c.idle for c in server.server.server_state.connections)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +189,43 @@ def test_what_is_no_http_is_answered_in_our_form(tmp_path: Path, data: bytes, ca
         assert 'vega_edge_responses_total{route="none",status="400"} 1.0' in server.http.get("/metrics").text
 
 
-POST = b"POST /v1/demo-vegart HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+KEY, UPGRADE = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+VERSION = b"Sec-WebSocket-Version: 13\r\n"
+CURE = "; ask by GET, with version 13, a key of 16 bytes and no body"
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "status", "why"),
+    [
+        ("GET /live", VERSION, 400, "missing Sec-WebSocket-Key header"),
+        ("GET /live", VERSION + b"Sec-WebSocket-Key: x\r\n", 400, ""),
+        ("GET /live", KEY + b"Sec-WebSocket-Version: 12\r\n", 400, "invalid Sec-WebSocket-Version header: 12"),
+        ("POST /live", KEY + VERSION, 405, "unsupported HTTP method"),
+        ("POST /live", KEY + VERSION + b"Content-Length: 3\r\n", 400, ""),
+        ("GET /live", KEY + VERSION + b"Content-Length: 3\r\n", 400, ""),
+        ("GET /live", KEY + VERSION + b"Transfer-Encoding: chunked\r\n", 400, ""),
+        ("GET /live", KEY + VERSION + b"X: " + b"a" * 9000 + b"\r\n", 400, ""),
+        ("GET /nope", KEY + VERSION, 403, None),
+    ],
+)  # fmt: skip
+def test_a_websocket_that_can_not_be_opened_is_refused_in_our_form(
+    tmp_path: Path, line: str, fields: bytes, status: int, why: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "vega_edge.serve.requests"), running(tmp_path) as server:
+        with client(server) as connection:
+            connection.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n".encode() + UPGRADE + fields + b"\r\n")
+            head, _, body = whole(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status) and b"content-type: application/json" in head.lower()
+        text = json.loads(body)["error"]
+        if why is None:
+            assert text == "no WebSocket is at '/nope'; there is one at /live"
+        else:
+            assert (
+                text.startswith(f"the WebSocket can't be opened: {why}") and text.endswith(CURE) and "None" not in text
+            )
+        wait_until(lambda: any('"error"' in r.message for r in caplog.records))
+        (said,) = (json.loads(r.message) for r in caplog.records if '"error"' in r.message)
+        assert (said["status"], said["error"], said["client"]) == (status, text, "127.0.0.1")
 
 
 def test_garbage_in_a_body_and_after_one(tmp_path: Path) -> None:

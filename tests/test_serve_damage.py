@@ -63,6 +63,8 @@ def ended(server: Running, job: str) -> Any:
         ("metrics", "7", "metrics are of another kind"),
         ("metrics", '{"total_time": NaN}', "metrics are not JSON"),
         ("metrics", '{"total_time": 1e999}', "metrics are not JSON"),
+        ("metrics", '{"adjusted": 7}', "metrics say of adjusted what can't be told"),
+        ("metrics", '{"adjusted": ["a\\r\\nb: c"]}', "metrics say of adjusted what can't be told"),
         ("error", b"full", "error is b'full'"),
         ("attempts", "often", "attempts is 'often'"),
         ("prompt", b"\xff\0", "prompt is b'\\xff\\x00'"),

@@ -90,10 +90,18 @@ def test_previews_and_the_picture(server: Running) -> None:
     assert picture["parameters"].startswith("a star\nSteps: 4")
 
 
+def test_a_prompt_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, real=True) as server, live(server) as socket:
+        for prompt, told in (("a red star " * 40, ["prompt cut off after 75 tokens"]), ("a star", [])):
+            send(socket, type="draw", prompt=prompt, num_inference_steps=1, img_width=64, img_height=64)
+            assert until(socket, "picture")["adjusted"] == told
+
+
 def test_webp_and_what_ready_says(server: Running) -> None:
     with live(server, ready=False) as socket:
         ready = receive(socket)
         assert ready["models"][0]["name"] == "demo-vegart"  # the machine may have others besides
+        assert {"segmind-vega", "segmind-vega-rt-v1"} < set(ready["models"][0]["slugs"])  # aliases
         assert ready["models"][0]["parameters"]["num_inference_steps"]["default"] == 4
         assert {"LCM", "Euler a"} <= set(ready["schedulers"])
         send(socket, type="draw", id=1, prompt="a", format="webp", previews="off")

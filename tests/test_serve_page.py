@@ -207,6 +207,27 @@ def test_settings_in_the_address(server: Running, page_of: Open) -> None:
     assert wrong.inner_text("#status") == "size in the address can't be 5x5"
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("model", "nope"), ("size", "999x1"), ("scheduler", "zzz"), ("steps", "999")]
+)
+def test_what_the_address_can_not_have_is_said_until_something_is_chosen(
+    server: Running, page_of: Open, setting: str, value: str
+) -> None:
+    page, said = page_of(server, f"/?{setting}={value}"), f"{setting} in the address can't be {value}"
+    page.wait_for_selector('#status[data-state="fault"]')
+    assert page.inner_text("#status") == said
+    drawn(page, lambda: page.fill("#prompt", "a star"))
+    assert page.inner_text("#status") == said
+    drawn(page, lambda: page.select_option("#scheduler", "Euler"))
+    assert page.inner_text("#status") == "Ready"
+
+
+def test_a_model_may_be_called_by_its_alias_in_the_address(server: Running, page_of: Open) -> None:
+    page = page_of(server, "/?model=segmind-vega&steps=6")
+    page.wait_for_selector(READY)
+    assert (page.input_value("#model"), page.input_value("#steps")) == ("demo-vegart", "6")
+
+
 def test_many_keys_are_few_requests_and_the_last_one_counts(server: Running, page_of: Open) -> None:
     page = page_of(server)
     page.wait_for_selector(READY)

@@ -49,6 +49,7 @@ class Invented:
         self.draws: list[dict[str, Any]] = []
         self.stops: list[str] = []
         self.mute = self.away = False
+        self.adjusted: list[str] = []
         self.connections = 0
 
     def lay(self, page: Any) -> None:
@@ -79,6 +80,7 @@ class Invented:
             "type": kind, "index": 1, "total": 4, "id": asked["id"], "slot": asked["slot"], "seed": asked["seed"], "media": "image/jpeg",
             "width": asked["img_width"], "height": asked["img_height"], "steps": asked["num_inference_steps"],
             "scheduler": asked.get("scheduler", "LCM"), "seconds": {"draw": 0.01},
+            "adjusted": self.adjusted,
         }  # fmt: skip
         self.socket.send(binary(head, file.getvalue()))
 
@@ -155,6 +157,17 @@ def test_the_model_is_remembered_as_long_as_there_is_such_a_one(invented: Any) -
     page.reload()
     page.wait_for_selector(READY)
     assert (page.input_value("#model"), page.input_value("#steps")) == ("quick", "4")
+
+
+def test_a_prompt_that_was_cut_off_is_said_with_its_picture(invented: Any) -> None:
+    page, caption = invented.page, "LCM, 4 steps, seed 7, 128 × 128"
+    invented.adjusted = ["prompt cut off after 75 tokens"]
+    got = drawn(page, lambda: page.fill("#prompt", "a red house, and so on"))
+    assert got["caption"] == f"{caption}, prompt cut off after 75 tokens"
+    said = "() => document.querySelector('#said').textContent === 'Picture drawn, prompt cut off after 75 tokens'"
+    page.wait_for_function(said)
+    invented.adjusted = []
+    assert drawn(page, lambda: page.fill("#prompt", "a red house"))["caption"] == caption
 
 
 def test_a_negative_prompt_can_be_typed_where_it_counts(invented: Any) -> None:

@@ -154,7 +154,7 @@ def _settings(a: argparse.Namespace) -> Settings:
     return Settings(
         data=(a.data or bundles_folder().parent / "serve").resolve(), host=a.host, port=a.port, engine=a.engine,
         device=a.device, memory=a.memory, vae=a.vae, loras=_loras(a.lora),
-        aliases=dict(_alias(text) for text in a.alias), limits=a.limits, api_keys=a.api_keys, no_auth=a.no_auth,
+        aliases=_aliases(a.alias), limits=a.limits, api_keys=a.api_keys, no_auth=a.no_auth,
         hosts=tuple(a.allow_host), trusted_proxies=tuple(a.trusted_proxy), queue=a.queue, rate=a.rate,
         sockets=a.sockets, prompt_chars=a.prompt_chars, job_s=a.job_seconds, grace_s=a.grace_seconds,
         keep_s=a.keep_seconds, batch=a.batch, preload=tuple(a.preload), memory_budget=a.memory_budget,
@@ -175,11 +175,16 @@ def _loras(texts: list[str]) -> dict[str, list[tuple[Path, float]]]:
     return found
 
 
-def _alias(text: str) -> tuple[str, str]:
-    slug, equals, model = text.partition("=")
-    if not equals:
-        raise UsageError(f"--alias must be SLUG=MODEL, such as segmind-vega=demo-vegart, got {text!r}")
-    return slug, model
+def _aliases(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        slug, equals, model = text.partition("=")
+        if not equals:
+            raise UsageError(f"--alias must be SLUG=MODEL, such as segmind-vega=demo-vegart, got {text!r}")
+        if slug in found:
+            raise UsageError(f"--alias: {slug!r} is given twice, for {found[slug]} and for {model}; leave one out")
+        found[slug] = model
+    return found
 
 
 def _bytes(text: str) -> int:

@@ -13,14 +13,18 @@ from ..runtime.pipeline import Pipeline
 from ..serve.listener import bound
 from ..serve.service import build
 from ..serve.settings import Settings
+from ..serve.store import Store
 
 
 def check(settings: Settings) -> None:
     """VegaEdgeError for what a start with these settings would fail on, or serve without saying so."""
     service = build(settings)
     _check_host(settings.host)
-    _check_folder(settings.data)
+    for folder in (settings.data, Store(settings.data).pictures):
+        _check_folder(folder)
     cache_folder()
+    for slug in settings.aliases:
+        service.entries[slug].require_ready()
     preloaded = {service.entries[name].recipe.name for name in settings.preload}
     for name in sorted(preloaded | {name for name in settings.loras if recipes()[name].ready}):
         _check_model(name, settings)

@@ -24,6 +24,7 @@ let typedAt = performance.now();
 let shownAt = [];
 let settle;
 let sentAt = -Infinity;
+let untaken = ""; // what of the address could not be taken; said until something is chosen by hand
 let later; // the next time to draw, where that is not at once
 
 const history = new History($("history"), restore);
@@ -58,7 +59,7 @@ function askForKey() {
 function setUp(message) {
   models = message.models;
   const shown = $("model").value; // empty after a reload, as all settings are
-  const before = shown || address.get("model") || recall("model");
+  const before = shown || modelOf(address.get("model")) || recall("model");
   options($("model"), models.map((m) => [m.name, `${m.name} – ${m.title}`]));
   if (models.some((m) => m.name === before)) $("model").value = before;
   for (const list of ["scheduler", "compare-scheduler"]) {
@@ -71,10 +72,17 @@ function setUp(message) {
   if (!shown) settingsOfAddress();
 }
 
+// A model's own name, also for the other names that it has on this server.
+function modelOf(name) {
+  return models.find((m) => m.name === name || m.slugs?.includes(name))?.name ?? name;
+}
+
 function settingsOfAddress() {
-  const unknown = ["model", "size", "steps", "scheduler"].filter((id) => address.has(id) && !choose(id, address.get(id)));
+  const wanted = (id) => (id === "model" ? modelOf(address.get(id)) : address.get(id));
+  const unknown = ["model", "size", "steps", "scheduler"].filter((id) => address.has(id) && !choose(id, wanted(id)));
   readouts();
-  if (unknown.length) state("fault", unknown.map((id) => `${id} in the address can't be ${address.get(id)}`).join("; "));
+  untaken = unknown.map((id) => `${id} in the address can't be ${address.get(id)}`).join("; ");
+  if (untaken) state("fault", untaken);
 }
 
 function useModel(fresh) {
@@ -153,7 +161,7 @@ function stopSlot(slot) {
 function stop(text) {
   const stopped = Object.keys(pending).length;
   for (const slot of ["a", "b"]) stopSlot(slot);
-  if (stopped) state("ready", text);
+  if (stopped) state("ready", untaken || text);
 }
 
 async function show(head, blob, final) {
@@ -177,7 +185,7 @@ async function show(head, blob, final) {
 }
 
 function pictureOf(head, { request: { prompt } }, blob) {
-  const caption = `${head.scheduler}, ${head.steps} steps, seed ${head.seed}, ${head.width} × ${head.height}`;
+  const caption = [head.scheduler, `${head.steps} steps`, `seed ${head.seed}`, `${head.width} × ${head.height}`, ...(head.adjusted ?? [])].join(", ");
   return { done: 1, alt: prompt, caption, file: { blob, prompt, seed: head.seed } };
 }
 
@@ -194,9 +202,9 @@ function finished(head, job, frame) {
   shownAt.push(now);
   $("latency").textContent = milliseconds(now - job.since);
   $("device").textContent = milliseconds(1000 * head.seconds.draw);
-  if (!Object.keys(pending).length) state("ready", "Ready");
+  if (!Object.keys(pending).length) state("ready", untaken || "Ready");
   root.dataset.shown = head.id; // for those who watch from outside
-  if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say("Picture drawn"); }, SETTLED_MS);
+  if (head.slot === "a") settle = setTimeout(() => { frame.kept = history.add(frame.url, job.request, `${job.request.prompt}, seed ${head.seed}`); say(["Picture drawn", ...(head.adjusted ?? [])].join(", ")); }, SETTLED_MS);
 }
 
 function fault(message) {
@@ -237,6 +245,7 @@ function dice() {
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("form").addEventListener("input", (event) => {
   typedAt = performance.now();
+  if (event.target.id !== "prompt") untaken = "";
   if (event.target.id === "model") { remember("model", event.target.value); useModel(true); }
   drawSoon();
 });
