@@ -248,6 +248,15 @@ def test_refitting_with_a_graph_that_does_not_fit_tells_what_its_parser_found(st
     assert message == "unet/model.onnx does not fit the engine built of it: no weights of that name"
 
 
+def test_a_plan_that_can_not_be_refitted_is_closed_before_its_device(start, monkeypatch):
+    """Whoever keeps the error would keep the plan's memory on the GPU."""
+    closed = []
+    for kind in (tensorrt._Program, Device):
+        monkeypatch.setattr(kind, "close", lambda self, kind=kind: closed.append(kind.__name__))
+    refused(start, FakeRuntime(refuses=["graph"]), flags=("refit",), weights=LORA)
+    assert closed == ["_Program", "Device"]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
 def test_replaced_weights_are_handed_over_in_their_own_type(start, dtype):
     """uint16 holds the bits of bfloat16."""
