@@ -23,7 +23,7 @@ test: .venv-test/installed
 
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
-	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o bench/results/full-size.json
+	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o benchmarks/results/full-size.json
 	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py
 
 test-gpu: .venv-gpu/installed

@@ -1,1 +1,1 @@
-"""Reproducible side-by-side measurements; results with device, versions and date under `bench/results/`."""
+"""Reproducible side-by-side measurements; results with device, versions and date under `benchmarks/results/`."""

@@ -1,6 +1,6 @@
 """Attention in one node against attention in five: seconds and memory of the same layer on onnxruntime, taking turns.
 
-    python -m vega_edge.bench.attention [--engine onnxruntime-cpu] -o bench/results/attention.json
+    python -m vega_edge.bench.attention [--engine onnxruntime-cpu] -o benchmarks/results/attention.json
 
 The layers are self-attention of Vega's U-Net at 1024 px and of SD's at 512 px, float32, random numbers. Each is opened in
 a process of its own for memory (peak beyond what opening took), and both in one for time; ratios are of medians.

@@ -1,8 +1,8 @@
 """What building engines costs, as `vega-edge build` does it: seconds, processor seconds and peak memory of each part.
 
-    python -m vega_edge.bench.engines BUNDLE [BUNDLE ...] --engine tensorrt-rtx -o bench/results/engines.json
+    python -m vega_edge.bench.engines BUNDLE [BUNDLE ...] --engine tensorrt-rtx -o benchmarks/results/engines.json
 
-    python -m vega_edge.bench.engines BUNDLE --lora-rank 128 -o bench/results/engines-lora.json
+    python -m vega_edge.bench.engines BUNDLE --lora-rank 128 -o benchmarks/results/engines-lora.json
 
 The second builds the U-Net alone, as it is and then with a LoRA of random numbers over the kinds of module that VegaRT's
 touches: reading it, patching the weights and writing them down count; making the LoRA does not.

@@ -1,7 +1,7 @@
 """What an export costs: time and peak memory of each part, against the size of its weights.
 
-    python -m vega_edge.bench.export segmind-vega --random-weights 7 -o bench/results/export-vega-fp16.json
-    python -m vega_edge.bench.export sdxl-lightning --random-weights 7 -o bench/results/export-sdxl-lightning-fp16.json
+    python -m vega_edge.bench.export segmind-vega --random-weights 7 -o benchmarks/results/export-vega-fp16.json
+    python -m vega_edge.bench.export sdxl-lightning --random-weights 7 -o benchmarks/results/export-sdxl-lightning-fp16.json
 
 What is exported is named as for `vega-edge export`. It runs in a process of its own, whose resident memory is read as the
 system counts it (files that are mapped included) while each part is under way. On a machine that others use too, the

@@ -1,7 +1,7 @@
 """The full-size models against diffusers, in fp32, on random weights: each part's error, and the latents of two steps.
 
-    python -m vega_edge.bench.full_size -o bench/results/full-size.json            # all of them
-    python -m vega_edge.bench.full_size tiny-sd small-sd -o bench/results/full-size.json
+    python -m vega_edge.bench.full_size -o benchmarks/results/full-size.json            # all of them
+    python -m vega_edge.bench.full_size tiny-sd small-sd -o benchmarks/results/full-size.json
 
 Random weights draw near-flat pictures, where a ratio of signal to noise proves nothing; so latents are compared, and
 their difference is held against their own standard deviation. The recipe's own scheduler and guidance are used; where it
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, in this process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/full-size.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/full-size.json"))
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(SIDES[arguments.side](recipes()[arguments.models[0]], arguments.folder)))

@@ -1,6 +1,6 @@
 """Pictures on a GPU: our engines against diffusers, eager and compiled, in one process, taking turns.
 
-    vega-edge bench gpu BUNDLE [BUNDLE ...] -o bench/results/gpu.json
+    vega-edge bench gpu BUNDLE [BUNDLE ...] -o benchmarks/results/gpu.json
 
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
 trained ones. Every side walks with Euler, one evaluation of the U-Net a step. The peers are built from the bundle's

@@ -1,6 +1,6 @@
 """A LoRA added as a bundle is opened: what it costs in time and memory beside opening without it.
 
-    python -m vega_edge.bench.lora BUNDLE [--lora FILE] [--rank 128] [--engine NAME] -o bench/results/lora.json
+    python -m vega_edge.bench.lora BUNDLE [--lora FILE] [--rank 128] [--engine NAME] -o benchmarks/results/lora.json
 
 Without --lora one of random numbers is made, over the kinds of module that VegaRT's touches (233 modules in Vega).
 Each opening is a process of its own. Goals of the project: VegaRT's on Vega is patched in 20 s or less on two cores, in

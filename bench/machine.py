@@ -19,6 +19,12 @@ PACKAGES = (
     "diffusers", "transformers",
 )  # fmt: skip
 
+# x86: matrix units, 16-bit floats, 8-bit integers. Arm's names are asimddp, bf16, i8mm, sve.
+FLAGS = (
+    "avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
+    "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+
 
 def facts(commit: bool = True) -> dict[str, Any]:
     """commit: of the checkout that this file is in; an installed package has none."""
@@ -32,11 +38,22 @@ def facts(commit: bool = True) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **({"commit": _commit()} if commit else {}),
         "cpu": cpu_name(),
+        "cpu_flags": cpu_flags(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def cpu_flags() -> list[str]:
+    """Return the instruction sets of this CPU that decide which arithmetic is fast. Empty where Linux's /proc is absent."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    has = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+    return [flag for flag in FLAGS if flag in has]
 
 
 def peak_mb(children: bool = False) -> float:

@@ -1,7 +1,7 @@
 """Do the embedded models draw what they are told? Their own pictures, read by the checker.
 
-    python -m vega_edge.bench.meaning -o bench/results/meaning.json
-    python -m vega_edge.bench.meaning --dtypes -o bench/results/dtypes.json      # fp32, fp16, bf16 and int8 side by side
+    python -m vega_edge.bench.meaning -o benchmarks/results/meaning.json
+    python -m vega_edge.bench.meaning --dtypes -o benchmarks/results/dtypes.json      # fp32, fp16, bf16 and int8 side by side
 
 draws with the exported bundles (see `vega-edge export`) and prints the table of `demo/README.md`. Exit status 1 where a
 goal is missed, or where the base without its LoRA is not clearly worse than with it.

@@ -1,6 +1,6 @@
 """Peak memory of opening and running a bundle, each engine and way in processes of their own.
 
-    python -m vega_edge.bench.memory BUNDLE [--part unet] [--engines NAME ...] -o bench/results/memory.json
+    python -m vega_edge.bench.memory BUNDLE [--part unet] [--engines NAME ...] -o benchmarks/results/memory.json
 
 Three ways: normal without a cache; --memory low with an empty cache (cold); the same again (warm). For each part alone,
 which is what the goals are about, or with `--part all` for a whole picture. Two numbers: all resident memory, and of

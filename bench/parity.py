@@ -1,6 +1,6 @@
 """The same checkpoint, seed, scheduler and steps through diffusers and through vega-edge, in fp32.
 
-    python -m vega_edge.bench.parity -o bench/results/parity.json
+    python -m vega_edge.bench.parity -o benchmarks/results/parity.json
 
 exports the demo models (weights as they are, in fp32) and compares final latents and pictures. Exit status 1 where one is
 further off than the project allows: 5e-4 of the largest latent, 60 dB.

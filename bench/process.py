@@ -1,6 +1,6 @@
 """Whole processes, from nothing to a picture file: `vega-edge generate` against diffusers, taking turns.
 
-    python -m vega_edge.bench.process -o bench/results/process.json
+    python -m vega_edge.bench.process -o benchmarks/results/process.json
 
 Both draw the same model with the same prompt, seed, scheduler and steps, and their pictures are compared. Ours reads the
 package's bundle, diffusers the checkpoint and its LoRA: its time includes loading and fusing that, which the bundle has

@@ -1,6 +1,6 @@
 """Time outside the engine of one step at 1×4×128×128 float32: every sampler against diffusers' scheduler of that name.
 
-    python -m vega_edge.bench.samplers -o bench/results/samplers.json
+    python -m vega_edge.bench.samplers -o benchmarks/results/samplers.json
 
 The network is a stub that answers at once. Ours: the sampler, the denoiser's scaling and the noise as a pipeline draws
 it, but in turn, not while an engine runs. Theirs: `scale_model_input` and `step` with a generator; for samplers whose

@@ -1,7 +1,7 @@
 """Does every scheduler draw what it is told? The embedded models through every name at 25 steps, read by the checker.
 
-    python -m vega_edge.bench.schedulers -o bench/results/schedulers.json --sheet docs/schedulers.png
-    python -m vega_edge.bench.schedulers -o bench/results/schedulers.json --model demo-small-sd --count 20
+    python -m vega_edge.bench.schedulers -o benchmarks/results/schedulers.json --sheet docs/schedulers.png
+    python -m vega_edge.bench.schedulers -o benchmarks/results/schedulers.json --model demo-small-sd --count 20
 
 Names made for few steps without guidance (LCM, TCD) draw with demo-vegart instead of demo-vega; models of the SD kind
 have no such. Rows of other models and numbers of steps that the file has stay there. Exit status 1 where a name scores

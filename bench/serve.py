@@ -1,6 +1,6 @@
 """The server under load: `/v1` with several clients against the pipeline in a loop without a server, taking turns.
 
-    python -m vega_edge.bench.serve -o bench/results/serve.json [--pictures 5000]
+    python -m vega_edge.bench.serve -o benchmarks/results/serve.json [--pictures 5000]
 
 The embedded model at its own size and steps; every picture has its own prompt and seed. Also: from key to picture on
 the live page (in Chromium where it and playwright are installed), and with --pictures the server's memory over so many

@@ -1,6 +1,6 @@
 """What decoding in tiles changes: the difference from decoding the whole, and at the tiles' edges beside elsewhere.
 
-    python -m vega_edge.bench.tiles [BUNDLE] [--size 1024] [--tile 512] -o bench/results/tiles.json
+    python -m vega_edge.bench.tiles [BUNDLE] [--size 1024] [--tile 512] -o benchmarks/results/tiles.json
 
 Latents come from the model itself where its limits allow the size, else from pictures it drew, side by side: the numbers
 are about the decoder. `edge_ratio`: the mean step between neighbouring pixels across the tiles' borders, over that
