@@ -1,0 +1,180 @@
+"""Real models at their real size: export, verify, and draw at 512 px on each CPU engine, with random weights.
+
+    python -m benchmarks.real_size -o benchmarks/results/real-size.json
+    python -m benchmarks.real_size tiny-sd --precisions int8 --keep build/real-size
+
+Each command runs in a process of its own, one after another; its peak memory is the resident set that the system
+reports (mapped pages count). A pipeline draws two images and the second is timed. Latents are compared with those of the
+model's first row on onnxruntime-cpu, as a share of their standard deviation: random weights draw near-flat images, so a
+signal-to-noise ratio of pixels would prove nothing. Rows that the file already has, and that are not asked for, stay.
+Exit status 1 if a cell failed for another reason than that its engine refuses the precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vega_edge.bench.machine import facts, markdown, peak_mb
+from vega_edge.engines import available, runs_on_cpu
+
+MODELS = ("tiny-sd", "small-sd", "segmind-vegart")
+# --dtype/--weights
+PRECISIONS = {"fp32": ("fp32", "fp16"), "fp16": ("fp16", "fp16"), "bf16": ("bf16", "bf16"), "int8": ("int8", "int8")}
+PROMPT, SEED, SIDE_PX, STEPS = "a portrait of an old fisherman in a yellow raincoat", 7, 512, 4
+TIMEOUT_S = 1800
+
+
+def draw(bundle: Path, engine: str, latents: Path) -> dict[str, Any]:
+    """Open the bundle, draw twice and save the latents, in this process."""
+    from vega_edge import Pipeline, VegaEdgeError
+
+    try:
+        start = time.perf_counter()
+        with Pipeline.open(bundle, engine, verify=False) as pipe:
+            opened = time.perf_counter() - start
+            opened_gb = peak_mb() / 1024
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                result = pipe(PROMPT, seed=SEED, steps=STEPS, width=SIDE_PX, height=SIDE_PX)
+                seconds.append(time.perf_counter() - start)
+        np.save(latents, result.latents)
+        return {
+            "open_s": round(opened, 1),
+            "first_s": round(seconds[0], 2),
+            "image_s": round(seconds[1], 2),
+            "stages_s": {name: round(s, 2) for name, s in result.timings.items()},
+            "guidance": result.request.guidance,
+            "opened_gb": round(opened_gb, 1),
+            "peak_gb": round(peak_mb() / 1024, 1),
+            "pixels_std": round(float(np.asarray(result.images[0]).std()), 2),
+        }
+    except VegaEdgeError as error:
+        return {"error": str(error)}
+
+
+def run(arguments: list[str], folder: Path) -> tuple[float, float, str]:
+    """Run a Python module; return seconds, peak memory in GB, and the last line of its errors if it failed."""
+    start = time.monotonic()
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as errors:
+        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=out, stderr=errors)
+        deadline = start + TIMEOUT_S
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(0.05)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    lines = (folder / "stderr").read_text(errors="replace").strip().splitlines()
+    failure = f"exit status {process.returncode}: {lines[-1] if lines else ''}" if process.returncode else ""
+    return time.monotonic() - start, usage.ru_maxrss / (1 << 20), failure
+
+
+def measure(model: str, name: str, bundle: Path, reference: Path, folder: Path) -> dict[str, Any]:
+    dtype, weights = PRECISIONS[name]
+    row: dict[str, Any] = {"model": model, "dtype": dtype, "weights": weights, "load_average": os.getloadavg()[0]}
+    options = ["--random-weights", "0", "--dtype", dtype, "--weights", weights, "-o", str(bundle), "--overwrite"]
+    seconds, peak, failure = run(["vega_edge", "export", model, *options], folder)
+    row["export"] = {"seconds": round(seconds), "peak_gb": round(peak, 1), **({"error": failure} if failure else {})}
+    if failure:
+        return row
+    row["bundle_gb"] = round(sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()) / 1e9, 2)
+    seconds, peak, failure = run(["vega_edge", "verify", str(bundle)], folder)
+    row["verify"] = {"seconds": round(seconds), "peak_gb": round(peak, 1), **({"error": failure} if failure else {})}
+    row["engines"] = {}
+    for engine in (status.name for status in available() if status.ok and runs_on_cpu(status.name)):
+        latents = folder / "latents.npy"
+        latents.unlink(missing_ok=True)
+        _, _, failure = run(["benchmarks.real_size", "--draw", str(bundle), engine, str(latents)], folder)
+        cell = {"error": failure} if failure else json.loads((folder / "stdout").read_text().splitlines()[-1])
+        if latents.is_file():
+            drawn = np.load(latents)
+            if not reference.is_file() and engine == "onnxruntime-cpu":
+                np.save(reference, drawn)
+            if reference.is_file():
+                wanted = np.load(reference)
+                cell["latents_error_of_std"] = float(f"{np.abs(drawn - wanted).max() / wanted.std():.1e}")
+        row["engines"][engine] = cell
+    return {**row, "measured": facts()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        first = [
+            row["model"],
+            row["dtype"],
+            row["weights"],
+            f"{row['export']['seconds']} s, {row['export']['peak_gb']} GB",
+        ]
+        verified = row.get("verify", {})
+        first.append(
+            verified.get("error") or f"{verified['seconds']} s" if verified else row["export"].get("error", "")
+        )
+        for engine, cell in row.get("engines", {"": {}}).items():
+            said = (
+                [engine, cell["error"]] if "error" in cell else [engine, f"{cell['image_s']} s, {cell['peak_gb']} GB"]
+            )
+            lines.append([*first, *said, cell.get("latents_error_of_std", "")])
+    return markdown(
+        ("model", "dtype", "weights", "export", "verify", "engine", "an image, peak", "latents, of their std"), lines
+    )
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    cells = {"export": row["export"], "verify": row.get("verify", {}), **row.get("engines", {})}
+    where = f"{row['model']} {row['dtype']}"
+    return [f"{where}, {name}: {cell['error']}" for name, cell in cells.items()
+            if "error" in cell and "can't run a bundle of dtype" not in cell["error"]]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the bundles there; default: none is left")
+    parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)  # bundle, engine, latents: one cell, in this process
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/real-size.json"))
+    arguments = parser.parse_args()
+    if arguments.draw:
+        bundle, engine, latents = arguments.draw
+        print(json.dumps(draw(Path(bundle), engine, Path(latents))))
+        return
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if arguments.output.is_file():
+        rows = {(row["model"], row["dtype"]): row for row in json.loads(arguments.output.read_text())["rows"]}
+    done = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for model in arguments.models:
+            reference = folder / f"{model}.npy"
+            for name in arguments.precisions:
+                bundle = (arguments.keep or folder) / f"{model}-{name}"
+                bundle.parent.mkdir(parents=True, exist_ok=True)
+                row = measure(model, name, bundle, reference, folder)
+                rows[model, PRECISIONS[name][0]] = row
+                done.append(row)
+                if not arguments.keep:
+                    shutil.rmtree(bundle, ignore_errors=True)
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps({"rows": list(rows.values())}, indent=1) + "\n")
+                print(table([row]), flush=True)
+    if failed := [line for row in done for line in failures(row)]:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
