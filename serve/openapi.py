@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from .catalog import Entry, own_parameters
 from .service import Service
-from .settings import CREDITS
+from .settings import CREDITS, HOLD_S, MOST_HOLD_S
 
 _ERROR = {
     "type": "object",
@@ -90,6 +90,14 @@ def answers(example: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
     }
 
 
+HOLD = {
+    "name": "hold", "in": "query", "description": "Seconds to wait for the end of the job before answering",
+    "schema": {"type": "number", "minimum": 0, "maximum": MOST_HOLD_S, "default": HOLD_S},
+}  # fmt: skip
+BAD_HOLD: dict[str, Any] = {
+    "description": f"`hold` is not a number of seconds from 0 to {MOST_HOLD_S:g}",
+    "content": {"application/json": {"schema": _ERROR}},
+}
 _TIMES = {"inference_time": 0.18, "queue_time": 0.02, "total_time": 0.2}
 _METRICS = {**_TIMES, "cost": 0.0, "remaining_credits": CREDITS}
 _PICTURE = "http://HOST/generations/Q2l…w.jpeg"

@@ -58,7 +58,7 @@ class Process:
     def wait(self, job: str) -> httpx.Response:
         end = time.monotonic() + 60
         while True:
-            answer = self.http.get(f"/v2/requests/{job}/status")
+            answer = self.http.get(f"/v2/requests/{job}/status?hold=20")
             if answer.json()["status"] in ("COMPLETED", "FAILED"):
                 return answer
             assert time.monotonic() < end
@@ -261,7 +261,7 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 def submitted(server: Running) -> str:
     answer = server.post("/v2/demo-vegart")
     assert answer.status_code == 200, answer.text
-    return str(server.http.get(answer.json()["status_url"]).json()["status"])
+    return str(server.ended(answer.json()["status_url"]).json()["status"])
 
 
 def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(os, "replace", full)
         job = server.post("/v2/demo-vegart").json()
-        answer = server.http.get(job["status_url"])
+        answer = server.ended(job["status_url"])
         assert answer.status_code == 422
         why = "the picture could not be kept: generations can't be used: No space left on device"
         assert answer.json()["error"] == why
@@ -354,5 +354,5 @@ def test_a_model_that_is_gone_fails_its_old_jobs(tmp_path: Path) -> None:
     store.add(replace(record("0" * 32), model="gone"))
     store.close()
     with running(tmp_path, FakeDrawer()) as server:
-        answer = server.http.get("/v2/requests/" + "0" * 32 + "/status")
+        answer = server.ended("/v2/requests/" + "0" * 32 + "/status")
         assert (answer.status_code, answer.json()["error"]) == (422, "there is no model gone any more")

@@ -75,7 +75,7 @@ def test_an_engine_that_names_its_files(faulty: Running, caplog: pytest.LogCaptu
         first = faulty.post("/v1/demo-vegart")
         assert (first.status_code, first.json()) == (500, {"error": TOLD})
         job = faulty.post("/v2/demo-vegart").json()
-        assert faulty.http.get(job["status_url"]).json()["error"] == TOLD
+        assert faulty.ended(job["status_url"]).json()["error"] == TOLD
         with live(faulty) as page:
             send(page, type="draw", id=1, prompt="a star")
             assert until(page, "error")["error"] == TOLD
