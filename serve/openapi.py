@@ -43,7 +43,7 @@ def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], 
     schema = {"type": "object", "required": ["prompt"], "properties": properties}
     codes = {"400": "A parameter or the body is wrong", "401": "A key is needed, or it is not known", "403": "Another web page asked", "404": "The model is not here", "406": "The content type",
              "408": "The body came too slowly", "413": "The body is too long", "422": "It took too long, or a job has failed",
-             "429": "The queue is full, or too many requests", "500": "Drawing failed", "503": "Shutting down"}  # fmt: skip
+             "429": "The queue is full, or too many requests", "500": "Drawing failed", "503": "Shutting down; for a v2 job also where another server takes the jobs of this folder"}  # fmt: skip
     errors = {
         code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in codes.items()
     }

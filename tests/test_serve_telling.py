@@ -94,6 +94,6 @@ def test_readyz_is_open_to_all_and_names_no_folder(tmp_path: Path) -> None:
         time.sleep(1.1)
         why = server.http.get("/readyz").json()["why"]
         assert len(why) == 3 and str(tmp_path) not in str(why) and "/srv" not in str(why)
-        assert why[1].startswith("keys.json does not exist; ") and "jobs.sqlite can't be used" in why[2]
+        assert why[1].startswith("keys.json does not exist; ") and "data is in use by another server" in why[2]
         holder.close()
         server.service.queue.failure = None
