@@ -47,8 +47,8 @@ class CacheFolder:
     limit_reason: str
 
     def __str__(self) -> str:
-        most = f"at most {self.limit_bytes / 1e9:.3g} GB" if self.limit_bytes else "off"
-        return f"{self.path}: {self.bytes / 1e6:.1f} MB in {self.entries} folders, {most} ({self.limit_reason})"
+        most = f"at most {compiled.size_text(self.limit_bytes)}" if self.limit_bytes else "off"
+        return f"{self.path}: {compiled.size_text(self.bytes)} in {self.entries} folders, {most} ({self.limit_reason})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -141,9 +141,14 @@ def has_room(folder: Path, size: int, needed: int = 0) -> bool:
     bound, most = limit(cache), most_bytes(cache, needed)
     there = [each for each in contents(cache) if each.folder != folder]
     stay = 0 if needed else sum(each.bytes for each in there if each.folder in _in_use())
+    if needed > most:
+        raise EngineError(
+            f"{cache} may hold {size_text(most)} ({bound.reason}), and --memory low keeps {size_text(needed)} of these "
+            f"networks there; set {VARIABLE} to more, or to 0 to do without, which takes more memory"
+        )
     if size + stay > most:
-        fault = f"may hold {_size(most)} ({bound.reason}), and this network takes {_size(size)}"
-        fault += f" beside {_size(stay)} in use" if stay else ""
+        fault = f"may hold {size_text(most)} ({bound.reason}), and this network takes {size_text(size)}"
+        fault += f" beside {size_text(stay)} in use" if stay else ""
         hint = f"set {VARIABLE} to more"
     else:
         trim(cache, most - size, keep=folder, even_open=needed > 0)
@@ -247,7 +252,7 @@ def trim(cache: Path, most: int, keep: Path | None = None, *, even_open: bool = 
         held -= each.bytes
         removed.append(each)
     if removed:
-        log.info("compiled graphs: %d of %d removed, to stay below %s", len(removed), len(there), _size(most))
+        log.info("compiled graphs: %d of %d removed, to stay below %s", len(removed), len(there), size_text(most))
     return [each.folder for each in removed]
 
 
@@ -287,5 +292,6 @@ def _is_left(each: Kept) -> bool:
     return time.time() - each.used > _LEFT_AFTER_S
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2g} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+def size_text(size: int) -> str:
+    """For people: '4.2 GB', '37 MB'."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -307,7 +307,7 @@ def test_the_compiled_cache_is_shown_and_cleared(
         (folder / "blob").write_bytes(bytes(1_000_000))
     monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
     monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "25")
-    shown = f"{cache}: 2.0 MB in 2 folders, at most 25 GB (VEGA_EDGE_CACHE_GB)"
+    shown = f"{cache}: 2 MB in 2 folders, at most 25.0 GB (VEGA_EDGE_CACHE_GB)"
     assert main(["cache"]) == 0 and capsys.readouterr().out == f"{shown}\n"
     assert main(["doctor"]) == 0 and f"Compiled cache\n  {shown}\n" in capsys.readouterr().out
     assert main(["cache", "--json"]) == 0

@@ -289,10 +289,10 @@ def test_what_is_larger_than_the_limit_is_not_kept(
     coming = tmp_path / "engine-1" / "coming"
     if even_needed:
         with pytest.raises(EngineError) as error:
-            compiled.has_room(coming, 200_000_000, needed=200_000_000)
+            compiled.has_room(coming, 1_000_000, needed=200_000_000)  # or they would drive out each other
         assert str(error.value) == (
-            f"{tmp_path} may hold 100 MB (VEGA_EDGE_CACHE_GB), and this network takes 200 MB, and --memory low keeps 191 MB "
-            "of this network there; set VEGA_EDGE_CACHE_GB to more, or VEGA_EDGE_CACHE_GB=0 to do without, which takes more memory"
+            f"{tmp_path} may hold 100 MB (VEGA_EDGE_CACHE_GB), and --memory low keeps 200 MB of these networks there; set "
+            "VEGA_EDGE_CACHE_GB to more, or to 0 to do without, which takes more memory"
         )
     else:
         assert not compiled.has_room(coming, 200_000_000) and not compiled.has_room(coming, 300_000_000)
@@ -390,6 +390,24 @@ for n in range(60):
     left = compiled.contents(tmp_path)
     assert left and all((each.folder / "blob").stat().st_size == 1000 and not each.making for each in left)
     assert sum(each.bytes for each in left) <= 5000
+
+
+def test_networks_of_little_memory_do_not_drive_out_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a tenth of the free disk is less than they take, 19 MB: each picture would prepare all of them anew."""
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    monkeypatch.delenv("VEGA_EDGE_CACHE_GB", raising=False)
+    monkeypatch.setattr(compiled.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
+    kept(tmp_path / "compiled", "of another model", size=4_000_000)
+    with Pipeline.open("demo-vegart", "onnxruntime-cpu", memory="low", verify=False) as pipe:
+        pipe(STAR, steps=1, width=64, height=64)
+        first = {path: path.stat().st_mtime_ns for path in (tmp_path / "compiled").glob("*/*/*")}
+        pipe(STAR, steps=1, width=64, height=64)
+    assert len({path.parent for path in first}) == 4
+    assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "compiled").glob("*/*/*")}
+    compiled.clear(tmp_path / "compiled")
+    with pytest.raises(EngineError, match="may hold 16 MB"), monkeypatch.context() as patched:
+        patched.setenv("VEGA_EDGE_CACHE_GB", "0.016")  # enough for each of them, and not for all
+        Pipeline.open("demo-vegart", "onnxruntime-cpu", memory="low", verify=False)(STAR, steps=1)
 
 
 def test_every_strength_of_a_lora_is_kept_for_itself_within_the_limit(
