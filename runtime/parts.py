@@ -112,7 +112,10 @@ class Parts:
         """With little memory, what the cache must hold of all networks, or they would drive out each other."""
         if not self.low_memory or self.cache is None:
             return 0
-        return int(1.1 * sum(prepared_bytes(self.bundle.file(file)) for file in self._made))
+        sizes: dict[str, int] = {}  # a part's graphs are the same network, of which one is drawn with
+        for file in self._made:
+            sizes[part_of(file)] = max(sizes.get(part_of(file), 0), prepared_bytes(self.bundle.file(file)))
+        return int(1.1 * sum(sizes.values()))
 
     def _identity(self, file: str) -> str:
         """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest."""

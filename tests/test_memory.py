@@ -397,7 +397,7 @@ def test_networks_of_little_memory_do_not_drive_out_each_other(tmp_path: Path, m
     monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
     monkeypatch.delenv("VEGA_EDGE_CACHE_GB", raising=False)
     monkeypatch.setattr(compiled.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
-    kept(tmp_path / "compiled", "of another model", size=4_000_000)
+    kept(tmp_path / "compiled", "of another model", size=6_000_000)
     with Pipeline.open("demo-vegart", "onnxruntime-cpu", memory="low", verify=False) as pipe:
         pipe(STAR, steps=1, width=64, height=64)
         first = {path: path.stat().st_mtime_ns for path in (tmp_path / "compiled").glob("*/*/*")}
