@@ -15,8 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import Engine, LazyWeights, check_engine, open_engine, takes_attention
-from ..engines.compiled import chosen_bytes, prepared_bytes
+from ..engines import Engine, LazyWeights, check_engine, compiled, open_engine, takes_attention
 from ..errors import EngineError, unknown
 from ..manifest import attention_form, part_of
 from ..models import compiled_folder
@@ -114,7 +113,7 @@ class Parts:
             return 0
         sizes: dict[str, int] = {}  # a part's graphs are the same network, of which one is drawn with
         for file in self._made:
-            sizes[part_of(file)] = max(sizes.get(part_of(file), 0), prepared_bytes(self.bundle.file(file)))
+            sizes[part_of(file)] = max(sizes.get(part_of(file), 0), compiled.prepared_bytes(self.bundle.file(file)))
         return int(1.1 * sum(sizes.values()))
 
     def _identity(self, file: str) -> str:
@@ -138,4 +137,4 @@ def weights_of(patches: Patches, part: str) -> Mapping[str, NDArray[Any]]:
 
 def cache_folder() -> Path | None:
     """Beside the exported bundles; None where VEGA_EDGE_CACHE_GB is 0."""
-    return None if chosen_bytes() == 0 else compiled_folder()
+    return None if compiled.chosen_bytes() == 0 else compiled_folder()
