@@ -1,5 +1,5 @@
-"""The command line: `vega-edge generate|serve|bench|export|build|engines|verify|models|doctor`. Results go to stdout, all
-else to stderr.
+"""The command line: `vega-edge generate|serve|bench|export|build|engines|cache|verify|models|doctor`. Results go to
+stdout, all else to stderr.
 
 Exit status: 0 done, 1 an error of ours in one line, 2 a wrong argument, 130 interrupted.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import VegaEdgeError
-from .verbs import bench, build, doctor, engines, export, generate, models, serve, verify
+from .verbs import bench, build, cache, doctor, engines, export, generate, models, serve, verify
 
 _VERBS = (
     ("generate", generate, "draw pictures from a prompt", "Draw pictures from a prompt."),
@@ -53,6 +53,12 @@ _VERBS = (
         "Build TensorRT-RTX engines (no GPU needed) or TensorRT engines (for the GPU here) from a bundle's graphs.",
     ),
     ("engines", engines, "list or remove built engines", "List or remove a bundle's built engines."),
+    (
+        "cache",
+        cache,
+        "show or clear what engines compiled",
+        "Show how much the engines keep of what they compiled, and the most that it may be, or remove it.",
+    ),
     ("models", models, "list the models", "List the models this version knows."),
     (
         "doctor",

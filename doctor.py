@@ -16,7 +16,7 @@ from typing import Any
 
 from . import engines
 from .bundle import Bundle
-from .engines import EngineStatus, nvidia
+from .engines import EngineStatus, compiled, nvidia
 from .errors import EngineError
 from .manifest import INDEX
 
@@ -34,6 +34,25 @@ class BundleFolder:
     path: str
     bundles: tuple[str, ...]
     bytes: int
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """Of what engines compiled. limit_bytes: the most that it may hold; limit_reason: why that much."""
+
+    path: str
+    entries: int
+    bytes: int
+    limit_bytes: int
+    limit_reason: str
+
+    def __str__(self) -> str:
+        most = f"at most {compiled.size_text(self.limit_bytes)}" if self.limit_bytes else "off"
+        return f"{self.path}: {compiled.size_text(self.bytes)} in {self.entries} folders, {most} ({self.limit_reason})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class Report:
     bundle_folders: tuple[BundleFolder, ...]
     warnings: tuple[str, ...]
     model: str = ""
+    cache: CacheFolder | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, for --json."""
@@ -70,9 +90,11 @@ def examine(
     model: Path | None = None,
     device: str | None = None,
     unused: frozenset[str] = frozenset(),
+    cache: Path | None = None,
 ) -> Report:
     """`bundle_folders`: where bundles are kept, each with one subfolder a bundle; it need not exist. `model`: a bundle's
-    folder; `device`: cpu, cuda or cuda:N, both as they would be drawn with; `unused`: its parts that would not. BundleError where there is no such bundle."""
+    folder; `device`: cpu, cuda or cuda:N, both as they would be drawn with; `unused`: its parts that would not;
+    `cache`: where engines keep what they compiled. BundleError where there is no such bundle."""
     gpus, why_no_gpu = _gpus()
     if model is None:
         auto, passed_over = engines.best_engine(device=device)
@@ -99,6 +121,7 @@ def examine(
         bundle_folders=tuple(_bundles(folder) for folder in bundle_folders),
         warnings=tuple(_overwritten() + no_engine),
         model=str(model or ""),
+        cache=cache_at(cache) if cache else None,
     )
 
 
@@ -119,6 +142,8 @@ def render(report: Report) -> str:
     ]
     if report.bundle_folders:
         lines += ["", "Bundles", *(f"  {_bundle_line(folder)}" for folder in report.bundle_folders)]
+    if report.cache:
+        lines += ["", "Compiled cache", f"  {report.cache}"]
     if report.warnings:
         lines += ["", *(f"WARNING: {warning}" for warning in report.warnings)]
     return "\n".join(lines)
@@ -186,3 +211,9 @@ def _bundles(folder: Path) -> BundleFolder:
     bundles = sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
     files = (file for bundle in bundles for file in bundle.rglob("*") if file.is_file())
     return BundleFolder(str(folder), tuple(path.name for path in bundles), sum(file.stat().st_size for file in files))
+
+
+def cache_at(folder: Path) -> CacheFolder:
+    """UsageError where VEGA_EDGE_CACHE_GB is no number."""
+    kept, limit = compiled.contents(folder), compiled.limit(folder)
+    return CacheFolder(str(folder), len(kept), sum(each.bytes for each in kept), limit.bytes, limit.reason)

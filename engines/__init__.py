@@ -25,7 +25,6 @@ from .choice import (
     runs_on_cpu,
     takes_attention,
 )
-from .compiled import trim as trim_cache
 from .dtypes import check_dtype
 from .plan_choice import BuiltFor, built_graphs
 from .protocol import Engine, LazyWeights, Opening, Spec, describe
@@ -51,7 +50,6 @@ __all__ = [
     "open_engine",
     "runs_on_cpu",
     "takes_attention",
-    "trim_cache",
 ]
 
 
@@ -65,6 +63,7 @@ def open_engine(
     weights: Mapping[str, NDArray[Any]] | None = None,
     low_memory: bool = False,
     device: str | None = None,
+    cache_needs: int = 0,
 ) -> Engine:
     """Opens the ONNX graph at `path` on `engine`, one of ENGINES or "auto". Options not told of here: see `Opening`.
 
@@ -94,13 +93,17 @@ def open_engine(
         kept = cache and compiled.entry(
             cache, engine, module.version(backend.setting), identity or compiled.identity_of(path, weights)
         )
-        how = Opening(threads, kept, weights, low_memory, gpu_index(device))
+        how = Opening(threads, kept, weights, low_memory, gpu_index(device), cache_needs)
         opened: Engine = module.open_graph(path, backend.setting, how)
     except CheckpointError:  # of weights that are made only now
         raise
     except Exception as failure:
         raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure
-    return CheckedEngine(opened, engine, path)
+    checked = CheckedEngine(opened, engine, path)
+    if cache is not None:
+        compiled.opened(checked, kept)
+        compiled.trim(cache, compiled.most_bytes(cache, cache_needs), keep=kept)
+    return checked
 
 
 def _checked(path: Path, weights: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 from ..onnx_file import read_weights
-from .compiled import has_room, prepared_bytes, used
+from .compiled import has_room, making, prepared_bytes, used
 from .protocol import Opening, Spec
 
 CUDA = "CUDAExecutionProvider"
@@ -124,22 +122,17 @@ def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:
     ordinary session holds copies of its own. On disk it is as large as the weights are in that precision.
     """
     done = folder / path.name
+    used(folder)  # before it is looked at, so that no other process finds it the oldest meanwhile
     if not done.is_file():
-        has_room(folder, prepared_bytes(path), needed=True)
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
-        try:
+        size = prepared_bytes(path)
+        has_room(folder, size, needed=max(size, how.cache_needs))
+        with making(folder) as part:
             options = _options(how)
             graph = _replace_weights(path, options, how.weights)
             options.optimized_model_filepath = str(part / path.name)
             for key, value in _SAVED.items():
                 options.add_session_config_entry(f"session.{key}", value)
             _session(graph, provider, options)
-            with contextlib.suppress(OSError):  # another process was faster
-                part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    used(folder)
     return done
 
 

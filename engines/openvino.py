@@ -65,8 +65,7 @@ def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
 
 def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening, path: Path) -> Any:
     fresh = how.cache is not None and not any(how.cache.glob("*.blob"))
-    width = 2 if settings["INFERENCE_PRECISION_HINT"] == "bf16" else 4
-    if how.cache is None or (fresh and not has_room(how.cache, prepared_bytes(path, width), how.low_memory)):
+    if how.cache is None or (fresh and not _has_room(how.cache, path, how)):
         return core.compile_model(model, "CPU", settings)
     settings["CACHE_DIR"] = str(how.cache)  # of its own: one shared between precisions once gave NaN
     compiled = core.compile_model(model, "CPU", settings)
@@ -75,6 +74,11 @@ def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening, path
         del compiled
         compiled = core.compile_model(model, "CPU", settings)
     return compiled
+
+
+def _has_room(folder: Path, path: Path, how: Opening) -> bool:
+    size = prepared_bytes(path)
+    return has_room(folder, size, max(size, how.cache_needs) if how.low_memory else 0)
 
 
 def _replace_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:

@@ -58,6 +58,8 @@ class Opening:
     """How a backend opens a graph. `threads`: of the CPU, 0 leaves the number to it. `cache`: the folder that belongs
     to this graph with these weights on this backend alone, for what was compiled; may not exist yet; None for no cache.
 
+    `cache_needs`: with `low_memory`, what the networks of the same pipeline take in the cache together, in bytes.
+
     `weights`: instead of the graph's initializers of these names; of their shape and of the dtype they are stored in
     (uint16 holds the bits of a bfloat16). Held by reference; may be `LazyWeights`. `low_memory`: slower, with fewer
     copies of the weights.
@@ -69,6 +71,7 @@ class Opening:
     weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     low_memory: bool = False
     gpu: int = 0
+    cache_needs: int = 0
 
 
 class Engine(Protocol):

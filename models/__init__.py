@@ -14,9 +14,18 @@ from typing import Any
 from .. import records
 from ..errors import BundleError, unknown
 from .architectures import Architecture, architectures
-from .storage import bundles_folder, checkpoints_folder
+from .storage import bundles_folder, checkpoints_folder, compiled_folder
 
-__all__ = ["Architecture", "Origin", "Recipe", "RecipeLora", "architectures", "bundles_folder", "checkpoints_folder"]
+__all__ = [
+    "Architecture",
+    "Origin",
+    "Recipe",
+    "RecipeLora",
+    "architectures",
+    "bundles_folder",
+    "checkpoints_folder",
+    "compiled_folder",
+]
 __all__ += ["find_bundle", "recipes"]
 _PACKAGE = Path(__file__).resolve().parent.parent
 _HALF_BYTES = 2  # what published checkpoints store a weight in

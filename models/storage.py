@@ -17,6 +17,11 @@ def bundles_folder() -> Path:
     return home() / "bundles"
 
 
+def compiled_folder() -> Path:
+    """Where engines keep what they compiled."""
+    return home() / "compiled"
+
+
 def checkpoints_folder() -> Path:
     """Where single-file checkpoints lie that can't be downloaded by name."""
     return home() / "checkpoints"

@@ -6,25 +6,23 @@ Knows no diffusion: a part is a graph that someone runs for a while.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import Engine, LazyWeights, check_engine, open_engine, takes_attention, trim_cache
-from ..errors import EngineError, UsageError, unknown
+from ..engines import Engine, LazyWeights, check_engine, compiled, open_engine, takes_attention
+from ..errors import EngineError, unknown
 from ..manifest import attention_form, part_of
-from ..models import bundles_folder
+from ..models import compiled_folder
 from .patches import Patches
 
 MEMORY = ("normal", "low")
 VAES = ("full", "tiny")
-_CACHE_GB, _CACHE_VARIABLE = 20.0, "VEGA_EDGE_CACHE_GB"
 
 
 def check_opening(engine: str, memory: str, vae: str, device: str | None) -> None:
@@ -89,13 +87,13 @@ class Parts:
     cache: Path | None = None
     device: str | None = None
     openers: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
-    _made: list[Part] = field(default_factory=list)
+    _made: dict[str, Part] = field(default_factory=dict)
 
     def part(self, file: str) -> Part:
         """`file`: such as "unet/model.onnx"; BundleError if the bundle has none. Nothing is opened yet."""
         path = self.bundle.file(file)
         made = Part(self.openers.get(file) or partial(self._open, file, path), keep=not self.low_memory)
-        self._made.append(made)
+        self._made[file] = made
         return made
 
     def _open(self, file: str, path: Path) -> Engine:
@@ -103,13 +101,20 @@ class Parts:
         fused = attention_form(file)
         if self.bundle.has(fused) and takes_attention(self.engine):
             path = self.bundle.file(fused)
-        opened = open_engine(
+        return open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
-            low_memory=self.low_memory, device=self.device,
+            low_memory=self.low_memory, device=self.device, cache_needs=self._cache_needs,
         )  # fmt: skip
-        if self.cache is not None:
-            trim_cache(self.cache, int(cache_gb() * 1e9))
-        return opened
+
+    @cached_property
+    def _cache_needs(self) -> int:
+        """With little memory, what the cache must hold of all networks, or they would drive out each other."""
+        if not self.low_memory or self.cache is None:
+            return 0
+        sizes: dict[str, int] = {}  # a part's graphs are the same network, of which one is drawn with
+        for file in self._made:
+            sizes[part_of(file)] = max(sizes.get(part_of(file), 0), compiled.prepared_bytes(self.bundle.file(file)))
+        return int(1.1 * sum(sizes.values()))
 
     def _identity(self, file: str) -> str:
         """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest."""
@@ -121,7 +126,7 @@ class Parts:
         return "\n".join([file, *sorted(hashes), patched])
 
     def close(self) -> None:
-        for part in self._made:
+        for part in self._made.values():
             part.close()
 
 
@@ -132,16 +137,4 @@ def weights_of(patches: Patches, part: str) -> Mapping[str, NDArray[Any]]:
 
 def cache_folder() -> Path | None:
     """Beside the exported bundles; None where VEGA_EDGE_CACHE_GB is 0."""
-    return bundles_folder().parent / "compiled" if cache_gb() else None
-
-
-def cache_gb() -> float:
-    """How much the cache may hold, by VEGA_EDGE_CACHE_GB, or 20."""
-    text = os.environ.get(_CACHE_VARIABLE, "")
-    try:
-        size = float(text or _CACHE_GB)
-    except ValueError:
-        size = -1.0
-    if not 0 <= size < float("inf"):
-        raise UsageError(f"{_CACHE_VARIABLE} must be a number of gigabytes, 0 for no cache, got {text!r}")
-    return size
+    return None if compiled.chosen_bytes() == 0 else compiled_folder()

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from .catalog import Entry, own_parameters
 from .service import Service
-from .settings import CREDITS
+from .settings import CREDITS, HOLD_S, MOST_HOLD_S
 
 _ERROR = {
     "type": "object",
@@ -43,7 +43,7 @@ def _operation(entry: Entry, limits: str, summary: str, answer: dict[str, Any], 
     schema = {"type": "object", "required": ["prompt"], "properties": properties}
     codes = {"400": "A parameter or the body is wrong", "401": "A key is needed, or it is not known", "403": "Another web page asked", "404": "The model is not here", "406": "The content type",
              "408": "The body came too slowly", "413": "The body is too long", "422": "It took too long, or a job has failed",
-             "429": "The queue is full, or too many requests", "500": "Drawing failed", "503": "Shutting down"}  # fmt: skip
+             "429": "The queue is full, or too many requests", "500": "Drawing failed", "503": "Shutting down; for a v2 job also where another server takes the jobs of this folder"}  # fmt: skip
     errors = {
         code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in codes.items()
     }
@@ -90,6 +90,14 @@ def answers(example: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
     }
 
 
+HOLD = {
+    "name": "hold", "in": "query", "description": "Seconds to wait for the end of the job before answering",
+    "schema": {"type": "number", "minimum": 0, "maximum": MOST_HOLD_S, "default": HOLD_S},
+}  # fmt: skip
+BAD_HOLD: dict[str, Any] = {
+    "description": f"`hold` is not a number of seconds from 0 to {MOST_HOLD_S:g}",
+    "content": {"application/json": {"schema": _ERROR}},
+}
 _TIMES = {"inference_time": 0.18, "queue_time": 0.02, "total_time": 0.2}
 _METRICS = {**_TIMES, "cost": 0.0, "remaining_credits": CREDITS}
 _PICTURE = "http://HOST/generations/Q2l…w.jpeg"

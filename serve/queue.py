@@ -22,13 +22,14 @@ from .metrics import Metrics
 from .params import Asked
 from .record import COMPLETED, FAILED, QUEUED, Record
 from .refused import Refused
-from .store import Store, StoreError
+from .store import Store, StoreError, Taken
 from .telling import told
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 60.0
 _RETRY_S = 5.0
+_LOOK_S = 0.2  # how often the jobs of another server are looked at by a poll that is held
 _BEGIN_S = 5.0  # how long a drawing waits until it is on disk that it begins
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class JobQueue:
         self._opened = False
         self._refused = Refused(keep_s)
         self.failure: str | None = "not open yet"
+        self._taken = False  # another server accepts jobs
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -62,7 +64,7 @@ class JobQueue:
         except StoreError as error:
             self._refuse(error)
             return
-        self._opened, self.failure = True, None
+        self._opened, self._taken, self.failure = True, False, None
         if self._store.set_aside:
             _log.error("the database of jobs was damaged; it is kept as %s, a new one is begun", self._store.set_aside)
         for record in waiting:
@@ -71,10 +73,10 @@ class JobQueue:
             _log.info("%d jobs from before are drawn now", len(waiting))
 
     def _refuse(self, error: StoreError) -> None:
-        """No new jobs, until the disk takes them again."""
+        """No new jobs, until the disk takes them again, or the server that takes them ends."""
         if str(error) != self.failure:
             _log.error("v2 jobs are not accepted now: %s", error)
-        self.failure = str(error)
+        self.failure, self._taken = str(error), isinstance(error, Taken)
 
     async def _resume(self, record: Record) -> None:
         if record.model not in self._models:
@@ -86,7 +88,8 @@ class JobQueue:
             self._worker.submit(job, beyond_limit=True)
 
     async def submit(self, asked: Asked, model: str, client: str) -> str:
-        """The new job's id. Overloaded where the queue is full, StoreError where it can't be kept."""
+        """The new job's id. Overloaded where the queue is full, StoreError where it can't be kept, Taken where another
+        server accepts them."""
         self._require_disk()
         self._worker.require_room(client)  # so that a refusal costs the disk nothing
         record = self._new(asked.prompt, asked.options, model, client, base64=asked.base64)
@@ -109,7 +112,7 @@ class JobQueue:
 
     def _require_disk(self) -> None:
         if self.failure is not None:
-            raise StoreError(self.failure)
+            raise (Taken if self._taken else StoreError)(self.failure)
 
     def _new(self, prompt: str, options: Any, model: str, client: str, *, base64: bool = False) -> Record:
         files = [f"{secrets.token_urlsafe(24)}.jpeg" for _ in range(int(options.get("samples", 1)))]
@@ -126,7 +129,20 @@ class JobQueue:
             await asyncio.wait(waits, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
+        elif self._taken:
+            return await self._watch(job, hold_s)
         return await self._read(job)
+
+    async def _watch(self, job: str, hold_s: float) -> Record | None:
+        """Another server's job, as `get` gives it."""
+        end = time.monotonic() + hold_s
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), max(min(_LOOK_S, end - time.monotonic()), 0.0))
+            record = await self._read(job)
+            ended = record is None or record.status in (COMPLETED, FAILED)
+            if ended or self._stopping.is_set() or time.monotonic() >= end:
+                return record
 
     async def _read(self, job: str) -> Record | None:
         if (refused := self._refused.get(job)) is not None:

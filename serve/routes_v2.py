@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import re
 from typing import Any
 
@@ -12,12 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..errors import UsageError
-from .openapi import RESULT, STATUS, answers
+from .openapi import BAD_HOLD, HOLD, RESULT, STATUS, answers
 from .params import parse_body, read
 from .record import COMPLETED, FAILED, QUEUED, Record
 from .routes_v1 import adjusted, note
 from .service import NotFound, Service, read_body
-from .settings import CREDITS, POLL_S
+from .settings import CREDITS, HOLD_S, MOST_HOLD_S
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_-]{32}\.jpeg")
@@ -31,11 +32,11 @@ def router(service: Service) -> APIRouter:
         return await _submit(service, slug, request)
 
     @routes.get(
-        "/v2/requests/{request_id}/status", tags=["queue"], responses=answers(STATUS),
-        summary="Whether it is drawn; held open for up to 20 s while it is not",
+        "/v2/requests/{request_id}/status", tags=["queue"], responses={**answers(STATUS), 400: BAD_HOLD},
+        openapi_extra={"parameters": [HOLD]}, summary="Whether it is drawn; held open for `hold` seconds while it is not",
     )  # fmt: skip
     async def status(request_id: str, request: HttpRequest) -> Response:
-        return _status_of(await _find(service, request_id, POLL_S), request)
+        return _status_of(await _find(service, request_id, _hold_s(request)), request)
 
     for path, about in (
         ("/v2/requests/{request_id}", "The outcome"),
@@ -83,6 +84,20 @@ async def _submit(service: Service, slug: str, request: HttpRequest) -> Response
     urls = _urls(job, request)
     body = {"request_id": job, "status": QUEUED, "poll_url": f"{_base(request)}/v1/requests/{job}", **urls}
     return JSONResponse(body, headers=headers)
+
+
+def _hold_s(request: HttpRequest) -> float:
+    """The query's `hold`, in seconds."""
+    text = request.query_params.get("hold")
+    if text is None:
+        return HOLD_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= MOST_HOLD_S:  # which NaN is not either
+        raise UsageError(f"hold: must be seconds from 0 to {MOST_HOLD_S:g}, got {text[:80]!r}")
+    return seconds
 
 
 async def _find(service: Service, job: str, hold_s: float = 0.0) -> Record:

@@ -25,7 +25,7 @@ from .queue import JobQueue
 from .rate import Rate
 from .residents import Drawer, Residents
 from .settings import BODY_BYTES, BODY_S, Settings
-from .store import Store, StoreError
+from .store import Store, StoreError, Taken
 from .telling import not_now
 from .worker import Worker
 
@@ -156,6 +156,8 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
         return 404, {}
     if isinstance(error, Overloaded):
         return 429, not_now(error.retry_s)
+    if isinstance(error, Taken):  # a load balancer tries the other server
+        return 503, {"retry-after": "5"}
     if isinstance(error, StoreError):  # not now: it is tried again every few seconds
         return 429, not_now(5)
     if isinstance(error, Stopping):

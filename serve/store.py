@@ -3,6 +3,9 @@
 Every change is one transaction that is on the disk when the call returns. Calls block: they are made from one thread.
 A job's picture files are named when it is accepted and appear whole or not at all, so a job whose files are all there
 was drawn, even if the process ended before it could say so.
+
+One server writes in a folder: the one that holds the lock of `owner.sqlite`, for as long as its process lives and no
+longer, however it ends. Another one reads what the first has written.
 """
 
 from __future__ import annotations
@@ -39,37 +42,68 @@ class StoreError(VegaEdgeError):
     """The jobs can't be kept now: locked, full or damaged; it may pass."""
 
 
+class Taken(StoreError):
+    """Another server writes in this folder; its jobs can be read."""
+
+
 class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pictures = folder / "generations"
         self._database = folder / "jobs.sqlite"
+        self._owned: sqlite3.Connection | None = None  # open while this process is the one that writes
         self._connection: sqlite3.Connection | None = None
         self.set_aside: Path | None = None  # a database that was damaged
 
     def open(self) -> None:
-        """Nothing, where it is open. A damaged database is set aside and a new one begun; StoreError for anything that
-        may pass: another server that uses the folder, a full disk, a folder that can't be written."""
+        """To write, unless it is open. A damaged database is set aside and a new one begun; Taken where another server
+        writes, StoreError for anything else that may pass: a full disk, a folder that can't be written."""
         if self._connection is not None:
             return
         with _as_store_error(self._database):
             self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prompts and pictures are their owner's
             self.pictures.mkdir(exist_ok=True)
+            self._own()
             try:
-                self._connection = self._connect()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                self._move_aside()
-                self._connection = self._connect()
+                self._connection = self._connected()
+            except BaseException:
+                self.close()  # or nobody could write
+                raise
+
+    def _own(self) -> None:
+        """Takes the folder's lock: an empty database in which a transaction never ends."""
+        if self._owned is not None:
+            return
+        owned = sqlite3.connect(
+            self.folder / "owner.sqlite", timeout=0.0, isolation_level=None, check_same_thread=False
+        )
+        try:
+            owned.execute("PRAGMA journal_mode=MEMORY")
+            owned.execute("BEGIN EXCLUSIVE")
+        except BaseException as error:
+            owned.close()
+            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+                raise Taken(
+                    f"{self.folder} is in use by another server: send new jobs to that one; this one reads its jobs, "
+                    "and takes over when it ends"
+                ) from error
+            raise
+        self._owned = owned
+
+    def _connected(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            self._move_aside()
+            return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
-        # One server a folder: the lock is held as long as the process lives, and no longer, however it ends.
         connection = sqlite3.connect(self._database, timeout=0.5, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
             connection.text_factory = _text  # or one damaged text would keep all of them from being read
-            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -77,7 +111,7 @@ class Store:
                 raise sqlite3.DatabaseError(found)
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
-                raise sqlite3.OperationalError(f"it is of version {version}, this program reads {_VERSION}")
+                raise _of_version(version)
             if version == 0:
                 if connection.execute("SELECT name FROM sqlite_master").fetchone():
                     raise sqlite3.DatabaseError("it has tables, and no version")
@@ -100,9 +134,10 @@ class Store:
         self.set_aside = aside
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        for connection in (self._connection, self._owned):
+            if connection is not None:
+                connection.close()
+        self._connection = self._owned = None
 
     def add(self, record: Record) -> None:
         self._write(
@@ -140,7 +175,9 @@ class Store:
         )  # fmt: skip
 
     def get(self, job: str) -> Record | None:
-        rows = self._read("SELECT * FROM jobs WHERE id = ?", job)
+        """Also where another server writes."""
+        query = "SELECT * FROM jobs WHERE id = ?"
+        rows = self._read(query, job) if self._connection else self._read_anothers(query, job)
         return record_of(rows[0]) if rows else None
 
     def recover(self) -> list[Record]:
@@ -203,10 +240,26 @@ class Store:
         with _as_store_error(self._database):
             return self._required().execute(text, values).fetchall()
 
+    def _read_anothers(self, text: str, *values: Any) -> list[sqlite3.Row]:
+        """By a connection of its own each time: the other server may set the file aside and begin a new one."""
+        with _as_store_error(self._database):
+            uri = f"{self._database.resolve().as_uri()}?mode=rw"  # rw: reading a write-ahead log writes its index
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0.5, isolation_level=None)) as connection:
+                connection.row_factory, connection.text_factory = sqlite3.Row, _text
+                connection.execute("PRAGMA query_only=1")
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                if version != _VERSION:
+                    raise _of_version(version)
+                return connection.execute(text, values).fetchall()
+
     def _required(self) -> sqlite3.Connection:
         if self._connection is None:
             raise StoreError(f"{self._database} is not open")
         return self._connection
+
+
+def _of_version(version: int) -> sqlite3.OperationalError:
+    return sqlite3.OperationalError(f"it is of version {version}, this program reads {_VERSION}")
 
 
 @contextlib.contextmanager

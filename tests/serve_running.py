@@ -39,6 +39,10 @@ class Running:
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         return self.http.post(path, json={"prompt": "a star"} if body is None else body, **options)
 
+    def ended(self, url: str) -> httpx.Response:
+        """The status of a job that ends within 20 s."""
+        return self.http.get(url, params={"hold": 20})
+
 
 def free_port() -> int:
     with socket.socket() as probe:

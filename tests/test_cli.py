@@ -296,10 +296,40 @@ def test_doctor_tells_what_is_here() -> None:
     assert "onnxruntime-cpu" in run("doctor").stdout
 
 
+def test_the_compiled_cache_is_shown_and_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vega_edge.cli import main
+
+    cache, other = tmp_path / "compiled", tmp_path / "bundles" / "mine"
+    for folder in (cache / "openvino-1" / "a", cache / "onnxruntime-cpu-1" / "b", other):
+        folder.mkdir(parents=True)
+        (folder / "blob").write_bytes(bytes(1_000_000))
+    monkeypatch.setenv("VEGA_EDGE_HOME", str(tmp_path))
+    monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "25")
+    shown = f"{cache}: 2 MB in 2 folders, at most 25.0 GB (VEGA_EDGE_CACHE_GB)"
+    assert main(["cache"]) == 0 and capsys.readouterr().out == f"{shown}\n"
+    assert main(["doctor"]) == 0 and f"Compiled cache\n  {shown}\n" in capsys.readouterr().out
+    assert main(["cache", "--json"]) == 0
+    want = {"path": str(cache), "entries": 2, "bytes": 2_000_000, "limit_bytes": 25 * 10**9, "limit_reason": "VEGA_EDGE_CACHE_GB"}  # fmt: skip
+    assert json.loads(capsys.readouterr().out) == want
+    assert main(["doctor", "--json"]) == 0 and json.loads(capsys.readouterr().out)["cache"] == want
+    monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "much")
+    for command in (["cache"], ["doctor"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.count("VEGA_EDGE_CACHE_GB must be a number of gigabytes") == 1
+    monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "0")
+    assert main(["cache"]) == 0 and "off (VEGA_EDGE_CACHE_GB)" in capsys.readouterr().out
+    assert main(["cache", "clear"]) == 0
+    assert capsys.readouterr().err == f"2 folders, 2.0 MB removed from {cache}\n"
+    assert list(cache.iterdir()) == [] and (other / "blob").is_file()
+    assert main(["cache", "clear"]) == 0 and capsys.readouterr().err.startswith("0 folders, ")
+
+
 def test_help_tells_of_every_option() -> None:
     (verbs,) = (a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert set(verbs) == {
-        "generate", "export", "serve", "bench", "verify", "build", "engines", "models", "doctor",
+        "generate", "export", "serve", "bench", "verify", "build", "engines", "cache", "models", "doctor",
     }  # fmt: skip
     text = run("--help").stdout
     for verb, parser in verbs.items():

@@ -161,7 +161,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_drawn(server: Running) -> None:
             f"/v{version}/demo-vegart", content=b'{"prompt": "\\ud800"}', headers={"content-type": "application/json"}
         )
         assert answer.status_code == 200, answer.text
-    result = server.http.get(answer.json()["status_url"]).json()
+    result = server.ended(answer.json()["status_url"]).json()
     assert result["status"] == "COMPLETED"
     assert server.http.get(answer.json()["response_url"]).json()["prompt"] == "\ufffd"
 
@@ -215,7 +215,7 @@ def test_v2_from_submit_to_picture(server: Running) -> None:
         "request_id": job, "status": "QUEUED", "poll_url": f"{server.url}/v1/requests/{job}",
         "status_url": f"{server.url}/v2/requests/{job}/status", "response_url": f"{server.url}/v2/requests/{job}",
     }  # fmt: skip
-    status = server.http.get(submitted["status_url"]).json()
+    status = server.ended(submitted["status_url"]).json()
     assert (status["status"], status["request_id"]) == ("COMPLETED", job)
     assert set(status["metrics"]) == {"inference_time", "queue_time", "total_time", "cost", "remaining_credits"}
     for url in (submitted["response_url"], submitted["poll_url"]):
@@ -255,7 +255,7 @@ def test_an_unknown_request(server: Running) -> None:
 
 def test_base64_on_v2_adds_the_picture_to_the_url(server: Running) -> None:
     submitted = server.post("/v2/demo-vegart", {"prompt": "a", "base64": True}).json()
-    server.http.get(submitted["status_url"])
+    server.ended(submitted["status_url"])
     result = server.http.get(submitted["response_url"]).json()
     assert base64.b64decode(result["image"]) == server.http.get(result["output"]).content
 
@@ -273,7 +273,7 @@ def test_a_poll_is_held_until_the_job_has_ended(tmp_path: Path) -> None:
         wait_until(lambda: server.http.get(submitted["response_url"]).json()["status"] == "PROCESSING")
         start = time.monotonic()
         threading.Timer(1.0, gate.let, (20,)).start()
-        status = server.http.get(submitted["status_url"])
+        status = server.ended(submitted["status_url"])
         assert status.json()["status"] == "COMPLETED" and time.monotonic() - start >= 0.9
 
 
@@ -308,7 +308,7 @@ def test_overload_is_429_with_retry_after_and_heals(tmp_path: Path) -> None:
         gate.let(500)
         for job in jobs:
             if job.status_code == 200:
-                assert server.http.get(job.json()["status_url"]).json()["status"] == "COMPLETED"
+                assert server.ended(job.json()["status_url"]).json()["status"] == "COMPLETED"
         assert server.post(V1).status_code == 200
 
 
@@ -324,7 +324,7 @@ def test_an_engine_that_raises_is_a_clear_500_and_the_rest_goes_on(tmp_path: Pat
         assert (engine.status_code, engine.json()) == (500, {"error": "onnxruntime-cpu failed at step 1"})
         assert (defect.status_code, defect.json()) == (500, {"error": "an internal error; it is in the log"})
         job = server.post("/v2/demo-vegart", {"prompt": "defect"}).json()
-        failed = server.http.get(job["status_url"])
+        failed = server.ended(job["status_url"])
         assert (failed.status_code, failed.json()["error"]) == (422, "an internal error; it is in the log")
         assert server.post(V1).status_code == 200
         assert 'vega_edge_errors_total{kind="ZeroDivisionError"}' in server.http.get("/metrics").text
@@ -353,6 +353,10 @@ def test_metrics_health_and_description(server: Running) -> None:
     ]
     assert [(s["default"], s["minimum"], s["maximum"]) for s in steps] == [(25, 20, 100), (25, 1, 50)]
     assert {"401", "403", "500", "503"} <= set(operation["responses"])
+    status = described["paths"]["/v2/requests/{request_id}/status"]["get"]
+    (hold,) = [each["schema"] for each in status["parameters"] if each["name"] == "hold"]
+    assert (hold["minimum"], hold["maximum"], hold["default"]) == (0, 20, 1)
+    assert {"200", "400", "404", "422"} <= set(status["responses"])
     assert server.http.get("/docs").status_code == 200
 
 
@@ -672,9 +676,9 @@ def test_v2_says_what_was_drawn_otherwise_and_what_was_cut_off_also_after_a_rest
             for path, body in (("/v2/segmind-vega", asked), ("/v2/demo-vegart", {"prompt": "a", **sides}))
         )
         for _ in range(2):
-            answer = server.http.get(f"/v2/requests/{job}/status")
+            answer = server.ended(f"/v2/requests/{job}/status")
             assert set(answer.json()["adjusted"]) >= told, answer.text
-        assert "adjusted" not in server.http.get(f"/v2/requests/{other}/status").json()
+        assert "adjusted" not in server.ended(f"/v2/requests/{other}/status").json()
     with running(tmp_path) as server:
         for path in (f"/v2/requests/{job}", f"/v2/requests/{job}/status", f"/v1/requests/{job}"):
             answer = server.http.get(path)

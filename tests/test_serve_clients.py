@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,19 +133,30 @@ def test_sdk_failures(client: SegmindClient) -> None:
     assert error.value.status == 401 and error.value.detail.startswith("Unauthorized. API key is invalid")
 
 
-def test_sdk_timeout_and_the_job_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vega_edge.serve import routes_v2
-
-    monkeypatch.setattr(routes_v2, "POLL_S", 0.2)
+def test_sdk_timeout_and_the_job_that_goes_on(tmp_path: Path) -> None:
+    """The SDK looks at its clock between a poll and its sleep, so a poll that is held makes it late by the hold."""
     gate = Gate()
     with running(tmp_path, FakeDrawer(before_step=gate)) as server:
         client = SegmindClient(base_url=f"{server.url}/v1")
         job = client.submit_async("segmind-vega", prompt="a star")
         with pytest.raises(InferenceTimeout) as timeout:
-            job.wait(timeout=0.5, interval=0.1)
+            job.wait(timeout=0.3)
         assert timeout.value.request_id == job.request_id
+        assert timeout.value.elapsed_s < 0.3 + 1.0 + 0.5  # the last for a busy machine
         gate.let(100)
         assert job.wait(timeout=60, interval=0.1)["status"] == "COMPLETED"
+
+
+def test_sdk_with_a_longer_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/serve.md shows it: one poll waits for a job that takes longer than the second of an ordinary one."""
+    gate, slept = Gate(), []
+    monkeypatch.setattr("segmind.v2.time.sleep", slept.append)
+    with running(tmp_path, FakeDrawer(before_step=gate)) as server:
+        job = SegmindClient(base_url=f"{server.url}/v1").submit_async("segmind-vega", prompt="a star")
+        job.status_url += "?hold=20"
+        threading.Timer(1.5, gate.let, (100,)).start()
+        assert job.wait()["status"] == "COMPLETED"
+    assert slept == []
 
 
 def test_the_clients_sleep_between_polls_is_not_paid(client: SegmindClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def change(folder: Path, *statements: tuple[str, Any]) -> None:
 
 
 def ended(server: Running, job: str) -> Any:
-    return server.http.get(f"/v2/requests/{job}/status").json()
+    return server.ended(f"/v2/requests/{job}/status").json()
 
 
 @pytest.mark.parametrize("status", [QUEUED, PROCESSING, COMPLETED])

@@ -22,16 +22,14 @@ def test_wrong_parameters_fill_neither_the_disk_nor_the_memory(tmp_path: Path, m
     monkeypatch.setattr(refused, "MOST", 20)
     with running(tmp_path) as server:
         good = server.post("/v2/demo-vegart").json()
-        assert server.http.get(good["status_url"]).json()["status"] == "COMPLETED"
+        assert server.ended(good["status_url"]).json()["status"] == "COMPLETED"
         seen: list[str] = []
         server.service.queue._store._required().set_trace_callback(seen.append)
         answers = [server.post("/v2/demo-vegart", WRONG) for _ in range(50)]
         assert {answer.status_code for answer in answers} == {200}
         assert {answer.json()["status"] for answer in answers} == {"QUEUED"}  # as the API says it
         assert not seen and len(server.service.queue._refused) == 20
-        assert [server.http.get(answer.json()["status_url"]).status_code for answer in answers] == [404] * 30 + [
-            422
-        ] * 20
+        assert [server.ended(answer.json()["status_url"]).status_code for answer in answers] == [404] * 30 + [422] * 20
         assert server.http.get(good["response_url"]).status_code == 200
 
 
@@ -60,7 +58,7 @@ def test_a_picture_that_ends_as_it_is_asked_for_is_not_found(
     """Between a look and the reading, as the housekeeping may do it."""
     with running(tmp_path) as server:
         job = server.post("/v2/demo-vegart", {"prompt": "a", "base64": base64}).json()
-        assert server.http.get(job["status_url"]).json()["status"] == "COMPLETED"
+        assert server.ended(job["status_url"]).json()["status"] == "COMPLETED"
         url = server.http.get(job["response_url"]).json()["output"]
         (file,) = (tmp_path / "generations").iterdir()
         monkeypatch.setattr(Path, "is_file", lambda self: True)
@@ -76,7 +74,7 @@ def test_a_picture_that_ends_as_it_is_asked_for_is_not_found(
 def test_a_picture_is_read_whole_before_its_first_byte_is_sent(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         job = server.post("/v2/demo-vegart").json()
-        server.http.get(job["status_url"])
+        server.ended(job["status_url"])
         url = server.http.get(job["response_url"]).json()["output"]
         (file,) = (tmp_path / "generations").iterdir()
         head, got = server.http.head(url), server.http.get(url)

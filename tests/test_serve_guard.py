@@ -316,26 +316,32 @@ def test_a_second_head_has_as_long_as_the_first_and_a_page_as_long_as_it_likes(
             assert json.loads(page.recv(timeout=20)) == {"type": "pong"}
 
 
-def test_a_poll_that_is_held_ends_with_its_time_and_with_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_poll_that_is_held_ends_with_its_time_and_with_the_server(tmp_path: Path) -> None:
     gate = Gate()
     with running(tmp_path, FakeDrawer(before_step=gate)) as server:
         url = server.post("/v2/demo-vegart").json()["status_url"]
         gate.wait()
-        monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 0.2)
-        assert server.http.get(url).json()["status"] == "PROCESSING"
-        monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 50.0)
+        for hold, least, most in (({}, 1.0, 8.0), ({"hold": 0}, 0.0, 1.0), ({"hold": "2.5"}, 2.5, 10.0)):
+            start = time.monotonic()
+            assert server.http.get(url, params=hold).json()["status"] == "PROCESSING"
+            assert least - 0.1 <= time.monotonic() - start < most
         threading.Timer(0.3, server.service.queue.release_polls).start()
         start = time.monotonic()
-        assert server.http.get(url).json()["status"] == "PROCESSING"
-        assert server.http.get(url).json()["status"] == "PROCESSING"  # nor is another one held
-        assert time.monotonic() - start < 25  # half of what it would be held for
+        assert server.ended(url).json()["status"] == "PROCESSING"
+        assert server.ended(url).json()["status"] == "PROCESSING"  # nor is another one held
+        assert time.monotonic() - start < 10  # half of what it would be held for
         gate.let(50)
 
 
-def test_a_signal_to_stop_is_heard_at_once_by_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vega_edge.serve.routes_v2.POLL_S", 50.0)
+@pytest.mark.parametrize("hold", ["20.1", "-1", "nan", "inf", "long", "", "1s", "9" * 400])
+def test_a_hold_that_can_not_be_is_refused(tmp_path: Path, hold: str) -> None:
+    with running(tmp_path) as server:
+        answer = server.http.get("/v2/requests/" + "0" * 32 + "/status", params={"hold": hold})
+        assert answer.status_code == 400
+        assert answer.json()["error"] == f"hold: must be seconds from 0 to 20, got {hold[:80]!r}"
+
+
+def test_a_signal_to_stop_is_heard_at_once_by_those_who_wait(tmp_path: Path) -> None:
     gate = Gate()
     with running(tmp_path, FakeDrawer(before_step=gate)) as server:
         url = server.post("/v2/demo-vegart").json()["status_url"]
@@ -345,8 +351,8 @@ def test_a_signal_to_stop_is_heard_at_once_by_those_who_wait(tmp_path: Path, mon
         stop = (loop.call_soon_threadsafe, (server.server.handle_exit, signal.SIGTERM, None))
         threading.Timer(0.3, *stop).start()
         start = time.monotonic()
-        assert server.http.get(url).json()["status"] == "PROCESSING"
-        assert time.monotonic() - start < 25 and server.service.stopping  # half of what it would be held for
+        assert server.ended(url).json()["status"] == "PROCESSING"
+        assert time.monotonic() - start < 10 and server.service.stopping  # half of what it would be held for
         gate.let(50)
 
 

@@ -221,12 +221,12 @@ def test_a_defect_as_a_picture_is_kept_fails_its_job(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patched:
             patched.setattr("vega_edge.serve.queue.encode", broken)
             job = server.post("/v2/demo-vegart").json()
-            answer = server.http.get(job["status_url"])
+            answer = server.ended(job["status_url"])
         assert (answer.status_code, answer.json()["status"]) == (422, "FAILED")
         assert answer.json()["error"] == "an internal error; it is in the log"
         assert 'vega_edge_errors_total{kind="ZeroDivisionError"} 1.0' in server.http.get("/metrics").text
         job = server.post("/v2/demo-vegart").json()
-        assert server.http.get(job["status_url"]).json()["status"] == "COMPLETED"
+        assert server.ended(job["status_url"]).json()["status"] == "COMPLETED"
 
 
 def test_a_drawing_waits_until_it_is_on_disk_that_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_a_drawing_waits_until_it_is_on_disk_that_it_begins(tmp_path: Path, monk
     monkeypatch.setattr(Store, "begin", slow)
     with running(tmp_path, FakeDrawer(before_step=before)) as server:
         answer = server.post("/v2/demo-vegart", {"prompt": "a", "num_inference_steps": 1}).json()
-        assert server.http.get(answer["status_url"]).json()["status"] == "COMPLETED"
+        assert server.ended(answer["status_url"]).json()["status"] == "COMPLETED"
     assert seen == [("PROCESSING", 1)]
 
 
@@ -259,7 +259,7 @@ def test_jobs_that_were_tried_before_come_back_alone_and_the_others_together(tmp
     with running(tmp_path, drawer) as server:
         wait_until(lambda: sum(map(len, drawer.batches)) == 4)
         for name in "bc":
-            status = server.http.get(f"/v2/requests/{name * 32}/status").json()
+            status = server.ended(f"/v2/requests/{name * 32}/status").json()
             assert status["metrics"]["retry_count"] == 1
     assert sorted(len(batch) for batch in drawer.batches if len(batch) > 1) in ([], [2])
 
@@ -316,9 +316,9 @@ def test_a_model_that_is_gone_and_a_disk_that_does_not_take_it(tmp_path: Path, m
 
     monkeypatch.setattr(Store, "fail", full)
     with running(tmp_path) as server:
-        gone = server.http.get("/v2/requests/" + "0" * 32 + "/status")
+        gone = server.ended("/v2/requests/" + "0" * 32 + "/status")
         assert (gone.status_code, gone.json()["error"]) == (422, "there is no model gone any more")
-        assert server.http.get("/v2/requests/" + "1" * 32 + "/status").json()["status"] == "COMPLETED"
+        assert server.ended("/v2/requests/" + "1" * 32 + "/status").json()["status"] == "COMPLETED"
         monkeypatch.undo()
         queue = server.service.queue
         asyncio.run_coroutine_threadsafe(queue._tidy(), queue._loop).result(20)  # what its housekeeping does

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server's packages are not installed: vega-edge[serve]")
 
 from vega_edge.serve.record import COMPLETED, FAILED, QUEUED, Record
-from vega_edge.serve.store import Store, StoreError
+from vega_edge.serve.store import Store, StoreError, Taken
 
 from .serve_fakes import FakeDrawer
 from .serve_running import Running, free_port, running, wait_until
@@ -38,16 +39,16 @@ class Process:
         ]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
 
-    def start(self) -> None:
+    def start(self, until: str = "/readyz") -> None:
         root = Path(__file__).parent.parent
         paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(self._arguments, cwd=root, env={**os.environ, "PYTHONPATH": paths})
-        wait_until(self._ready)
+        wait_until(lambda: self.answers(until))
 
-    def _ready(self) -> bool:
+    def answers(self, path: str) -> bool:
         assert self.process.poll() is None
         with contextlib.suppress(httpx.TransportError):
-            return self.http.get("/readyz").status_code == 200
+            return self.http.get(path).status_code == 200
         return False
 
     def submit(self, prompt: str) -> str:
@@ -58,7 +59,7 @@ class Process:
     def wait(self, job: str) -> httpx.Response:
         end = time.monotonic() + 60
         while True:
-            answer = self.http.get(f"/v2/requests/{job}/status")
+            answer = self.http.get(f"/v2/requests/{job}/status?hold=20")
             if answer.json()["status"] in ("COMPLETED", "FAILED"):
                 return answer
             assert time.monotonic() < end
@@ -164,7 +165,7 @@ def test_what_the_database_promises(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.open()
     answers = [store._read(f"PRAGMA {name}")[0][0] for name in ("journal_mode", "synchronous", "locking_mode")]
-    assert answers == ["wal", 2, "exclusive"]  # 2: FULL
+    assert answers == ["wal", 2, "normal"]  # 2: FULL; normal: others may read
     store.close()
 
 
@@ -222,22 +223,92 @@ def test_finished_jobs_and_their_pictures_are_forgotten_in_time(tmp_path: Path) 
     store.close()
 
 
-def test_a_second_server_on_the_same_folder_goes_on_without_a_queue(tmp_path: Path) -> None:
-    holder = Store(tmp_path)
+def test_a_second_server_on_the_same_folder_reads_and_draws_but_takes_no_jobs(tmp_path: Path) -> None:
+    holder, job, file = Store(tmp_path / "data"), "0" * 32, f"{'f' * 32}.jpeg"
     holder.open()
-    with running(tmp_path) as server:
+    holder.add(record(job, files=(file,)))
+    with running(tmp_path / "data") as server:
         ready = server.http.get("/readyz")
         assert ready.status_code == 503
-        why = "jobs.sqlite can't be used: database is locked; another server uses it: stop that one, or give this one another --data folder"
+        why = "data is in use by another server: send new jobs to that one; this one reads its jobs, and takes over when it ends"
         assert ready.json() == {"ready": False, "why": [f"v2 jobs are not accepted: {why}"]}
-        answer = server.post("/v2/demo-vegart")
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
-        assert server.http.get("/v2/requests/" + "0" * 32).status_code == 429
+        for body in ({"prompt": "a star"}, {"prompt": 1}):
+            answer = server.post("/v2/demo-vegart", body)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json() == {"error": why}
+        assert server.http.get("/v2/requests/" + "1" * 32).status_code == 404
+        start = time.monotonic()
+        assert server.http.get(f"/v2/requests/{job}/status?hold=0.5").json()["status"] == QUEUED
+        assert 0.4 <= time.monotonic() - start < 5
+        threading.Timer(0.5, lambda: (holder.save(file, b"jpeg"), holder.complete(job, {}))).start()
+        start = time.monotonic()
+        assert server.ended(f"/v2/requests/{job}/status").json()["status"] == COMPLETED
+        assert time.monotonic() - start < 10
+        assert server.http.get(server.http.get(f"/v2/requests/{job}").json()["output"]).content == b"jpeg"
         assert server.post("/v1/demo-vegart").status_code == 200
         assert server.http.get("/healthz").status_code == 200
-        holder.close()
-        server.service.queue.failure = None  # what its housekeeping does a few seconds later
     holder.close()
+
+
+def test_a_second_server_takes_over_when_the_first_is_killed(process: Process, tmp_path: Path) -> None:
+    """Two processes. The second leaves the first's jobs alone, whatever they are, until it is gone; then it goes on."""
+    second = Process(tmp_path)
+    finished = process.submit("finished")
+    assert process.wait(finished).json()["status"] == COMPLETED
+    jobs = {f"p{i}": process.submit(f"p{i}") for i in range(8)}
+    try:
+        second.start("/healthz")
+        picture = second.http.get(second.http.get(f"/v2/requests/{finished}").json()["output"])
+        assert picture.headers["content-type"] == "image/jpeg"
+        assert second.http.post("/v2/demo-vegart", json={"prompt": "other"}).status_code == 503
+        assert second.wait(jobs["p1"]).json()["status"] == COMPLETED  # which the first one drew
+        assert not second.answers("/readyz")
+        kill(process)
+        wait_until(lambda: second.answers("/readyz"), 15)
+        assert {prompt: second.wait(job).json()["status"] for prompt, job in jobs.items()} == dict.fromkeys(
+            jobs, COMPLETED
+        )
+        again = [prompt for prompt in set(second.drawn) if second.drawn.count(prompt) > 1]
+        assert sorted(set(second.drawn)) == sorted([*jobs, "finished"]) and len(again) <= 1
+        assert second.wait(second.submit("new")).json()["status"] == COMPLETED
+        process.start("/healthz")  # as a supervisor would: now it is the second one
+        assert not process.answers("/readyz")
+        assert process.wait(finished).json()["status"] == COMPLETED
+    finally:
+        kill(second)
+
+
+def test_a_second_server_leaves_a_damaged_database_where_it_is(tmp_path: Path) -> None:
+    database, unknown = tmp_path / "jobs.sqlite", "/v2/requests/" + "0" * 32
+    first = Store(tmp_path)
+    first._own()
+    with running(tmp_path) as server:
+        assert server.http.get(unknown).status_code == 429  # the first one has not made it yet
+        database.write_bytes(b"this is no database, " * 500)
+        answer = server.http.get(unknown)
+        assert (answer.status_code, answer.json()["error"]) == (
+            429,
+            "jobs.sqlite can't be used: file is not a database",
+        )
+        first.open()  # sets it aside
+        assert server.http.get(unknown).status_code == 404
+    assert first.set_aside is not None and list(tmp_path.glob("jobs-damaged-*.sqlite")) == [first.set_aside]
+    first.close()
+
+
+def test_whoever_could_not_open_the_database_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")  # as a server of version 0.1 does
+    first, second = Store(tmp_path), Store(tmp_path)
+    with pytest.raises(StoreError, match="database is locked"):
+        first.open()
+    connection.close()
+    second.open()
+    with pytest.raises(Taken):
+        first.open()
+    second.close()
+    first.open()
+    first.close()
 
 
 def test_a_damaged_database_is_set_aside_and_a_new_one_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,7 +332,7 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 def submitted(server: Running) -> str:
     answer = server.post("/v2/demo-vegart")
     assert answer.status_code == 200, answer.text
-    return str(server.http.get(answer.json()["status_url"]).json()["status"])
+    return str(server.ended(answer.json()["status_url"]).json()["status"])
 
 
 def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +347,7 @@ def test_a_full_disk_fails_the_job_and_nothing_else(tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(os, "replace", full)
         job = server.post("/v2/demo-vegart").json()
-        answer = server.http.get(job["status_url"])
+        answer = server.ended(job["status_url"])
         assert answer.status_code == 422
         why = "the picture could not be kept: generations can't be used: No space left on device"
         assert answer.json()["error"] == why
@@ -354,5 +425,5 @@ def test_a_model_that_is_gone_fails_its_old_jobs(tmp_path: Path) -> None:
     store.add(replace(record("0" * 32), model="gone"))
     store.close()
     with running(tmp_path, FakeDrawer()) as server:
-        answer = server.http.get("/v2/requests/" + "0" * 32 + "/status")
+        answer = server.ended("/v2/requests/" + "0" * 32 + "/status")
         assert (answer.status_code, answer.json()["error"]) == (422, "there is no model gone any more")

@@ -75,7 +75,7 @@ def test_an_engine_that_names_its_files(faulty: Running, caplog: pytest.LogCaptu
         first = faulty.post("/v1/demo-vegart")
         assert (first.status_code, first.json()) == (500, {"error": TOLD})
         job = faulty.post("/v2/demo-vegart").json()
-        assert faulty.http.get(job["status_url"]).json()["error"] == TOLD
+        assert faulty.ended(job["status_url"]).json()["error"] == TOLD
         with live(faulty) as page:
             send(page, type="draw", id=1, prompt="a star")
             assert until(page, "error")["error"] == TOLD
@@ -94,6 +94,6 @@ def test_readyz_is_open_to_all_and_names_no_folder(tmp_path: Path) -> None:
         time.sleep(1.1)
         why = server.http.get("/readyz").json()["why"]
         assert len(why) == 3 and str(tmp_path) not in str(why) and "/srv" not in str(why)
-        assert why[1].startswith("keys.json does not exist; ") and "jobs.sqlite can't be used" in why[2]
+        assert why[1].startswith("keys.json does not exist; ") and "data is in use by another server" in why[2]
         holder.close()
         server.service.queue.failure = None

@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("doctor --vae is about a BUNDLE: name one")
     model = models.find_bundle(arguments.bundle) if arguments.bundle else None
     unused = unused_parts(Bundle.open(model, verify=False), arguments.vae) if model else frozenset()
-    report = doctor.examine([models.bundles_folder()], model, arguments.device, unused)
+    report = doctor.examine([models.bundles_folder()], model, arguments.device, unused, models.compiled_folder())
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else doctor.render(report))
