@@ -51,7 +51,7 @@ class TextEncoder:
 
     def __init__(self, parts: Parts) -> None:
         bundle = parts.bundle
-        self.sdxl = "text_encoder_2" in bundle.model_index
+        self.sdxl = bundle.sdxl
         suffixes = ("", "_2") if self.sdxl else ("",)
         self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self.sdxl))
         self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
