@@ -33,13 +33,9 @@ def as_pipelines_read(config: Mapping[str, Any], sdxl: bool) -> dict[str, Any]:
     """Return the configuration as diffusers' pipelines change it when they are made (diffusers 0.42.1).
 
     Those of the SD kind set `steps_offset` to 1 and `clip_sample` to False, whatever the file says. Those of the SDXL
-    kind take the file as it is; DDIM and DDPM then clip unless it says otherwise.
+    kind take the file as it is.
     """
-    if not sdxl:
-        return {**config, "steps_offset": 1, "clip_sample": False}
-    if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
-        return {"clip_sample": True, **config}
-    return dict(config)
+    return dict(config) if sdxl else {**config, "steps_offset": 1, "clip_sample": False}
 
 
 def check_drawable(config: Mapping[str, Any], defaults: Mapping[str, Any], cure: str | None = None) -> None:

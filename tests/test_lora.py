@@ -315,7 +315,7 @@ def test_one_of_nan_is_named_whoever_opens_it(tmp_path: Path, capsys: pytest.Cap
     write_safetensors(path, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
     for command in (
         ["generate", "a star", "--model", "demo-vegart", "--lora", str(path), "-o", str(tmp_path / "x.png")],
-        ["build", "demo-vegart", "--lora", str(path)],
+        ["build", "demo-vegart", "--engine", "tensorrt-rtx", "--lora", str(path)],
         ["serve", "--check", "--lora", f"demo-vegart={path}", "--data", str(tmp_path / "data")],
     ):
         assert main(command) == 1, command
