@@ -137,7 +137,7 @@ def test_clipping(made: tuple[str, Any, Any], opened: Callable[..., tuple[Any, P
         return
     for name in ("DDIM", "DDPM"):
         with pytest.raises(UsageError, match="clip_sample True"):
-            ours.request(PROMPT, scheduler=name)
+            ours.request(PROMPT, scheduler=name, width=64, height=64)
 
 
 @pytest.mark.filterwarnings("ignore")
