@@ -20,6 +20,9 @@ from .whole_file import sha256_of, writing
 
 __all__ = ["Bundle", "FileEntry", "Lora", "Manifest", "Parameter", "Part", "Source"]
 __all__ += ["check_files", "describe_files", "write_manifest"]
+_LARGEST = 1 << 16  # of a configuration's whole numbers: sixteen times the widest layer of any model
+_MOST_LEVELS = 8
+_SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Bundle:
         """(dtype, weights) as the manifest says; ('', '') where there is none."""
         return (self.manifest.dtype, self.manifest.weights) if self.manifest else ("", "")
 
+    @property
+    def sdxl(self) -> bool:
+        """Whether the model is of the SDXL kind, with two text encoders, rather than of the SD kind."""
+        return "text_encoder_2" in self.model_index
+
     def has(self, file: str) -> bool:
         """Is `file`, such as "vae_decoder/pixels.onnx", part of the bundle?"""
         if self.manifest is not None:
@@ -81,25 +89,30 @@ class Bundle:
         """The part's config.json as diffusers or transformers wrote it, read anew on each call."""
         return _read_object(self.file(f"{part}/config.json"))
 
-    def number(self, part: str, key: str) -> int:
-        """A whole number from 1 in the part's configuration. Raises BundleError if it has none, or something else."""
+    def number(self, part: str, key: str, most: int = _LARGEST) -> int:
+        """Return a whole number from 1 to `most` of the part's configuration. BundleError if it has none, or another value."""
         value = self.config(part).get(key)
-        if type(value) is not int or value < 1:
-            raise self._misconfigured(part, key, value, "a whole number from 1")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.misconfigured(part, key, value, f"a whole number from 1 to {most}")
         return value
 
     def levels(self, part: str) -> int:
         """How many resolutions a network or an autoencoder works at, each half the one before: its list of channels
         has one entry for each. Raises BundleError if there is no such list."""
         config = self.config(part)
-        channels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
-        if not isinstance(channels, list):
-            raise self._misconfigured(part, "block_out_channels", channels, "a list, an entry a level")
+        key = next((k for k in ("block_out_channels", "decoder_block_out_channels") if config.get(k) is not None), "")
+        channels = config.get(key)
+        if not isinstance(channels, list) or not 1 <= len(channels) <= _MOST_LEVELS:
+            wanted = f"a list of 1 to {_MOST_LEVELS} numbers, one a level"
+            raise self.misconfigured(part, key or "block_out_channels", channels, wanted)
         return len(channels)
 
-    def _misconfigured(self, part: str, key: str, got: Any, wanted: str) -> BundleError:
-        said = "has no" if got is None else f"has {json.dumps(got)} for"
-        return _damaged(self.path, part, f"{part}/config.json {said} {key}, which must be {wanted}")
+    def misconfigured(self, part: str, key: str, got: Any, wanted: str, file: str = "") -> BundleError:
+        """Return the error for a value of a configuration that can't be used. `file`: the part's config.json, if not given."""
+        text = json.dumps(got)
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        said = "has no" if got is None else f"has {shown} for"
+        return _damaged(self.path, part, f"{file or f'{part}/config.json'} {said} {key}, which must be {wanted}")
 
     @property
     def scheduler_config(self) -> dict[str, Any]:

@@ -100,6 +100,11 @@ def read_lora(path: Path) -> Lora:
     found: dict[str, dict[str, NDArray[np.float32]]] = {}
     strange = []
     for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(
+                f"LoRA {path}: {key} holds values that are not finite (NaN or infinity), as of a training that failed; "
+                "use another file"
+            )
         match = _KEY.match(key)
         role = match and next((r for r in match.groups()[1:] if r), None)
         if match is None or role is None:

@@ -33,7 +33,7 @@ from .engines import (
 from .errors import BundleError, EngineError, VegaEdgeError
 from .manifest import INDEX, plain_form
 from .runtime.decoder import Scaling
-from .runtime.schedulers import get_scheduler, scheduler_named_in
+from .runtime.scheduler_config import check_drawable, read_scheduler_config
 from .runtime.tokenizer import TOKENS, ClipTokenizer
 
 Shape = tuple[int, ...]
@@ -118,7 +118,7 @@ def _others(bundle: Bundle, graphs: list[str]) -> Iterator[Check]:
     ]:
         fault = f"names no {', '.join(unnamed)}"
         yield _check(INDEX, [bundle.path / INDEX], lambda: fault)
-    suffixes = ("", "_2") if "text_encoder_2" in bundle.model_index else ("",)
+    suffixes = ("", "_2") if bundle.sdxl else ("",)
     for graph in (*(f"text_encoder{s}/model.onnx" for s in suffixes), "unet/model.onnx", "vae_decoder/model.onnx"):
         forms = {graph, graph.replace("decoder/model", "decoder/pixels")}
         if not (forms & {*graphs} or any(map(bundle.has, forms))):
@@ -137,13 +137,11 @@ def _tokenizer_fault(bundle: Bundle, part: str) -> str:
 
 def _scheduler_fault(bundle: Bundle) -> str:
     """Its noise levels, by the scheduler that a picture would be drawn with."""
-    config, defaults = bundle.scheduler_config, bundle.manifest.defaults if bundle.manifest else {}
+    config = read_scheduler_config(bundle)
     if "_class_name" not in config:
         return "scheduler_config.json names no scheduler: it has no _class_name"
-    name = defaults.get("scheduler") or scheduler_named_in(config)
-    scheduler = get_scheduler(name, defaults.get("family") or "diffusers")
-    levels = scheduler.schedule(scheduler.noise_model(config), max(scheduler.least_steps, 4)).sigmas
-    return "" if np.isfinite(levels).all() else "its noise levels are not finite"
+    check_drawable(config, bundle.manifest.defaults if bundle.manifest else {})
+    return ""
 
 
 def _check(
@@ -195,7 +193,9 @@ def _smoke(bundle: Bundle, graph: str, built: Mapping[str, Shape]) -> _Smoke:
     if part.startswith("text_encoder"):
         # 0 to 76 are ids in any vocabulary; the largest id ends a text for CLIP's pooling
         count = built.get("input_ids", (1,))[0]
-        ids = np.tile(np.minimum(np.arange(TOKENS), bundle.number(part, "vocab_size") - 1).astype(np.int64), (count, 1))
+        ids = np.tile(
+            np.minimum(np.arange(TOKENS), bundle.number(part, "vocab_size", 1 << 20) - 1).astype(np.int64), (count, 1)
+        )
         return _Smoke({"input_ids": ids}, {"last_hidden_state": (count, TOKENS, bundle.number(part, "hidden_size"))})
     side = 2 * 2 ** (bundle.levels("unet") - 1)
     channels = bundle.number("unet", "in_channels")
@@ -208,7 +208,7 @@ def _smoke(bundle: Bundle, graph: str, built: Mapping[str, Shape]) -> _Smoke:
     if part not in ("vae_encoder", "vae_decoder", "tiny_vae_decoder"):
         raise BundleError(f"{graph} is of no part that is known: it can't be run")
     scale = 2 ** (bundle.levels(part) - 1)
-    Scaling.of(bundle.config(part))
+    Scaling.read(bundle, part)
     if part == "vae_encoder":
         high, wide = (high // scale, wide // scale) if built else (high, wide)  # what it was built for is in pixels
         picture = random.uniform(-1, 1, (n, 3, high * scale, wide * scale))

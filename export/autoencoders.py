@@ -48,7 +48,7 @@ class Autoencoders:
             outputs = [forward(wrapper, spec, f) for f in feeds]
             peak = rescale.largest_inner(vae.encoder, lambda: [forward(wrapper, spec, f) for f in feeds])
         packed, work.precision, scale = self._in_range(part, "vae", packed, peak, vae.encoder)
-        latents = [samples.from_moments(o["latent_parameters"], dict(vae.config)) for o in outputs]
+        latents = [samples.from_moments(o["latent_parameters"], self._scaling(vae)) for o in outputs]
         size = samples.traced_size(self.checkpoint.configs["unet"])
         pixels = [3, vae.config.in_channels, size.height * self.scale, size.width * self.scale]
         work.export(packed, graphs.Encoder(packed.module), spec, {"sample": torch.zeros(pixels)})
@@ -61,26 +61,30 @@ class Autoencoders:
         work = Work(part, self.folder, self.precision, self.announce, self.attention)
         packed = self._packed(source, self.precision)
         vae: Any = packed.module
-        config = dict(vae.config)  # with diffusers' defaults: older files say no scaling_factor
+        scaling = self._scaling(vae)
         wrapper, spec = graphs.Decoder(vae), graphs.decoder_spec(vae)
         cases, pixel_cases = [], []
         with packed.computing():
             for latents in all_latents:
-                feeds = {"latent_sample": samples.unscaled(latents, config)}
+                feeds = {"latent_sample": samples.unscaled(latents, scaling)}
                 outputs = forward(wrapper, spec, feeds)
                 cases.append((samples.to_numpy(feeds), samples.to_numpy(outputs)))
                 pixel_cases.append(({"latent_sample": latents.numpy()}, {"pixels": samples.pixels(outputs["sample"])}))
-            probes = [samples.unscaled(latents, config) for latents in _probes(all_latents)]
+            probes = [samples.unscaled(latents, scaling) for latents in _probes(all_latents)]
             peak = rescale.largest_inner(
                 vae.decoder, lambda: [forward(wrapper, spec, {"latent_sample": p}) for p in probes]
             )
         packed, work.precision, scale = self._in_range(part, source, packed, peak, vae.decoder)
         size = samples.traced_size(self.checkpoint.configs["unet"])
-        example = {"latent_sample": torch.zeros(size.batch, config["latent_channels"], size.height, size.width)}
+        example = {"latent_sample": torch.zeros(size.batch, vae.config.latent_channels, size.height, size.width)}
         work.export(packed, graphs.Decoder(packed.module), spec, example)
-        onnx_edit.save_pixels(work.graph, work.graph.with_name("pixels.onnx"), config)
+        onnx_edit.save_pixels(work.graph, work.graph.with_name("pixels.onnx"), scaling)
         del packed, vae
         return work.finish({}, cases, pixel_cases, activation_scale=scale)
+
+    def _scaling(self, vae: Any) -> dict[str, Any]:
+        """With diffusers' defaults: older files have no scaling_factor."""
+        return samples.scaling_of(vae.config, self.checkpoint.sdxl)
 
     def _packed(self, source: str, precision: Precision, scaled: tuple[str, float] | None = None) -> Packed:
         module = load_module(self.checkpoint, source)

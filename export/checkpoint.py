@@ -11,15 +11,18 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import ExportError
 from ..lora import LoraLayer
 from ..safetensors_file import read_header
-from .config_check import check_config, check_same_latents
+from .config_check import check_config, check_same_latents, check_together, pipeline_fault
 from .modules import CLASSES, misfits, published_name
-from .pickles import pickled_shapes
+from .pickles import pickled_dtypes, pickled_shapes
 from .quiet import quiet
+from .schedule_check import check_schedule
+from .stored import check_stored
 from .tokenizer_files import check_tokenizer
 from .weight_files import choose_weights, expected, pickled
 
@@ -76,9 +79,15 @@ class Checkpoint:
         return {published_name(part, name): e.shape for header in headers for name, e in header.entries.items()}
 
 
-def open_checkpoint(path: Path, tiny_vae: Path | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    tiny_vae: Path | None = None,
+    *,
+    allow_pickle: bool = False,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Checkpoint:
     """Check a local diffusers folder. ExportError says what is missing, pickled or of a kind that is not exported."""
-    checkpoint = open_configs(path, tiny_vae)
+    checkpoint = open_configs(path, tiny_vae, defaults)
     return with_weights(checkpoint, checkpoint.parts, allow_pickle)
 
 
@@ -92,6 +101,10 @@ def with_weights(checkpoint: Checkpoint, parts: Iterable[str], allow_pickle: boo
         pickles={part: f.files for part, f in found.items() if f.pickled},
     )
     for part in found:
+        for path in checkpoint.weight_files[part]:
+            check_stored(path, {name: entry.dtype for name, entry in read_header(path).entries.items()})
+        for path in checkpoint.pickles.get(part, ()):
+            check_stored(path, pickled_dtypes(path))
         _check_shapes(checkpoint, part)
     return checkpoint
 
@@ -115,14 +128,20 @@ def _check_shapes(checkpoint: Checkpoint, part: str) -> None:
         )  # fmt: skip
 
 
-def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
-    """As `open_checkpoint`, for a folder whose weights are elsewhere: only its configurations are looked at."""
+def open_configs(
+    path: Path, tiny_vae: Path | None = None, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint:
+    """As `open_checkpoint`, for a folder whose weights are elsewhere: only its configurations are looked at.
+
+    defaults: the bundle's, which may name another scheduler than the folder's to draw with.
+    """
     _require_folder(path)
     index = read_json(path / "model_index.json")
-    kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in PIPELINES:
-        raise ExportError(f"{path} is a {kind}; exported are {' and '.join(PIPELINES)}")
-    parts = {name: path / name for name in PIPELINES[kind]}
+    if fault := pipeline_fault(index, PIPELINES):
+        raise ExportError(f"{path} {fault}")
+    parts = {name: path / name for name in PIPELINES[index["_class_name"]]}
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    check_schedule(path / "scheduler" / "scheduler_config.json", scheduler, "text_encoder_2" in parts, defaults)
     if tiny_vae is not None:
         parts["tiny_vae"] = tiny_vae
     configs = {name: read_json(folder / "config.json") for name, folder in parts.items()}
@@ -130,10 +149,10 @@ def open_configs(path: Path, tiny_vae: Path | None = None) -> Checkpoint:
         check_config(name, config)
         if name.startswith("text_encoder"):
             check_tokenizer(path / name.replace("text_encoder", "tokenizer"))
+    check_together(configs)
     if tiny_vae is not None:
         check_same_latents(configs["vae"], configs["tiny_vae"])
     nothing: dict[str, tuple[Path, ...]] = dict.fromkeys(parts, ())
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return Checkpoint(path, index, parts, configs, nothing, dict.fromkeys(parts), scheduler)
 
 

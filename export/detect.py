@@ -49,8 +49,6 @@ def detect(path: Path, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str
         raise CheckpointError(
             f"{path} takes {first[1]} channels (inpainting or editing); text-to-image models with 4 are exported"
         )
-    if "v_pred" in shapes:
-        raise CheckpointError(f"{path} says that it predicts velocity (v_pred); models that predict noise are exported")
     shape = shape_of(unet)
     for architecture in known.values():
         if shape_of_config(architecture.config("unet")) == shape:

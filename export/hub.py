@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..errors import CheckpointError
 from ..models import Origin
 from .checkpoint import PIPELINES, read_json, shards
+from .config_check import pipeline_fault
 from .packages import require
 from .report import megabytes
 from .weight_files import TOKENIZER_FILES, choose_weights, expected, pickled, tokenizer_of
@@ -58,18 +59,27 @@ class _Repository:
         return file
 
 
-def fetch_folder(origin: Origin, *, allow_pickle: bool = False) -> Path:
+def fetch_folder(
+    origin: Origin, *, allow_pickle: bool = False, check: Callable[[Path], object] = lambda folder: None
+) -> Path:
     """The snapshot folder of a diffusers repository, with its configurations, tokenizers and weights, fp16 preferred.
+
+    check: called with the folder once the small files are there, before the weights are fetched; what it raises is
+    raised.
 
     Raises CheckpointError, in one line: no such repository or revision, no access, no connection, not enough disk, a
     file that is missing, damaged or pickled.
     """
     with _repository(origin) as repository:
         index = repository.get(repository.need(_INDEX, "name a diffusers repository, or a file of this one"))
-        kind = read_json(index).get("_class_name")
-        if kind not in PIPELINES:
-            raise CheckpointError(f"{repository.title} is a {kind}; exported are {' and '.join(PIPELINES)}")
-        _fetch(repository, _needed(repository, PIPELINES[kind], allow_pickle))
+        values = read_json(index)
+        if fault := pipeline_fault(values, PIPELINES):
+            raise CheckpointError(f"{repository.title} {fault}")
+        small, weights = _needed(repository, PIPELINES[values["_class_name"]], allow_pickle)
+        _check_room(repository, [*small, *weights])
+        _fetch(repository, small)
+        check(index.parent)
+        _fetch(repository, weights)
         return index.parent
 
 
@@ -77,30 +87,35 @@ def fetch_file(origin: Origin) -> Path:
     """One file of a repository, `origin.file`; raises as `fetch_folder` does."""
     with _repository(origin) as repository:
         assert origin.file is not None
-        return _fetch(repository, [repository.need(origin.file, "check its name")])[0]
+        files = [repository.need(origin.file, "check its name")]
+        _check_room(repository, files)
+        return _fetch(repository, files)[0]
 
 
 def fetch_network(origin: Origin, part: str, *, allow_pickle: bool = False) -> Path:
     """The snapshot folder of a repository that is one network, as the tiny autoencoders' are; raises as `fetch_folder`."""
     with _repository(replace(origin, file=_CONFIG)) as repository:
         config = repository.get(repository.need(_CONFIG, "name the repository of one network, as diffusers saves it"))
-        _fetch(repository, [_CONFIG, *_weights(repository, part, "", allow_pickle)])
+        files = [_CONFIG, *_weights(repository, part, "", allow_pickle)]
+        _check_room(repository, files)
+        _fetch(repository, files)
         return config.parent
 
 
-def _needed(repository: _Repository, parts: tuple[str, ...], allow_pickle: bool) -> list[str]:
+def _needed(repository: _Repository, parts: tuple[str, ...], allow_pickle: bool) -> tuple[list[str], list[str]]:
+    """The small files, and the weights."""
     whole = "export needs a whole diffusers repository"
-    wanted = [_INDEX, repository.need(_SCHEDULER, whole)]
+    wanted, weights = [_INDEX, repository.need(_SCHEDULER, whole)], list[str]()
     for part in parts:
         wanted.append(repository.need(f"{part}/config.json", whole))
-        wanted += _weights(repository, part, f"{part}/", allow_pickle)
+        weights += _weights(repository, part, f"{part}/", allow_pickle)
         if tokenizer := tokenizer_of(part):
             found = [f"{tokenizer}/{name}" for name in TOKENIZER_FILES if f"{tokenizer}/{name}" in repository.files]
             if f"{tokenizer}/tokenizer.json" not in found:
                 for name in ("vocab.json", "merges.txt"):
                     repository.need(f"{tokenizer}/{name}", whole)
             wanted += found
-    return wanted
+    return wanted, weights
 
 
 def _weights(repository: _Repository, part: str, folder: str, allow_pickle: bool) -> list[str]:
@@ -121,7 +136,6 @@ def _weights(repository: _Repository, part: str, folder: str, allow_pickle: bool
 
 
 def _fetch(repository: _Repository, files: list[str]) -> list[Path]:
-    _check_room(repository, files)
     return [_checked(repository, file, repository.get(file)) for file in files]
 
 

@@ -73,15 +73,12 @@ def save_pixels(decoder: Path, pixels: Path, config: Mapping[str, Any]) -> None:
     graph.inputs[0] = latents
     head = _Chain(graph, "pixels_in", scaled.dtype)
     std, mean = config.get("latents_std"), config.get("latents_mean")
-    shift = config.get("shift_factor")
     value = latents
     if std is not None and mean is not None:
         value = head.add("Mul", value, np.reshape(std, (1, -1, 1, 1)))
     value = head.add("Div", value, config["scaling_factor"])
     if std is not None and mean is not None:
         value = head.add("Add", value, np.reshape(mean, (1, -1, 1, 1)))
-    if shift is not None:
-        value = head.add("Add", value, shift)
     for node in head.nodes:
         graph.insert_before(first, node)
     scaled.replace_all_uses_with(value)

@@ -129,8 +129,9 @@ class PartsExporter:
         wrapper, spec = graphs.Denoiser(packed.module), graphs.denoiser_spec(packed.module)
         cases, ranges = [], None
         texts = [self._unet_text(spec, text, size) for text, size in zip(self._text, self._sizes, strict=True)]
+        timesteps = samples.timesteps(self.checkpoint.scheduler)
         with packed.computing():
-            for latents, text, t in zip(self._latents, texts, samples.TIMESTEPS, strict=True):
+            for latents, text, t in zip(self._latents, texts, timesteps, strict=True):
                 noised = samples.noised(latents, t, self.checkpoint.scheduler)
                 feeds = {"sample": noised, "timestep": torch.tensor([t]), **text}
                 cases.append((samples.to_numpy(feeds), samples.to_numpy(forward(wrapper, spec, feeds))))

@@ -44,6 +44,17 @@ def pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in read_pickle(path, "meta").items()}
 
 
+def pickled_dtypes(path: Path) -> dict[str, str]:
+    """Name -> dtype, as safetensors spells it."""
+    return {name: stored_dtype(tensor) for name, tensor in read_pickle(path, "meta").items()}
+
+
+def stored_dtype(tensor: torch.Tensor) -> str:
+    """'F16' of torch.float16; others than the floats of 16 bits and more by torch's own name."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(name, name)
+
+
 def _can_map(path: Path) -> bool:
     """torch 1.6 and newer write zip files, which need not be read whole; the first SD checkpoints are older."""
     with path.open("rb") as file:

@@ -63,7 +63,7 @@ def denoise(
 
     for latents, feeds in cases:
         steps = EulerDiscreteScheduler.from_config(dict(scheduler))
-        steps.set_timesteps(STEPS)
+        steps.set_timesteps(min(STEPS, steps.config.num_train_timesteps))
         x = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)) * steps.init_noise_sigma
         for t in steps.timesteps:
             sample = steps.scale_model_input(x, t)

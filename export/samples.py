@@ -13,7 +13,6 @@ PROMPTS = (  # one batch each; the first is a batch of one, the second of two, o
     ("a portrait of an old fisherman in a yellow raincoat, 85mm photograph",),
     ("a small red house beside a lake, golden hour, masterpiece", ""),
 )
-TIMESTEPS = (999.0, 261.25)  # the noisiest, and one between two steps as Karras schedules have
 _LARGEST_LATENT = 16  # enough for every level of the U-Net, and seconds instead of minutes for a full-size model
 
 
@@ -40,6 +39,12 @@ def size_unit(unet: Mapping[str, Any]) -> int:
     return int(2 ** (len(unet["block_out_channels"]) - 1))
 
 
+def timesteps(scheduler: Mapping[str, Any]) -> tuple[float, float]:
+    """The noisiest that the model was trained on, and one between two timesteps, as Karras schedules have."""
+    last = int(scheduler.get("num_train_timesteps", 1000)) - 1
+    return float(last), last * 261 // 999 + 0.25
+
+
 def picture(size: Size, scale: int) -> torch.Tensor:
     """A disc before a graded sky, striped: float32[batch, 3, height * scale, width * scale] in [-1, 1]."""
     height, width = size.height * scale, size.width * scale
@@ -60,21 +65,28 @@ def noised(latents: torch.Tensor, timestep: float, scheduler: Mapping[str, Any])
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
+def scaling_of(config: Mapping[str, Any], sdxl: bool) -> dict[str, Any]:
+    """Return what diffusers' pipelines use of an autoencoder's configuration (diffusers 0.42.1): the SDXL kind's a mean
+    and a deviation a channel too, the SD kind's the scaling factor only. None of them uses `shift_factor`."""
+    keys = ("scaling_factor", "latents_mean", "latents_std") if sdxl else ("scaling_factor",)
+    return {key: config.get(key) for key in keys}
+
+
 def from_moments(moments: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """The encoder's means as latents in the U-Net's scale: the way back from `unscaled`."""
     mean = moments.chunk(2, 1)[0]
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         std, middle = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_std", "latents_mean"))
         return (mean - middle) * config["scaling_factor"] / std
-    return (mean - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+    return mean * config["scaling_factor"]
 
 
 def unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """From the U-Net's scale to the decoder's, in the words of diffusers' pipelines."""
+    """From the U-Net's scale to the decoder's, in the words of diffusers' pipelines; `config` as `scaling_of` gives it."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         std, mean = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_std", "latents_mean"))
         return latents * std / config["scaling_factor"] + mean
-    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    return latents / config["scaling_factor"]
 
 
 def pixels(sample: torch.Tensor) -> NDArray[np.uint8]:

@@ -15,8 +15,9 @@ from ..errors import CheckpointError
 from ..models.architectures import Architecture
 from ..safetensors_file import read_header
 from .modules import NOT_WEIGHTS, misfits, new_module, published_name
-from .pickles import read_pickle
+from .pickles import read_pickle, stored_dtype
 from .quiet import quiet
+from .stored import check_predicts_noise, check_stored
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +97,21 @@ class SingleFile:
 
 
 def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a .safetensors or pickled file, from its header."""
+    """Name -> shape of every tensor of a .safetensors or pickled file, from its header.
+
+    CheckpointError for a file of a model that does not predict noise, or whose weights are not stored as floats.
+    """
     if path.suffix == ".safetensors":
-        return {name: entry.shape for name, entry in read_header(path).entries.items()}
-    return {name: tuple(tensor.shape) for name, tensor in read_pickle(path, "meta").items()}
+        header = read_header(path)
+        shapes, metadata = {name: entry.shape for name, entry in header.entries.items()}, header.metadata
+        dtypes = {name: entry.dtype for name, entry in header.entries.items()}
+    else:
+        tensors = read_pickle(path, "meta")
+        shapes, metadata = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
+        dtypes = {name: stored_dtype(tensor) for name, tensor in tensors.items()}
+    check_predicts_noise(path, shapes, metadata)
+    check_stored(path, {name: dtypes[name] for name in shapes if any(_belongs(part, name) for part in PREFIXES)})
+    return shapes
 
 
 @contextmanager

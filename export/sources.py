@@ -6,9 +6,11 @@ Nothing is opened, fetched or written before `open`, so that an export can refus
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, ExportError, UsageError
 from ..models import Origin, Recipe, architectures
@@ -25,13 +27,15 @@ Place = Path | Origin
 
 @dataclass(frozen=True)
 class ModelSource:
-    """place: a path or a hub's. name: as the manifest says it. random_weights: the seed, None for trained ones."""
+    """place: a path or a hub's. name: as the manifest says it. random_weights: the seed, None for trained ones.
+    defaults: the bundle's, whose scheduler the model must be able to be drawn with."""
 
     place: Path | Origin
     name: str
     recipe: Recipe | None = None
     allow_pickle: bool = False
     random_weights: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def open(self, tiny_vae: Path | None = None) -> Checkpoint:
         """Fetches what has to be fetched. CheckpointError and ExportError say in one line what is wrong."""
@@ -40,7 +44,7 @@ class ModelSource:
         place = self._found(self.place) if isinstance(self.place, Origin) else self.place
         if place.is_file():
             return self._single_file(place, tiny_vae)
-        return open_checkpoint(place, tiny_vae, allow_pickle=self.allow_pickle)
+        return open_checkpoint(place, tiny_vae, allow_pickle=self.allow_pickle, defaults=self.defaults)
 
     def _random(self, seed: int, tiny_vae: Path | None) -> Checkpoint:
         from .random_weights import RandomWeights
@@ -51,7 +55,7 @@ class ModelSource:
             folder = self.place
         else:
             raise UsageError(f"{self.name}: random weights need a model's name or a diffusers folder")
-        checkpoint = _configs(folder, tiny_vae)
+        checkpoint = self._configs(folder, tiny_vae)
         loader = RandomWeights(seed, checkpoint.configs)
         loaders = {part: loader for part in checkpoint.parts if part != "tiny_vae"}
         return replace(checkpoint, loaders=loaders, random_weights=seed)
@@ -63,7 +67,10 @@ class ModelSource:
         if origin.file and origin.file.endswith(PICKLED) and not self.allow_pickle:
             raise _refused(str(origin))
         try:
-            return fetch_file(origin) if origin.file else fetch_folder(origin, allow_pickle=self.allow_pickle)
+            if origin.file:
+                return fetch_file(origin)
+            check = partial(open_configs, defaults=self.defaults)
+            return fetch_folder(origin, allow_pickle=self.allow_pickle, check=check)
         except CheckpointError as failure:
             if self.recipe is None:
                 raise
@@ -98,11 +105,16 @@ class ModelSource:
         loader = SingleFile(path, found, shapes)
         loader.check()
         folder = skeleton_folder(found, recipe.scheduler if recipe else None)
-        checkpoint = _configs(folder, tiny_vae)
+        checkpoint = self._configs(folder, tiny_vae)
         files = dict.fromkeys(found.parts, (path,))
         return replace(
             checkpoint, loaders=dict.fromkeys(found.parts, loader), weight_files={**checkpoint.weight_files, **files}
         )
+
+    def _configs(self, folder: Path, tiny_vae: Path | None) -> Checkpoint:
+        """A folder whose weights are elsewhere; the tiny autoencoder has its own files all the same."""
+        checkpoint = open_configs(folder, tiny_vae, self.defaults)
+        return checkpoint if tiny_vae is None else with_weights(checkpoint, ["tiny_vae"])
 
 
 def path_source(path: Path) -> ModelSource:
@@ -180,12 +192,6 @@ def _place(text: str) -> Path | Origin:
     if not match:
         raise UsageError(f"{text!r} names no hub repository; it is hf:OWNER/NAME, hf:OWNER/NAME@REVISION or .../FILE")
     return Origin(match["hub"], match["revision"], match["file"])
-
-
-def _configs(folder: Path, tiny_vae: Path | None) -> Checkpoint:
-    """A folder whose weights are elsewhere; the tiny autoencoder has its own files all the same."""
-    checkpoint = open_configs(folder, tiny_vae)
-    return checkpoint if tiny_vae is None else with_weights(checkpoint, ["tiny_vae"])
 
 
 def _refused(what: str) -> ExportError:

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def export_bundle(
     """
     start = time.monotonic()
     precision = make_precision(dtype, weights)
-    found = _checked(source, out, loras, precision, vae, overwrite, attention)
+    found = replace(_checked(source, out, loras, precision, vae, overwrite, attention), defaults=defaults or {})
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
     _require(precision, attention)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..bundle import Bundle
 from ..engines import Engine
 from ..errors import EngineError, NotFiniteError
 from ..tiling import TILING
@@ -32,14 +33,34 @@ class Scaling:
     std: NDArray[np.float32]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Scaling:
-        """Of an autoencoder's configuration; those older than these keys mean diffusers' defaults."""
-        default = 1.0 if "decoder_block_out_channels" in config else 0.18215
+    def of(cls, config: Mapping[str, Any], sdxl: bool) -> Scaling:
+        """Of an autoencoder's configuration, as diffusers' pipelines use it (diffusers 0.42.1); those older than these
+        keys mean diffusers' defaults.
+
+        The pipelines of the SDXL kind use `latents_mean` and `latents_std`, one number a channel, if both are there;
+        those of the SD kind only `scaling_factor`. Neither uses `shift_factor`.
+        """
         mean, std = config.get("latents_mean"), config.get("latents_std")
-        if not (mean and std):  # only some fine-tuned SDXL autoencoders have them, one a channel, both or none
-            mean, std = config.get("shift_factor") or 0.0, 1.0
+        if not sdxl or mean is None or std is None:
+            mean, std = 0.0, 1.0
         shaped = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
-        return cls(float(config.get("scaling_factor", default)), *shaped)
+        return cls(float(config.get("scaling_factor", _default_factor(config))), *shaped)
+
+    @classmethod
+    def read(cls, bundle: Bundle, part: str) -> Scaling:
+        """Of an autoencoder's configuration in a bundle. BundleError for numbers that can't be used."""
+        config = bundle.config(part)
+        factor = config.get("scaling_factor", _default_factor(config))
+        if not _is_number(factor) or factor <= 0:
+            raise bundle.misconfigured(part, "scaling_factor", factor, "a number above 0")
+        channels = bundle.number("unet", "in_channels", 64)
+        for key, least in (("latents_mean", -np.inf), ("latents_std", 0.0)):
+            values = config.get(key)
+            fits = isinstance(values, list) and len(values) == channels
+            if values is not None and not (fits and all(_is_number(v) and v > least for v in values)):
+                kind = "numbers above 0" if key == "latents_std" else "numbers"
+                raise bundle.misconfigured(part, key, values, f"null or a list of {channels} {kind}, one a channel")
+        return cls.of(config, bundle.sdxl)
 
     def from_network(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         scaled: NDArray[np.float32] = latents * (self.std / np.float32(self.factor)) + self.mean
@@ -50,13 +71,21 @@ class Scaling:
         return scaled
 
 
+def _default_factor(config: Mapping[str, Any]) -> float:
+    return 1.0 if "decoder_block_out_channels" in config else 0.18215
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that single precision can hold, not a bool."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
 class Decoder:
     """`scale`: pixels a latent, each way. `name`: the bundle's folder, vae_decoder or tiny_vae_decoder."""
 
     def __init__(self, parts: Parts, name: str = "vae_decoder") -> None:
-        config = parts.bundle.config(name)
         self.scale = 2 ** (parts.bundle.levels(name) - 1)
-        self.scaling = Scaling.of(config)
+        self.scaling = Scaling.read(parts.bundle, name)
         pixels = f"{name}/pixels.onnx"
         self._bakes_pixels = parts.bundle.has(pixels)
         floats = f"{name}/model.onnx"

@@ -113,6 +113,8 @@ class ImageEncoder:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._part = parts.part(_GRAPH) if parts.bundle.has(_GRAPH) else None
+        configured = parts.bundle.has("vae_encoder/config.json")
+        self._scaling = Scaling.read(parts.bundle, "vae_encoder" if configured else "vae_decoder")
 
     def encode(self, image: Image.Image, width: int, height: int) -> Moments:
         self.check()
@@ -126,9 +128,7 @@ class ImageEncoder:
                 f"bundle {self._parts.bundle.path}: vae_encoder gave values that are not finite; export it in fp32"
             )
         mean, log_variance = np.split(moments, 2)
-        bundle = self._parts.bundle
-        scaling = Scaling.of(bundle.config("vae_encoder" if bundle.has("vae_encoder/config.json") else "vae_decoder"))
-        return Moments(mean, np.exp(np.clip(log_variance, *_LOG_VARIANCES) / 2), scaling)
+        return Moments(mean, np.exp(np.clip(log_variance, *_LOG_VARIANCES) / 2), self._scaling)
 
     def check(self) -> None:
         if self._part is None:

@@ -17,15 +17,20 @@ _ADAMS_BASHFORTH = ((), (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 
 def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: Noise, order: int = 4) -> Iterator[Step]:
     """Linear multistep, k-diffusion's `sample_lms`: Adams-Bashforth, which Liu et al. 2022 (arXiv:2202.09778) brought
     to diffusion, over sigma, whose steps are uneven: the slopes' interpolating polynomial, integrated.
+
+    With levels above the first, it is diffusers' `LMSDiscreteScheduler` from a picture: the polynomial goes through
+    those levels too, and the slopes there, which nobody knows, count as zero.
     """
     scratch = np.empty_like(x)
-    levels = schedule.sigmas.tolist()
+    above = [] if schedule.above is None else schedule.above.tolist()
+    levels = [*above, *schedule.sigmas.tolist()]
     past: list[Array] = []  # x - x0, the slopes but for 1 / sigma
-    for i, (sigma, sigma_next) in enumerate(schedule.intervals()):
+    for i, (sigma, sigma_next) in enumerate(schedule.intervals(), len(above)):
         x0 = denoise(x, sigma)
         past = [x - x0, *past[: order - 1]]
         out = x
-        for j, weight in enumerate(_lagrange_integrals(levels, i, len(past))):
+        weights = _lagrange_integrals(levels, i, min(i + 1, order))
+        for j, weight in enumerate(weights[: len(past)]):
             np.multiply(past[j], weight / levels[i - j], out=scratch)
             out = out + scratch if out is x else np.add(out, scratch, out=out)
         x = out

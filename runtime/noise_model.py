@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 
 # abar of a terminal SNR of zero, so that sigma stays finite: half precision's smallest number, as diffusers has it.
 _LEAST_ALPHA = 2.0**-24
+_NO_SIGNAL = 2.0**40  # sigma of a terminal SNR of zero where diffusers leaves abar at zero
 _LEAST_ALPHA_WEBUI = 4.8973451890853435e-08  # that of its `rescale_zero_terminal_snr_abar` (modules/sd_models.py)
 
 
@@ -51,6 +52,11 @@ class NoiseModel:
             alphas = _stretched(np.sqrt(alphas)) ** 2
         if rescale:
             alphas[-1] = _LEAST_ALPHA_WEBUI if self.webui else _LEAST_ALPHA
+        if not (alphas[0] < 1 and alphas[-1] > 0 and (np.diff(alphas) < 0).all()):  # NaN too
+            raise UsageError(
+                "the betas of scheduler_config.json give noise levels that don't rise from timestep to timestep, or not "
+                "finite ones; use the file that the model was trained with"
+            )
         return alphas.astype(np.float64)
 
     def _betas(self) -> NDArray[np.floating[Any]]:
@@ -77,6 +83,16 @@ class NoiseModel:
         """One a training timestep, rising."""
         a = self.alphas_cumprod
         return self.rounded(np.sqrt(self.rounded(self.rounded(1 - a) / a)))
+
+    @cached_property
+    def plain_sigmas(self) -> Array:
+        """As `sigmas`, for diffusers' classes that leave a terminal SNR of zero at zero: the last is beyond all signal.
+
+        A network that predicts noise can't be asked there, so for such a model it is as in `sigmas`.
+        """
+        if not self.config.get("rescale_betas_zero_snr") or self.config["prediction_type"] == "epsilon":
+            return self.sigmas
+        return np.append(self.sigmas[:-1], _NO_SIGNAL)
 
     @cached_property
     def log_sigmas(self) -> Array:

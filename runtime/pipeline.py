@@ -26,12 +26,14 @@ from .opening import check_model, checked_loras, foreign_defaults, warn_of_no_ma
 from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
 from .request import Limits, Request, alike, make_request
+from .scheduler_config import read_scheduler_config
 from .schedulers import scheduler_named_in
 from .text import Text, TextEncoder, side_by_side
 from .vae_choice import find_decoders, unused_parts
 from .walk import Network, make_plan, walk
 
 _log = logging.getLogger(__name__)
+_MOST_CHANNELS = 64  # of latents
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,17 @@ class Pipeline:
         self.bundle, self.engine, self._parts, self._vae = bundle, parts.engine, parts, vae
         self.name = bundle.manifest.name if bundle.manifest else bundle.path.name
         self.loras = parts.patches.loras if parts.patches else ()
-        self._channels = bundle.number("unet", "in_channels")
+        self._channels = bundle.number("unet", "in_channels", _MOST_CHANNELS)
         self._text = TextEncoder(parts)
         self._unet = parts.part("unet/model.onnx")
         self._decoder, self._previewer = find_decoders(parts, vae)
         self._encoder = ImageEncoder(parts)
-        self._scheduler_config = bundle.scheduler_config
+        self._scheduler_config = read_scheduler_config(bundle)
         # A U-Net halves the latents between its levels and must meet itself again on the way up.
         multiple = self._decoder.scale * 2 ** (bundle.levels("unet") - 1)
         self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
-        assumed = foreign_defaults(self._scheduler_config, bundle.number("unet", "sample_size") * self._decoder.scale)
+        side_px = bundle.number("unet", "sample_size", 4096) * self._decoder.scale
+        assumed = foreign_defaults(self._scheduler_config, side_px)
         warn_of_no_manifest(bundle, assumed, self._scheduler_config)
         self.defaults: Mapping[str, Any] = {**assumed, **(bundle.manifest.defaults if bundle.manifest else {})}
         for part in (self._text, self._unet, self._decoder):

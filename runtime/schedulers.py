@@ -89,6 +89,7 @@ class Scheduler:
 
     def noise_model(self, config: Options) -> NoiseModel:
         """The model's `scheduler_config.json` read as this scheduler reads it; UsageError for what it can't do."""
+        _check_noise(config)
         written = {k: v for k, v in config.items() if not k.startswith("_")}
         merged = {**_DEFAULTS, **self.defaults, **written, **self.forced}
         for key, allowed in {**_FIXED, **self.fixed}.items():
@@ -114,7 +115,13 @@ _DEFAULTS: Options = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0,
 }  # fmt: skip
-_FIXED: Mapping[str, tuple[Any, ...]] = {"prediction_type": ("epsilon", "v_prediction", "sample")}
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "final_sigmas_type": ("zero", "sigma_min", None),
+    "use_flow_sigmas": (False, None),
+}
+_OTHER_NOISE = ("FlowM", "EDM", "CosineDPM", "CMStochastic")  # diffusers' classes without betas
 
 
 def all_schedulers() -> list[Scheduler]:
@@ -156,14 +163,29 @@ def _with_schedule(name: str, rows: list[Scheduler]) -> tuple[str, str] | None:
     return None
 
 
-def scheduler_named_in(config: Options) -> str:
-    """The name of the scheduler that a `scheduler_config.json` was written for, in the diffusers family."""
+def scheduler_named_in(config: Options, cure: str | None = None) -> str:
+    """The name of the scheduler that a `scheduler_config.json` was written for, in the diffusers family.
+
+    UsageError for a class that is not implemented, with the cure, if there is a better one than to name another.
+    """
+    _check_noise(config)
     written = config.get("_class_name")
     rows = [row for row in all_schedulers() if row.diffusers and row.family == "diffusers"]
     for row in rows:
         if row.diffusers == written:
             return row.name
     known = sorted({str(row.diffusers) for row in rows})
+    cure = cure or f"name one with --scheduler ({', '.join(row.name for row in rows)})"
     raise UsageError(
-        f"scheduler_config.json names {written!r}, which is not implemented; name one with --scheduler ({', '.join(row.name for row in rows)}). Implemented: {', '.join(known)}"
+        f"scheduler_config.json names {written!r}, which is not implemented; {cure}. Implemented: {', '.join(known)}"
     )
+
+
+def _check_noise(config: Options) -> None:
+    """UsageError for the configuration of a model that was trained on noise levels of another kind."""
+    kind = config.get("_class_name")
+    if isinstance(kind, str) and kind.startswith(_OTHER_NOISE):
+        raise UsageError(
+            f"scheduler_config.json is a {kind}'s, of a model trained on another kind of noise levels; drawn are models "
+            "whose noise levels are made of betas, as EulerDiscreteScheduler's are"
+        )

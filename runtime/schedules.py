@@ -32,6 +32,7 @@ class Schedule:
     sigma_units: a walk that ends above zero hands x over as it is, not in its variance-preserving form. span: the lowest
     and highest level above zero of the schedule that this one is the end of; its own, if not said. noised_at: the level
     to which a picture that the walk begins with is given noise, where that is not the first: it is then read there.
+    above: the levels that a walk from a picture skipped, which diffusers' LMS reckons with though nothing is known there.
     """
 
     sigmas: Array
@@ -46,6 +47,7 @@ class Schedule:
     sigma_units: bool = False
     span: tuple[float, float] | None = None
     noised_at: float | None = None
+    above: Array | None = None
     _exact: dict[float, float] = field(init=False, repr=False, compare=False)
     _logs: list[float] = field(init=False, repr=False, compare=False)
 
@@ -136,13 +138,13 @@ def ddim(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     if named:
         return spaced_by(named, model, n)
     timesteps = np.round(model.spaced(n))
-    train = model.sigmas
+    train = model.plain_sigmas
     end = 0.0 if model.config["set_alpha_to_one"] else float(train[0])
     index = timesteps.astype(np.int64)
     back = index - model.train_steps // n
     landings = np.where(back >= 0, train[np.maximum(back, 0)], end)
     sigmas = np.append(train[index], landings[-1])
-    return Schedule(sigmas, timesteps, vp_scale(float(sigmas[0])), train, landings)
+    return Schedule(sigmas, timesteps, vp_scale(float(sigmas[0])), model.sigmas, landings)
 
 
 def pndm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
@@ -166,7 +168,7 @@ def ddpm(model: NoiseModel, n: int, named: str | None = None) -> Schedule:
     if named:
         return spaced_by(named, model, n)
     timesteps = np.round(model.spaced(n))
-    sigmas = model.sigmas[timesteps.astype(np.int64)]
+    sigmas = model.plain_sigmas[timesteps.astype(np.int64)]
     return Schedule(np.append(sigmas, 0.0), timesteps, vp_scale(float(sigmas[0])), model.sigmas)
 
 
@@ -231,6 +233,6 @@ def few_steps(model: NoiseModel, n: int, named: str | None = None, to_zero: bool
     origin = np.arange(1, original + 1) * (model.train_steps // original) - 1
     pick = np.floor(np.linspace(0, original, n, endpoint=False)).astype(np.int64)
     timesteps = origin[::-1][pick].astype(np.float64)
-    sigmas = model.sigma_at(timesteps)
+    sigmas = model.plain_sigmas[timesteps.astype(np.int64)]
     end = 0.0 if to_zero else float(model.sigmas[0])
     return Schedule(np.append(sigmas, end), timesteps, vp_scale(float(sigmas[0])), model.sigmas)

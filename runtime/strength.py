@@ -39,7 +39,8 @@ def ending(schedule: Schedule, scheduler: Scheduler, model: NoiseModel, steps: i
         return schedule
     if schedule.retake and not scheduler.webui:
         return _plms_ending(schedule, model, steps, skipped)
-    return _from(schedule, skipped)
+    rest = _from(schedule, skipped)
+    return rest if scheduler.webui else replace(rest, above=schedule.sigmas[:skipped])
 
 
 def _from(schedule: Schedule, first: int) -> Schedule:

@@ -51,8 +51,9 @@ class TextEncoder:
 
     def __init__(self, parts: Parts) -> None:
         bundle = parts.bundle
-        self.sdxl = "text_encoder_2" in bundle.model_index
+        self.sdxl = bundle.sdxl
         suffixes = ("", "_2") if self.sdxl else ("",)
+        self._bundle, self._suffixes = bundle, suffixes
         self._force_zeros = bool(bundle.model_index.get("force_zeros_for_empty_prompt", self.sdxl))
         self._tokenizers = [ClipTokenizer(bundle.file(f"tokenizer{s}/vocab.json").parent) for s in suffixes]
         self._layers = [bundle.number(f"text_encoder{s}", "num_hidden_layers") for s in suffixes]
@@ -115,6 +116,11 @@ class TextEncoder:
         """Of the encoder of this index: hidden states [1, 77 k, d] and the first chunk's pooled vector, of each text."""
         state = f"hidden_states.{self._layers[index] - 1}" if self.sdxl else "last_hidden_state"
         with self._parts[index].running() as engine:
+            if state not in engine.outputs:
+                part, layers = f"text_encoder{self._suffixes[index]}", self._layers[index]
+                raise self._bundle.misconfigured(
+                    part, "num_hidden_layers", layers, f"that of its graph, which gives {', '.join(engine.outputs)}"
+                )
             for text in texts:
                 chunks = self._tokenizers[index].chunks(SYNTAXES[text.syntax](text.prompt))
                 outs = [

@@ -82,9 +82,13 @@ def test_refuses_what_is_no_checkpoint(checkpoint: Path, broken: Path, out: Path
         (
             "unet",
             {"time_cond_proj_dim": 256},
-            "unet: time_cond_proj_dim is 256; text-to-image models with null are exported",
+            "unet: time_cond_proj_dim is 256 (it takes its guidance as an input); text-to-image models with null are exported",
         ),
-        ("unet", {"in_channels": 9}, "unet: in_channels is 9; text-to-image models with 4 are exported"),
+        (
+            "unet",
+            {"in_channels": 9},
+            "unet: in_channels is 9 (inpainting and editing models have more); text-to-image models with 4 are exported",
+        ),
         (
             "unet",
             {"addition_embed_type": "image"},
@@ -131,19 +135,19 @@ def test_refuses_a_model_index_that_names_a_list(broken: Path, out: Path) -> Non
 
 def test_refuses_weights_that_are_not_the_configurations(broken: Path, out: Path) -> None:
     """Before anything is exported: a U-Net is the last part."""
-    edit(broken / "unet" / "config.json", cross_attention_dim=24)
+    edit(broken / "unet" / "config.json", conv_in_kernel=1)
     wanted = (
-        f"{broken / 'unet'}: 6 weights are not as config.json says, the first is "
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight (16x16 here, 16x24 there); fetch both again"
+        f"{broken / 'unet'}: 1 weights are not as config.json says, the first is conv_in.weight (16x4x3x3 here, 16x4x1x1 "
+        "there); fetch both again"
     )
     assert refusal(broken, out) == wanted
 
 
 def test_refuses_a_configuration_that_describes_no_network(broken: Path, out: Path) -> None:
-    edit(broken / "text_encoder" / "config.json", hidden_size="wide")
+    edit(broken / "text_encoder" / "config.json", intermediate_size="wide")
     got = refusal(broken, out)
     assert got.startswith("text_encoder: its config.json describes no CLIPTextModel (")
-    assert got.endswith("); fetch it again") and "hidden_size" in got and "\n" not in got
+    assert got.endswith("); fetch it again") and "intermediate_size" in got and "\n" not in got
 
 
 def test_says_which_weights_are_left_out(broken: Path, caplog: pytest.LogCaptureFixture) -> None:

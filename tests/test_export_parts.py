@@ -62,7 +62,7 @@ def run(path: Path, **feeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 CONFIGS: list[dict[str, Any]] = [
     {"scaling_factor": 0.13025},
-    {"scaling_factor": 0.5, "latents_mean": None, "latents_std": None, "shift_factor": 0.25},
+    {"scaling_factor": 0.5, "latents_mean": None, "latents_std": None},
     {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [1.5, 0.5, 2.0]},
 ]
 
@@ -97,7 +97,7 @@ def test_pixels_are_diffusers_arithmetic(tmp_path: Path, config: dict[str, Any],
 def test_unscaling_is_the_pipelines() -> None:
     """The reference above, against numbers worked out by hand."""
     latents = torch.tensor([1.0, 2.0, -1.0]).view(1, 3, 1, 1)
-    wanted = ([7.677543, 15.355086, -7.677543], [2.25, 4.25, -1.75], [3.1, 1.8, -3.7])
+    wanted = ([7.677543, 15.355086, -7.677543], [2.0, 4.0, -2.0], [3.1, 1.8, -3.7])
     for config, values in zip(CONFIGS, wanted, strict=True):
         np.testing.assert_allclose(samples.unscaled(latents, config).flatten(), values, rtol=1e-6)
 
@@ -226,7 +226,11 @@ def test_pictures_have_what_a_comparison_needs() -> None:
         "num_train_timesteps": 1000,
     }
     clean = torch.ones(1, 4, 8, 8)
-    means = [samples.noised(clean, t, scheduler).mean().item() for t in samples.TIMESTEPS]
+    means = [samples.noised(clean, t, scheduler).mean().item() for t in samples.timesteps(scheduler)]
+    assert samples.timesteps(scheduler) == (999.0, 261.25) and samples.timesteps({"num_train_timesteps": 1}) == (
+        0,
+        0.25,
+    )
     assert means[0] < 0.3 < means[1] < 1.1
     first, second = samples.latent_sizes({"block_out_channels": (1, 2, 3), "sample_size": 128})
     assert (first, second) == (samples.Size(1, 16, 16), samples.Size(2, 20, 16))

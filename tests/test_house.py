@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "manifest",
         "onnx_file",
         "models",
+        "runtime",
         "safetensors_file",
         "engines",
         "tiling",

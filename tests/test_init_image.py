@@ -132,7 +132,7 @@ def test_floating_point_pictures_are_refused() -> None:
 
 
 def test_the_posterior_is_drawn_at_the_networks_scale() -> None:
-    scaling = Scaling.of({"scaling_factor": 0.5, "latents_mean": [1, 2], "latents_std": [2, 4]})
+    scaling = Scaling.of({"scaling_factor": 0.5, "latents_mean": [1, 2], "latents_std": [2, 4]}, sdxl=True)
     moments = Moments(np.float32([[[3]], [[6]]]), np.float32([[[1]], [[0]]]), scaling)
     got = moments.draw(lambda shape: np.ones((1, *shape), np.float32))  # type: ignore[arg-type]
     assert got.ravel().tolist() == [(3 + 1 - 1) / 2 * 0.5, (6 - 2) / 4 * 0.5]

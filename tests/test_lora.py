@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vega_edge.cli import main
 from vega_edge.errors import CheckpointError
 from vega_edge.lora import match_lora, read_lora
 from vega_edge.safetensors_file import read_float32
@@ -291,6 +292,35 @@ def test_a_module_in_two_spellings_is_refused(tmp_path: Path, other: str) -> Non
     path = write_safetensors(tmp_path / "l.safetensors", dict(zip(keys, [DOWN, UP, DOWN, UP], strict=True)))
     with pytest.raises(CheckpointError, match=r"are the same module, spelled twice|given twice, in two spellings"):
         read_lora(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight", "alpha"])
+def test_values_that_are_not_finite(tmp_path: Path, key: str, value: float) -> None:
+    tensors = {"lora_A.weight": DOWN.copy(), "lora_B.weight": UP.copy(), "alpha": np.array(1.0)}
+    tensors[key].flat[-1] = value
+    path = write_safetensors(tmp_path / "l.safetensors", {f"unet.{TO_OUT}.{k}": t for k, t in tensors.items()})
+    with pytest.raises(CheckpointError) as caught:
+        read_lora(path)
+    assert str(path) in str(caught.value) and f"unet.{TO_OUT}.{key} holds values that are not finite" in str(
+        caught.value
+    )
+
+
+def test_one_of_nan_is_named_whoever_opens_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is opened or built. (The exporter reads it with the same `read_lora`.)"""
+    down, up = np.full((2, 16), np.nan), np.zeros((16, 2))
+    name = "unet.conv_in"
+    path = tmp_path / "failed.safetensors"
+    write_safetensors(path, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+    for command in (
+        ["generate", "a star", "--model", "demo-vegart", "--lora", str(path), "-o", str(tmp_path / "x.png")],
+        ["build", "demo-vegart", "--engine", "tensorrt-rtx", "--lora", str(path)],
+        ["serve", "--check", "--lora", f"demo-vegart={path}", "--data", str(tmp_path / "data")],
+    ):
+        assert main(command) == 1, command
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{path}: {name}.lora_A.weight holds values that are not finite" in error
 
 
 def test_damaged_files(tmp_path: Path) -> None:

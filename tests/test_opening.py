@@ -50,11 +50,11 @@ def test_what_a_pipeline_is_opened_with(options: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(("part", "key", "value", "fault"), [
-    ("unet", "sample_size", None, "has no sample_size, which must be a whole number from 1"),
-    ("unet", "sample_size", True, "has true for sample_size, which must be a whole number from 1"),
-    ("unet", "in_channels", 4.5, "has 4.5 for in_channels, which must be a whole number from 1"),
-    ("unet", "block_out_channels", None, "has no block_out_channels, which must be a list, an entry a level"),
-    ("vae_decoder", "block_out_channels", "8", 'has "8" for block_out_channels, which must be a list, an entry a level'),
+    ("unet", "sample_size", None, "has no sample_size, which must be a whole number from 1 to 4096"),
+    ("unet", "sample_size", True, "has true for sample_size, which must be a whole number from 1 to 4096"),
+    ("unet", "in_channels", 4.5, "has 4.5 for in_channels, which must be a whole number from 1 to 64"),
+    ("unet", "block_out_channels", None, "has no block_out_channels, which must be a list of 1 to 8 numbers, one a level"),
+    ("vae_decoder", "block_out_channels", "8", 'has "8" for block_out_channels, which must be a list of 1 to 8 numbers, one a level'),
 ])  # fmt: skip
 def test_a_configuration_that_lacks_a_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, key: str, value: Any, fault: str

@@ -220,10 +220,72 @@ def test_relatives_of_known_architectures_are_refused() -> None:
         assert str(caught.value) == f"x: {text}known are: {names}"
     with pytest.raises(CheckpointError, match=r"x takes 9 channels \(inpainting or editing\)"):
         detect(Path("x"), real_shapes(REAL["sd15"], in_channels=9), REAL)
-    with pytest.raises(CheckpointError, match="predicts velocity"):
-        detect(Path("x"), {**real_shapes(REAL["sd15"]), "v_pred": ()}, REAL)
     with pytest.raises(CheckpointError, match=r"x: its architecture is unknown, its text has 768 channels and its blo"):
         detect(Path("x"), real_shapes(REAL["sd15"], layers_per_block=3), REAL)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [
+        ("edm_mean", "EDM"),
+        ("edm_std", "EDM"),
+        ("edm_vpred.sigma_max", "EDM model that predicts velocity"),
+        ("edm_vpred.sigma_min", "EDM model that predicts velocity"),
+        ("v_pred", "predicts velocity"),
+        ("ztsnr", "signal-to-noise ratio of zero"),
+    ],
+)
+def test_marks_of_other_predictions(files: dict[str, Path], tmp_path: Path, mark: str, what: str, suffix: str) -> None:
+    """As ComfyUI writes and reads them: tensors, some of them empty."""
+    tensors = {**load_file(files["xl"]), mark: torch.zeros(0 if mark in ("v_pred", "ztsnr") else 4)}
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        save_file(tensors, path)
+    text = refusal(path, allow_pickle=True)
+    assert what in text and f"({mark})" in text and "\n" not in text
+    assert ("prediction_type" in text) == (not mark.startswith("edm"))  # the way that there is
+
+
+@pytest.mark.parametrize(
+    ("metadata", "refused"),
+    [
+        ({"modelspec.prediction_type": "v"}, True),
+        ({"modelspec.prediction_type": "velocity"}, True),
+        ({"modelspec.predict_key": "v"}, True),
+        ({"prediction_type": "v"}, True),
+        ({"prediction_type": "v_prediction"}, True),
+        ({"ss_v_parameterization": "True"}, True),
+        ({"ss_zero_terminal_snr": "True"}, True),
+        ({"modelspec.prediction_type": "epsilon", "modelspec.predict_key": "epsilon", "prediction_type": "eps"}, False),
+        ({"ss_v_parameterization": "False", "ss_zero_terminal_snr": "False", "prediction_type": ""}, False),
+    ],
+)
+def test_metadata_of_other_predictions(
+    files: dict[str, Path], tmp_path: Path, metadata: dict[str, str], refused: bool
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(files["sd"]), path, metadata=metadata)
+    if not refused:
+        assert not model_source(path).open().sdxl
+        return
+    assert next(iter(metadata)) in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "float8_e5m2"])
+def test_weights_in_eight_bits(files: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    tensors = load_file(files["sd"])
+    name = next(n for n in tensors if n.startswith("model.diffusion_model.") and n.endswith(".weight"))
+    path = tmp_path / "model.safetensors"
+    save_file({**tensors, name: tensors[name].to(getattr(torch, dtype))}, path)
+    kind = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[dtype]
+    assert f"{name} is stored as {kind}" in refusal(path)
+    counters = {"model_ema.num_updates": torch.zeros(1, dtype=torch.int32)}  # training's own are not looked at
+    counters["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file({**tensors, **counters}, path)
+    assert not model_source(path).open().sdxl
 
 
 def test_pickles_are_asked_for(files: dict[str, Path], tmp_path: Path) -> None:
