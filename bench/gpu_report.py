@@ -56,7 +56,7 @@ def shortfalls(rows: Sequence[dict[str, Any]]) -> list[str]:
                 found.append(f"{row['model']}: {row['ratios'][name]:.2f}x {name}, goal {goal}x")
         if outside(row) > OUTSIDE:
             found.append(f"{row['model']}: {outside(row):.1%} of the time outside the engines, goal {OUTSIDE:.0%}")
-        if row["first_picture_s"] > FIRST_S:
+        if (row["first_picture_s"] or 0) > FIRST_S:
             found.append(f"{row['model']}: first picture after {row['first_picture_s']:.1f} s, goal {FIRST_S:g} s")
     return found
 
@@ -70,6 +70,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         body.append([
             row["model"], row["engine"], row["steps"], row["batch"], f"{ours['p50_s']:.3f} / {ours['p95_s']:.3f}",
             ours["pictures_per_s"], f"{ours['tflops']} ({ours['share_of_peak']:.0%})",
-            f"{row['device_bytes']['ours'] / 1e9:.1f}", f"{outside(row):.1%}", f"{row['first_picture_s']} s", *peers,
+            f"{row['device_bytes']['ours'] / 1e9:.1f}", f"{outside(row):.1%}", f"{row['first_picture_s'] or '-'} s", *peers,
         ])  # fmt: skip
     return markdown(head, body)
