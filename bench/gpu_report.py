@@ -31,8 +31,10 @@ def summary(taken: list[dict[str, float]], batch: int, work: float, peak: float)
 
 
 def captured(engine: Any) -> int | None:
-    """How many CUDA graphs a plan's engine holds, as `open_engine` gives it; None where the backend captures by itself."""
+    """How many CUDA graphs an engine holds, as `open_engine` gives it; None for an engine that runs on a CPU."""
     inner = engine._engine
+    if hasattr(inner, "captured"):
+        return len(inner.captured)
     plans = inner._open.values() if hasattr(inner, "_open") else [inner]
     if not all(hasattr(plan, "_prepared") for plan in plans):
         return None

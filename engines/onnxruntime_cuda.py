@@ -62,6 +62,7 @@ class BoundEngine:
         self.outputs = {node.name: common._spec(node) for node in session.get_outputs()}
         self._bound: OrderedDict[tuple[Any, ...], _Bound] = OrderedDict()
         self._count = 0
+        self.captured: set[str] = set()  # ids of the graphs that onnxruntime holds
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         with _ALONE, memory_cure(self._gpu):
@@ -71,6 +72,8 @@ class BoundEngine:
             captured = self._captures and bool(bound.outputs)
             options.add_run_config_entry("gpu_graph_id", bound.graph_id if captured else _NO_GRAPH)
             self._session.run_with_iobinding(bound.binding, options)
+            if captured and bound.graph_id != _NO_GRAPH:
+                self.captured.add(bound.graph_id)
             if not bound.outputs:  # the first run found out how large they are; here they stay
                 bound.outputs = dict(zip(self.outputs, bound.binding.get_outputs(), strict=True))
                 for name, value in bound.outputs.items():

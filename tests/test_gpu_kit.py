@@ -296,7 +296,7 @@ def test_the_table_of_steps(small):
     for i, each in enumerate(made):
         assert set(each.needs) <= set(names[:i])  # what a step needs comes before it
         assert 0 < each.limit < 600
-    assert [step.name for step in steps.chosen(["warm", "session"], made)][0] == "session"
+    assert next(step.name for step in steps.chosen(["warm", "session"], made)) == "session"
     with pytest.raises(SystemExit, match="there is no step nothing"):
         steps.chosen(["nothing"], made)
 

@@ -36,13 +36,13 @@ def all_steps(small: bool = False) -> tuple[Step, ...]:
     """small: the embedded models at their size, beside diffusers as it is, to rehearse on a CPU."""
     vegart, small_sd = ("demo-vegart", "demo-small-sd") if small else ("segmind-vegart", "small-sd")
     large, middle = ("128", "64") if small else ("1024", "512")
-    peers = ("eager",) if small else ("eager", "compiled")
+    compiled = "eager" if small else "compiled"  # a CPU compiles for minutes
     session, with_vegart, with_small = ("session",), ("session", "export-vegart"), ("session", "export-small-sd")
 
     def beside(
-        model: str, size: str, steps: int, batch: int = 1, peers: tuple[str, ...] = peers, mode: str = "reduce-overhead"
+        model: str, size: str, steps: int, peer: str, batch: int = 1, mode: str = "reduce-overhead"
     ) -> tuple[Attempt, ...]:
-        """Ours beside diffusers; where that fails beside fewer, and at last alone."""
+        """Ours beside a peer; where that fails, ours alone."""
         common = (
             "beside",
             model,
@@ -55,7 +55,7 @@ def all_steps(small: bool = False) -> tuple[Step, ...]:
             "--compile-mode",
             mode,
         )
-        return tuple(_work(*common, "--peers", *peers[:count]) for count in range(len(peers), -1, -1))
+        return _work(*common, "--peers", peer), _work(*common, "--peers")
 
     return (
         Step("imports", 60, (_work("imports"), _work("imports", "--apart"))),
@@ -64,18 +64,24 @@ def all_steps(small: bool = False) -> tuple[Step, ...]:
         Step("miniature", 150, (*_exports("demo-vegart"), _work("embedded"))),
         Step("tests", 200, (_work("tests"),), session),
         Step("export-vegart", 200, _exports(vegart), group="exports"),
-        Step("vegart-1024", 150, beside(vegart, large, 4), with_vegart),
+        Step("vegart-1024", 90, beside(vegart, large, 4, "eager"), with_vegart),
         Step("export-small-sd", 150, _exports(small_sd), group="exports"),
-        Step("small-sd-512", 150, beside(small_sd, large if small else middle, 25), with_small),
-        Step("vegart-512", 120, beside(vegart, middle, 4), with_vegart),
-        Step("forms", 120, (_work("forms", vegart, large), _work("forms", "demo-vegart", "128")), session),
+        Step("small-sd-512", 90, beside(small_sd, middle, 25, "eager"), with_small),
+        Step("vegart-512", 90, beside(vegart, middle, 4, "eager"), with_vegart),
+        Step("vegart-1024-compiled", 180, beside(vegart, large, 4, compiled)[:1], with_vegart),
+        Step("small-sd-512-compiled", 180, beside(small_sd, middle, 25, compiled)[:1], with_small),
+        Step("forms", 90, (_work("forms", vegart, large), _work("forms", "demo-vegart", "128")), session),
         Step("profile", 90, (_work("profile", vegart, large), _work("profile", "demo-vegart", "128")), session),
-        Step("vegart-1024-batch-4", 90, beside(vegart, large, 4, 4, ("eager",)), with_vegart),
-        Step("small-sd-512-batch-4", 90, beside(small_sd, large if small else middle, 25, 4, ("eager",)), with_small),
-        Step("vegart-512-batch-4", 90, beside(vegart, middle, 4, 4, ("eager",)), with_vegart),
+        Step("vegart-1024-batch-4", 90, beside(vegart, large, 4, "eager", 4), with_vegart),
+        Step("small-sd-512-batch-4", 90, beside(small_sd, middle, 25, "eager", 4), with_small),
+        Step("vegart-512-compiled", 150, beside(vegart, middle, 4, compiled)[:1], with_vegart),
+        Step("vegart-512-batch-4", 90, beside(vegart, middle, 4, "eager", 4), with_vegart),
         Step("first-picture", 90, (_work("first", vegart),), with_vegart),
-        Step("forms-small-sd", 90, (_work("forms", small_sd, large if small else middle),), with_small),
-        Step("max-autotune", 400, beside(vegart, large, 4, 1, peers, "max-autotune")[:1], with_vegart),
+        Step("forms-small-sd", 60, (_work("forms", small_sd, middle),), with_small),
+        Step("vegart-1024-batch-4-compiled", 180, beside(vegart, large, 4, compiled, 4)[:1], with_vegart),
+        Step("small-sd-512-batch-4-compiled", 180, beside(small_sd, middle, 25, compiled, 4)[:1], with_small),
+        Step("vegart-512-batch-4-compiled", 180, beside(vegart, middle, 4, compiled, 4)[:1], with_vegart),
+        Step("max-autotune", 400, beside(vegart, large, 4, compiled, 1, "max-autotune")[:1], with_vegart),
         # in the background of the uploads: kernels of the compiled peers, kept in torch's caches
         Step("warm-vegart-1024", 200, (_work("warm", vegart, large),), group="warm"),
         Step("warm-small-sd-512", 200, (_work("warm", small_sd, middle),), group="warm"),
