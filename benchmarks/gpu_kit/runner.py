@@ -35,7 +35,7 @@ def run(
     again: also what succeeded before.
     """
     root, store = root.resolve(), store.resolve()
-    for folder in (store / "logs", store / "work", store / "tmp", store / "tree", *([back] if back else [])):
+    for folder in (store / "logs", store / "work", store / "tree", *([back] if back else [])):
         folder.mkdir(parents=True, exist_ok=True)
     link = store / "tree" / "vega_edge"
     if not link.is_symlink():
@@ -244,7 +244,7 @@ def _environment(store: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, s
             found |= line.get("env", {})
     return {
         **os.environ, **found,
-        "PYTHONPATH": f"{store / 'site'}:{store / 'tree'}", "PYTHONUNBUFFERED": "1", "TMPDIR": str(store / "tmp"),
+        "PYTHONPATH": f"{store / 'site'}:{store / 'tree'}", "PYTHONUNBUFFERED": "1",
         "GPU_KIT_STORE": str(store), "VEGA_EDGE_HOME": str(store / "home"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
         "ORT_DISABLE_TELEMETRY": "1", "TORCHINDUCTOR_CACHE_DIR": str(store / "inductor"), "TRITON_CACHE_DIR": str(store / "triton"),
     }  # fmt: skip
