@@ -81,6 +81,7 @@ MAY_IMPORT = {
         "demo",
         "serve",
     },
+    "benchmarks": {"", "bench", "bundle", "cli", "engines", "export", "manifest", "models"},
 }
 
 

@@ -67,8 +67,7 @@ def check(files: list[str], wanted: tuple[str, ...]) -> None:
     """Raises SystemExit unless `files` are usable wheels, one for each of `wanted`, and no others."""
     if faults := [why for file in files if (why := fault(file))]:
         raise SystemExit("; ".join(faults))
-    have = sorted(f"{_plain(wheel.name)}=={wheel.version}" for wheel in map(parse, files))
-    want = sorted(f"{_plain(name)}=={version}" for name, version in (each.split("==") for each in wanted))
+    have, want = sorted(map(_pinned, files)), sorted(map(_plain, wanted))
     if have != want:
         raise SystemExit(f"wheels: wanted {', '.join(want)}; got {', '.join(have) or 'none'}")
 
@@ -79,8 +78,12 @@ def download(folder: Path) -> dict[str, list[Path]]:
     for archive, wanted in WHEELS.items():
         into = folder / archive
         into.mkdir(parents=True, exist_ok=True)
-        if len(list(into.glob("*.whl"))) != len(wanted):
-            for each in wanted:
+        have = {_pinned(file.name): file for file in into.glob("*.whl")}
+        for pin, file in have.items():
+            if pin not in map(_plain, wanted):
+                file.unlink()  # of an earlier version
+        for each in wanted:
+            if _plain(each) not in have:
                 _fetch(each, into)
         files = sorted(into.glob("*.whl"))
         check([file.name for file in files], wanted)
@@ -101,5 +104,13 @@ def _fetch(wanted: str, into: Path) -> None:
         raise SystemExit(f"pip could not fetch {wanted} for Python {PYTHON} on Linux x86-64")
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _pinned(file: str) -> str:
+    """'onnxruntime-gpu==1.31.1', of a wheel's name."""
+    wheel = parse(file)
+    return f"{_plain(wheel.name)}=={wheel.version}"
+
+
+def _plain(pin: str) -> str:
+    """A package's name, or a pin, with the name as the registry compares it."""
+    name, equals, version = pin.partition("==")
+    return re.sub(r"[-_.]+", "-", name).lower() + equals + version
