@@ -52,5 +52,7 @@ def told(made: list[Call]) -> str:
         lines += [f"{number}. limit {call.limit} s, {carried}{note}", f"   {call.command}"]
     total = sum(call.expected for call in made)
     uploads = sum(bool(call.carry) for call in made)
-    lines.append(f"{len(made)} commands with {uploads} uploads; about {total / 60:.0f} minutes without repeats")
+    lines.append(
+        f"{len(made)} commands with {uploads} uploads; about {total / 60:.0f} minutes without repeats; run them one right after the other"
+    )
     return "\n".join(lines)
