@@ -210,6 +210,12 @@ def test_what_succeeded_is_not_run_again_and_what_failed_is(tmp_path):
     assert run(tmp_path, step("a", OK), again=True)[3:] == [("a", "ok")]
 
 
+def test_what_was_never_tried_comes_before_what_failed(tmp_path):
+    run(tmp_path, step("a", FAIL), step("b", FAIL))
+    made = run(tmp_path, step("a", OK), step("b", OK), step("c", OK), step("d", OK, needs=("a",)))
+    assert made[2:] == [("a", "ok"), ("c", "ok"), ("d", "ok"), ("b", "ok")]
+
+
 def test_what_an_attempt_needed_holds_for_the_steps_after_it(tmp_path):
     probe = "import os, sys; sys.exit(os.environ.get('KIT_PROBE') != 'found')"
     with_env = Step("a", 20, (Attempt(("-c", probe)), Attempt(("-c", probe), {"KIT_PROBE": "found"})))

@@ -44,7 +44,7 @@ def run(
         shutil.copyfile(store / RESULTS, back / RESULTS)
     _end_orphans(store)
     end, made = time.monotonic() + seconds, list[dict[str, Any]]()
-    for step in steps:
+    for step in _ordered(steps, read(store)):
         with _alone(store, step.name, end) as alone:
             lines = read(store)
             if not alone:
@@ -68,7 +68,16 @@ def run(
                 made.append(record(store, back, line))
                 if line["status"] == "ok":
                     break
+    if back is not None and (store / RESULTS).is_file():  # with lines of the background
+        shutil.copyfile(store / RESULTS, back / RESULTS)
     return made
+
+
+def _ordered(steps: Sequence[Step], lines: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """What failed before, and nothing else needs, comes after what was never tried."""
+    tried = {line["step"] for line in lines if line["status"] in ("failed", "timeout")}
+    needed = {name for step in steps for name in step.needs}
+    return sorted(steps, key=lambda step: step.name in tried and step.name not in needed)
 
 
 def succeeded(lines: Sequence[Mapping[str, Any]], name: str) -> bool:

@@ -6,6 +6,7 @@ the steps after it. `needs` names steps without which it is pointless. Knows Pyt
 
 from __future__ import annotations
 
+import os
 import site
 import sys
 from collections.abc import Mapping
@@ -115,6 +116,9 @@ def _exports(model: str) -> tuple[Attempt, ...]:
 
 
 def _nvidia_libraries() -> str:
+    """A search path: the nvidia packages' libraries, those of an installed toolkit and driver, and what it was before."""
     places = [*site.getsitepackages(), *sys.path]
     folders = [folder for place in dict.fromkeys(places) for folder in sorted(Path(place).glob("nvidia/*/lib"))]
-    return ":".join(map(str, folders))
+    usual = [Path(folder) for folder in ("/usr/local/cuda/lib64", "/usr/local/nvidia/lib64") if Path(folder).is_dir()]
+    before = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    return ":".join([*map(str, folders + usual), *before])
