@@ -46,9 +46,9 @@ version = common.version
 class _Bound:
     """One set of shapes: where its values lie on the device, and their binding."""
 
-    graph_id: str
     inputs: dict[str, Any]
     binding: Any
+    graph_id: str = ""  # "": not chosen yet
     outputs: dict[str, Any] = field(default_factory=dict)
     held: Held = field(default_factory=Held)
 
@@ -61,7 +61,6 @@ class BoundEngine:
         self.inputs = {node.name: common._spec(node) for node in session.get_inputs()}
         self.outputs = {node.name: common._spec(node) for node in session.get_outputs()}
         self._bound: OrderedDict[tuple[Any, ...], _Bound] = OrderedDict()
-        self._count = 0
         self.captured: set[str] = set()  # ids of the graphs that onnxruntime holds
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -69,11 +68,8 @@ class BoundEngine:
             bound = self._ready(feeds)
             self._send(bound, feeds)
             options = ort.RunOptions()
-            captured = self._captures and bool(bound.outputs)
-            options.add_run_config_entry("gpu_graph_id", bound.graph_id if captured else _NO_GRAPH)
+            options.add_run_config_entry("gpu_graph_id", self._graph_id(bound))
             self._session.run_with_iobinding(bound.binding, options)
-            if captured and bound.graph_id != _NO_GRAPH:
-                self.captured.add(bound.graph_id)
             if not bound.outputs:  # the first run found out how large they are; here they stay
                 bound.outputs = dict(zip(self.outputs, bound.binding.get_outputs(), strict=True))
                 for name, value in bound.outputs.items():
@@ -94,18 +90,28 @@ class BoundEngine:
         self._bound.move_to_end(key)
         return self._bound[key]
 
+    def _graph_id(self, bound: _Bound) -> str:
+        """The first run of a shape has none: where its outputs lie is not known yet.
+
+        Never an id that was used before: its graph has other addresses. And onnxruntime keeps every graph until the session
+        ends, so that shapes which come again after the first few run without one.
+        """
+        if not self._captures or not bound.outputs:
+            return _NO_GRAPH
+        if not bound.graph_id:
+            bound.graph_id = str(len(self.captured) + 1) if len(self.captured) < _SHAPES else _NO_GRAPH
+            if bound.graph_id != _NO_GRAPH:
+                self.captured.add(bound.graph_id)
+        return bound.graph_id
+
     def _bind(self, feeds: Mapping[str, NDArray[Any]]) -> _Bound:
-        self._count += 1
-        # Never an id that was used before: its graph has other addresses. And onnxruntime keeps every graph until the
-        # session ends, so that shapes which come after the first few run without one.
-        graph_id = str(self._count) if self._count <= _SHAPES else _NO_GRAPH
         inputs = {name: ort.OrtValue.ortvalue_from_numpy(feeds[name], "cuda", self._gpu) for name in self.inputs}
         binding = self._session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
             binding.bind_output(name, "cuda", self._gpu)
-        return _Bound(graph_id, inputs, binding)
+        return _Bound(inputs, binding)
 
     def _send(self, bound: _Bound, feeds: Mapping[str, NDArray[Any]]) -> None:
         """Copy what is not on the device yet to where it is bound."""

@@ -44,18 +44,7 @@ def all_steps(small: bool = False) -> tuple[Step, ...]:
         model: str, size: str, steps: int, peer: str, batch: int = 1, mode: str = "reduce-overhead"
     ) -> tuple[Attempt, ...]:
         """Ours beside a peer; where that fails, ours alone."""
-        common = (
-            "beside",
-            model,
-            "--size",
-            size,
-            "--steps",
-            str(steps),
-            "--batches",
-            str(batch),
-            "--compile-mode",
-            mode,
-        )
+        common = f"beside {model} --size {size} --steps {steps} --batches {batch} --compile-mode {mode}".split()
         return _work(*common, "--peers", peer), _work(*common, "--peers")
 
     return (
