@@ -10,7 +10,7 @@ from . import pack, wheels
 
 KIT = "python3 -m benchmarks.gpu_kit"
 START_S, CALL_S = 75, 14  # estimates: the machine's start, and the transfer of one full upload
-RUN_S, AGAIN_S = 400, 300  # of the first command that measures, and of one for what is left or failed
+RUN_S, AGAIN_S = 360, 300  # of the first command that measures, and of one for what is left or failed
 
 
 class Call(NamedTuple):
