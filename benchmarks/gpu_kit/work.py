@@ -377,15 +377,16 @@ def rtx(words: Sequence[str]) -> None:
     def loaded() -> list[str]:
         import tensorrt_rtx as trt  # type: ignore[import, unused-ignore]
 
-        runtime, found = trt.Runtime(trt.Logger(trt.Logger.ERROR)), []
-        for plan in sorted((store() / "bundles" / "rtx").rglob("*.plan")) or sorted(
-            (store() / "bundles" / "rtx").rglob("*.engine")
-        ):
+        from ...engines.trt_logger import logger
+
+        said, found = list[str](), list[str]()
+        runtime = trt.Runtime(logger(trt, said, print))
+        for plan in sorted((store() / "bundles" / "rtx").rglob("*.plan")):
             content = plan.read_bytes()
             validity = runtime.get_engine_validity(content[: runtime.engine_header_size])
             engine = runtime.deserialize_cuda_engine(content)
             found.append(f"{plan.name}: {validity}, {'loaded' if engine is not None else 'not loaded'}")
-        return found
+        return [*found, *dict.fromkeys(said)][:20]
 
     def drawn() -> Any:
         from ... import Pipeline
