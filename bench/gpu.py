@@ -5,7 +5,7 @@
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
 trained ones. Every side walks with Euler, one evaluation of the U-Net a step. The peers are built from the bundle's
 configurations, so that both sides are the same networks: fp16, channels_last, the decoder in the precision that ours has;
-compiled means max-autotune, which includes CUDA graphs. Bundles for onnxruntime-cuda: export them with --attention.
+compiled includes CUDA graphs in each of its modes. Bundles for onnxruntime-cuda: export them with --attention.
 Exit status 1 where a goal of the project is missed. `--device cpu` runs the same on a CPU, to try the program itself, and
 judges nothing.
 """
@@ -29,7 +29,7 @@ from ..engines import EngineStatus, available
 from ..engines.checked import CheckedEngine
 from ..errors import EngineError
 from ..models import find_bundle
-from .gpu_peers import flops, free_bytes, matmul_peak, peer, pipeline_flops
+from .gpu_peers import COMPILE_MODES, flops, free_bytes, matmul_peak, peer, pipeline_flops
 from .gpu_report import PEERS, captured, shortfalls, summary, table
 from .machine import facts
 
@@ -54,9 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu; default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], metavar="N")
     parser.add_argument("--steps", type=int, help="of every side; default: the bundle's own")
+    parser.add_argument("--size", type=int, metavar="PX", help="width and height; default: the bundle's own")
     parser.add_argument("--runs", type=int, default=20, help="of each side; default: %(default)s")
     parser.add_argument("--warm", type=int, default=3, help="rounds that don't count; default: %(default)s")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument(
+        "--compile-mode", default="max-autotune", choices=COMPILE_MODES,
+        help="of the compiled peer; the first tries kernels for minutes; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-first-picture", action="store_true", help="leave out the time from a new process to its first picture"
+    )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args(argv)
     _check_device(arguments.device)
@@ -91,6 +99,8 @@ def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[di
     with contextlib.closing(Pipeline.open(folder, arguments.engine, device=device)) as pipe:
         settings = {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")}
         settings["steps"] = arguments.steps or settings["steps"]
+        if arguments.size:
+            settings |= {"width": arguments.size, "height": arguments.size}
         work = {part: flops(bundle, part, settings) for part in ("text", "denoise", "decode")}
         memory = {}
         for batch in arguments.batches:  # before there is any peer, whose allocator keeps what it once had
@@ -106,8 +116,10 @@ def measure(folder: Path, arguments: argparse.Namespace, peak: float) -> list[di
             row["ratios"] = {name: round(row["sides"][name]["p50_s"] / ours, 3) for name in arguments.peers}
             row["device_bytes"] = {"ours": memory[batch], **taken_bytes}
             row["cuda_graphs"] = _cuda_graphs(pipe)
+            if "compiled" in arguments.peers:
+                row["compile_mode"] = arguments.compile_mode
             rows.append(row)
-    seconds = first_picture(folder, arguments.engine, device)
+    seconds = None if arguments.no_first_picture else first_picture(folder, arguments.engine, device)
     return [{**row, "first_picture_s": seconds} for row in rows]
 
 
@@ -120,7 +132,8 @@ def _beside(
     with contextlib.ExitStack() as stack:
         for name in arguments.peers:
             before = free_bytes(arguments.device)
-            made = peer(bundle, settings, arguments.device, compiled=name == "compiled", batch=batch)
+            mode = arguments.compile_mode if name == "compiled" else None
+            made = peer(bundle, settings, arguments.device, compile_mode=mode, batch=batch)
             stack.callback(made.close)
             sides[name] = made
             made(0)
@@ -163,7 +176,7 @@ def draw_ours(pipe: Pipeline, settings: dict[str, Any], seed: int, batch: int) -
         start = time.perf_counter()
         result = pipe(
             f"{PROMPT}, number {seed}", negative=f"a small one, number {seed}", seed=seed, samples=batch,
-            scheduler="Euler", family="diffusers", steps=settings["steps"],
+            scheduler="Euler", family="diffusers", steps=settings["steps"], width=settings["width"], height=settings["height"],
         )  # fmt: skip
         total = time.perf_counter() - start
     check_calls("ours", sum(is_unet for is_unet, _ in inside), settings["steps"])

@@ -20,7 +20,8 @@ from ..runtime.tokenizer import TOKENS
 
 _LATENT_PX = 8
 # dynamic=False: else the second batch's size makes it compile for any, slower
-COMPILED: dict[str, Any] = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
+COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+COMPILE_MODES = ("max-autotune", "reduce-overhead")
 
 
 class Peer:
@@ -112,16 +113,21 @@ class Peer:
         return x
 
 
-def peer(bundle: Bundle, defaults: Mapping[str, Any], device: str, *, compiled: bool, batch: int) -> Peer:
+def peer(bundle: Bundle, defaults: Mapping[str, Any], device: str, *, compile_mode: str | None, batch: int) -> Peer:
+    """compile_mode: torch.compile's, None for eager."""
     half = torch.float16 if device != "cpu" else torch.float32
-    networks = {name: network.to(device, half).eval() for name, network in networks_of(bundle).items()}
+    with torch.device(device):  # a billion random numbers take many seconds on a CPU
+        networks = {name: network.to(half).eval() for name, network in networks_of(bundle).items()}
     if device != "cpu":
         networks["vae"] = networks["vae"].to(decoder_dtype(bundle))
     for name in ("unet", "vae"):
         networks[name] = networks[name].to(memory_format=torch.channels_last)
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()  # of the float32 numbers that they were made as
     forward, decode = networks["unet"], networks["vae"].decode
-    if compiled:
-        forward, decode = torch.compile(forward, **COMPILED), torch.compile(decode, **COMPILED)
+    if compile_mode:
+        forward, decode = (torch.compile(each, mode=compile_mode, **COMPILED) for each in (forward, decode))
     return Peer(
         {**networks, "forward": forward, "decode": lambda z: decode(z, return_dict=False)}, defaults, device, batch
     )

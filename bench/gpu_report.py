@@ -31,8 +31,10 @@ def summary(taken: list[dict[str, float]], batch: int, work: float, peak: float)
 
 
 def captured(engine: Any) -> int | None:
-    """How many CUDA graphs a plan's engine holds, as `open_engine` gives it; None where the backend captures by itself."""
+    """How many CUDA graphs an engine holds, as `open_engine` gives it; None for an engine that runs on a CPU."""
     inner = engine._engine
+    if hasattr(inner, "captured"):
+        return len(inner.captured)
     plans = inner._open.values() if hasattr(inner, "_open") else [inner]
     if not all(hasattr(plan, "_prepared") for plan in plans):
         return None
@@ -56,7 +58,7 @@ def shortfalls(rows: Sequence[dict[str, Any]]) -> list[str]:
                 found.append(f"{row['model']}: {row['ratios'][name]:.2f}x {name}, goal {goal}x")
         if outside(row) > OUTSIDE:
             found.append(f"{row['model']}: {outside(row):.1%} of the time outside the engines, goal {OUTSIDE:.0%}")
-        if row["first_picture_s"] > FIRST_S:
+        if (row["first_picture_s"] or 0) > FIRST_S:
             found.append(f"{row['model']}: first picture after {row['first_picture_s']:.1f} s, goal {FIRST_S:g} s")
     return found
 
@@ -70,6 +72,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         body.append([
             row["model"], row["engine"], row["steps"], row["batch"], f"{ours['p50_s']:.3f} / {ours['p95_s']:.3f}",
             ours["pictures_per_s"], f"{ours['tflops']} ({ours['share_of_peak']:.0%})",
-            f"{row['device_bytes']['ours'] / 1e9:.1f}", f"{outside(row):.1%}", f"{row['first_picture_s']} s", *peers,
+            f"{row['device_bytes']['ours'] / 1e9:.1f}", f"{outside(row):.1%}", f"{row['first_picture_s'] or '-'} s", *peers,
         ])  # fmt: skip
     return markdown(head, body)

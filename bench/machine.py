@@ -68,10 +68,12 @@ def peak_mb(children: bool = False) -> float:
 
 
 def _commit() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return git.stdout.strip()
+    """Empty without git, or in a copy of the files alone."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,12 +177,39 @@ def device(provider: str) -> str:
 
 def _require(provider: str) -> None:
     if provider == CUDA and hasattr(ort, "preload_dlls"):
-        # Finds the CUDA libraries of the nvidia-* packages; it reports on stdout, which is for data.
-        with contextlib.redirect_stdout(sys.stderr):
-            ort.preload_dlls()
+        _load_cuda()
     offered = ort.get_available_providers()
     if provider not in offered:
         raise EngineError(f"onnxruntime {ort.__version__} has no {provider}; it has: {', '.join(offered)}")
+
+
+def _load_cuda() -> None:
+    """Load CUDA's and cuDNN's libraries from the nvidia-* packages.
+
+    `preload_dlls` looks for those packages beside onnxruntime alone, and they may lie in another folder of sys.path, such
+    as the system's site-packages below a virtual environment. It reports on stdout, which is for data.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # each folder lacks what another one has
+        for folder in _nvidia_folders():
+            ort.preload_dlls(directory=str(folder))
+    with contextlib.redirect_stdout(sys.stderr):
+        ort.preload_dlls()
+
+
+def _nvidia_folders() -> list[Path]:
+    """Return the folders of libraries of the nvidia-* packages that do not lie beside onnxruntime."""
+    found = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in (found and found.submodule_search_locations) or ()]
+    beside = Path(ort.__file__).parent.with_name("nvidia")
+    patterns = ("*/bin", "*/bin/*") if sys.platform == "win32" else ("*/lib",)
+    return [
+        folder
+        for place in places
+        if place != beside
+        for pattern in patterns
+        for folder in sorted(place.glob(pattern))
+        if folder.is_dir()
+    ]
 
 
 def _spec(node: Any) -> Spec:

@@ -1,7 +1,11 @@
 """Graphs on onnxruntime's CUDA or TensorRT provider: values stay on the GPU, and a shape that comes again is replayed.
 
-Outputs and inputs of a shape keep their place on the device (IO binding), which is what lets onnxruntime capture a CUDA
-graph of it. Feeds that can't change are sent once.
+Outputs and inputs of a shape keep their place on the device and are bound once, which is what lets onnxruntime capture a
+CUDA graph of it: a graph that is replayed reads and writes the addresses that it was captured with, and does not look at
+what is bound. Feeds that can't change are sent once.
+
+onnxruntime captures in CUDA's global mode: until a capture ends, an allocation or a copy by any other thread of the process
+fails, and ends the capture too. So sessions on a GPU are opened, run and closed one at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,16 +37,18 @@ TENSORRT = "TensorrtExecutionProvider"
 _SHAPES = 4  # kept bound at once
 _NO_GRAPH = "-1"  # onnxruntime's gpu_graph_id for a run that is not captured
 _NO_MEMORY = ("Failed to allocate memory", "out of memory")
+_ALONE = threading.RLock()
 _log = logging.getLogger(__name__)
 version = common.version
 
 
 @dataclass
 class _Bound:
-    """One set of shapes: where its values lie on the device."""
+    """One set of shapes: where its values lie on the device, and their binding."""
 
-    graph_id: str
     inputs: dict[str, Any]
+    binding: Any
+    graph_id: str = ""  # "": not chosen yet
     outputs: dict[str, Any] = field(default_factory=dict)
     held: Held = field(default_factory=Held)
 
@@ -54,46 +61,68 @@ class BoundEngine:
         self.inputs = {node.name: common._spec(node) for node in session.get_inputs()}
         self.outputs = {node.name: common._spec(node) for node in session.get_outputs()}
         self._bound: OrderedDict[tuple[Any, ...], _Bound] = OrderedDict()
-        self._count = 0
+        self.captured: set[str] = set()  # ids of the graphs that onnxruntime holds
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        bound = self._ready(feeds)
-        for name in bound.held.changed(feeds):
-            bound.inputs[name].update_inplace(feeds[name])
-        binding, options = self._session.io_binding(), ort.RunOptions()
-        for name, value in bound.inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self.outputs:
-            if bound.outputs:
-                binding.bind_ortvalue_output(name, bound.outputs[name])
-            else:  # the first run finds out how large they are, and where they lie from then on
-                binding.bind_output(name, "cuda", self._gpu)
-        captured = self._captures and bool(bound.outputs)
-        options.add_run_config_entry("gpu_graph_id", bound.graph_id if captured else _NO_GRAPH)
-        with memory_cure(self._gpu):
-            self._session.run_with_iobinding(binding, options)
-        if not bound.outputs:
-            bound.outputs = dict(zip(self.outputs, binding.get_outputs(), strict=True))
-        return {name: value.numpy() for name, value in bound.outputs.items()}
+        with _ALONE, memory_cure(self._gpu):
+            bound = self._ready(feeds)
+            self._send(bound, feeds)
+            options = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", self._graph_id(bound))
+            self._session.run_with_iobinding(bound.binding, options)
+            if not bound.outputs:  # the first run found out how large they are; here they stay
+                bound.outputs = dict(zip(self.outputs, bound.binding.get_outputs(), strict=True))
+                for name, value in bound.outputs.items():
+                    bound.binding.bind_ortvalue_output(name, value)
+            return {name: value.numpy() for name, value in bound.outputs.items()}
 
     def close(self) -> None:
-        self._bound.clear()
-        self._session = None
+        with _ALONE:
+            self._bound.clear()
+            self._session = None
 
     def _ready(self, feeds: Mapping[str, NDArray[Any]]) -> _Bound:
         key = tuple((name, feeds[name].shape) for name in self.inputs)
         if key not in self._bound:
             if len(self._bound) >= _SHAPES:
                 self._bound.popitem(last=False)
-            self._count += 1
-            # Never an id that was used before: its graph has other addresses. And onnxruntime keeps every graph until the
-            # session ends, so that shapes which come after the first few run without one.
-            graph_id = str(self._count) if self._count <= _SHAPES else _NO_GRAPH
-            with memory_cure(self._gpu):
-                values = {n: ort.OrtValue.ortvalue_from_numpy(a, "cuda", self._gpu) for n, a in feeds.items()}
-            self._bound[key] = _Bound(graph_id, values)
+            self._bound[key] = self._bind(feeds)
         self._bound.move_to_end(key)
         return self._bound[key]
+
+    def _graph_id(self, bound: _Bound) -> str:
+        """The first run of a shape has none: where its outputs lie is not known yet.
+
+        Never an id that was used before: its graph has other addresses. And onnxruntime keeps every graph until the session
+        ends, so that shapes which come again after the first few run without one.
+        """
+        if not self._captures or not bound.outputs:
+            return _NO_GRAPH
+        if not bound.graph_id:
+            bound.graph_id = str(len(self.captured) + 1) if len(self.captured) < _SHAPES else _NO_GRAPH
+            if bound.graph_id != _NO_GRAPH:
+                self.captured.add(bound.graph_id)
+        return bound.graph_id
+
+    def _bind(self, feeds: Mapping[str, NDArray[Any]]) -> _Bound:
+        inputs = {name: ort.OrtValue.ortvalue_from_numpy(feeds[name], "cuda", self._gpu) for name in self.inputs}
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, "cuda", self._gpu)
+        return _Bound(inputs, binding)
+
+    def _send(self, bound: _Bound, feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Copy what is not on the device yet to where it is bound."""
+        sent = bound.held.changed(feeds)
+        try:
+            for name in sent:
+                bound.inputs[name].update_inplace(feeds[name])
+        except BaseException:  # such as Ctrl-C in a notebook, which goes on with the same arrays
+            for name in sent:
+                bound.held.forget(name)
+            raise
 
 
 def open_graph(path: Path, provider: str, how: Opening) -> BoundEngine:
@@ -139,7 +168,7 @@ def _session(path: Path, how: Opening, providers: list[tuple[str, dict[str, Any]
     options.enable_mem_reuse = True  # what it saves of a GPU's memory has not been measured
     graph = common._replace_weights(path, options, how.weights)
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
-    with memory_cure(how.gpu):
+    with _ALONE, memory_cure(how.gpu):
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     common.check_provider(session, *(name for name, _ in providers))
     return session

@@ -38,7 +38,8 @@ class RuntimeCache:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._read()
-        config.set_runtime_cache(self._cache)
+        if not config.set_runtime_cache(self._cache):
+            _log.warning("the library takes no cache of compiled kernels for this plan: the next start compiles again")
         return config
 
     def save(self) -> None:

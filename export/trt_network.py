@@ -98,7 +98,10 @@ def _build_plan(job: Job, progress: Progress) -> BuiltPlan:
         optimization = builder.create_optimization_profile()
         for name, (least, best, most) in job.profile.items():
             optimization.set_shape(name, least, best, most)
-        config.add_optimization_profile(optimization)
+        if config.add_optimization_profile(optimization) < 0:
+            shapes = "; ".join(f"{name} {least} to {most}" for name, (least, _, most) in job.profile.items())
+            why = job.said[-1] if job.said else "no reason given"
+            raise EngineError(f"{where(job)}: {job.library.name} refuses the shapes {shapes}: {why}")
     try:
         plan = builder.build_serialized_network(network, config)
     except MemoryError as failure:
@@ -180,7 +183,9 @@ def _timing_cache(job: Job, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         cache = config.create_timing_cache(job.timing_cache)
-        config.set_timing_cache(cache, False)  # False: one of another GPU is refused, not used
+        if not config.set_timing_cache(cache, False):  # False: one of another GPU is refused, not used
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
     return cache
 
 

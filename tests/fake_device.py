@@ -1,6 +1,8 @@
-"""A GPU that is numpy: memory with addresses, a stream that runs at once, graphs that remember what was captured.
+"""A GPU that is numpy: memory with addresses, a stream that runs when it is waited for, graphs of what was captured.
 
-It fails where CUDA would: memory that was freed or never allocated, copies past an end, a graph after its buffers.
+As CUDA documents it, new memory holds anything, page-locked memory is read and written when a copy runs and not when it is
+asked for, and what pending work uses may not be freed. It fails where CUDA would: memory that was freed or never
+allocated, copies past an end, a graph after its buffers.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from vega_edge.engines import Spec
 from vega_edge.errors import EngineError
 
 F32 = np.dtype(np.float32)
+GARBAGE = 0xA5  # each byte of memory that nothing was written to
 
 
 class FakeDevice:
     def __init__(self):
         self.allocated, self.next, self.pinned, self.graphs = {}, 0x1000, {}, {}
         self.calls = Counter()
-        self.capturing = None
+        self.pending, self.capturing = [], None
         self.refuse_capture = False
         self.closed = False
 
@@ -27,33 +30,40 @@ class FakeDevice:
         self.calls["activate"] += 1
 
     def allocate(self, size):
+        assert self.capturing is None
         self.calls["allocate"] += 1
         self.next += 0x1000000
-        self.allocated[self.next] = np.zeros(size, np.uint8)
+        self.allocated[self.next] = np.full(size, GARBAGE, np.uint8)
         return self.next
 
     def free(self, pointer):
+        assert not self.pending and self.capturing is None
         del self.allocated[pointer]
 
     def pin(self, size):
-        staging = np.zeros(size, np.uint8)
+        staging = np.full(size, GARBAGE, np.uint8)
         self.pinned[staging.ctypes.data] = staging
         return staging
 
     def unpin(self, staging):
+        assert not self.pending
         del self.pinned[staging.ctypes.data]
 
     def upload(self, pointer, staging):
         assert self.capturing is None
         self.calls["upload"] += 1
-        self.allocated[pointer][: staging.nbytes] = staging
+        self.pending.append(lambda: np.copyto(self.allocated[pointer][: staging.nbytes], staging))
 
     def download(self, staging, pointer):
+        assert self.capturing is None
         self.calls["download"] += 1
-        staging[:] = self.allocated[pointer][: staging.nbytes]
+        self.pending.append(lambda: np.copyto(staging, self.allocated[pointer][: staging.nbytes]))
 
     def synchronize(self):
-        pass
+        assert self.capturing is None
+        pending, self.pending = self.pending, []
+        for work in pending:
+            work()
 
     def capture(self, enqueue):
         if self.refuse_capture:
@@ -68,10 +78,10 @@ class FakeDevice:
 
     def replay(self, graph):
         self.calls["replay"] += 1
-        for work in self.graphs[graph]:
-            work()
+        self.pending += self.graphs[graph]
 
     def destroy(self, graph):
+        assert not self.pending
         del self.graphs[graph]
 
     def launch(self, work):
@@ -79,7 +89,7 @@ class FakeDevice:
             self.capturing.append(work)
         else:
             self.calls["launch"] += 1
-            work()
+            self.pending.append(work)
 
     def close(self):
         self.closed = True

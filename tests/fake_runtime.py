@@ -57,14 +57,17 @@ class Config:
 
     def set_runtime_cache(self, cache):
         self.trt.told.append("cache set")
+        return "cache" not in self.trt.refuses
 
 
 class Cache:
+    """`serialize` gives an IHostMemory, which is a buffer and no bytes."""
+
     def __init__(self, known=()):
         self.content, self.known = b"", known
 
     def serialize(self):
-        return self.content
+        return memoryview(self.content)
 
     def deserialize(self, content):
         if content not in self.known:
@@ -141,7 +144,7 @@ def weights(kind, address, count):
 class FakeRuntime(SimpleNamespace):
     """`told`: in order, what was asked of contexts and refitters. `missing`: weights that the plan wants and no file has.
 
-    refuses: what fails, profile, capture, plan, graph (to be refitted with), or a tensor's name. finds: what is wrong
+    refuses: what fails, profile, capture, cache, plan, graph (to be refitted with), or a tensor's name. finds: what is wrong
     with a plan, as bits.
     """
 

@@ -21,7 +21,8 @@ class IProgressMonitor:
 
 
 class FakeTensorRT(SimpleNamespace):
-    """`plan`: what a build gives, None for failure; `errors`: what the library then logs; `parse`: (node, operator, why)."""
+    """`plan`: what a build gives, None for failure; `errors`: what the library then logs; `parse`: (node, operator, why).
+    `profile_index`: -1 where it refuses a profile. `foreign_timings`: a timing cache of another GPU, which it refuses."""
 
     def __init__(
         self, version="10.3.0", plan=b"plan", errors=(), parse=None, typed=True, steps=((0, 2), (1, 2)), inputs=None
@@ -34,7 +35,7 @@ class FakeTensorRT(SimpleNamespace):
         super().__init__(
             __version__=version, ILogger=ILogger, IProgressMonitor=IProgressMonitor, BuilderFlag=flags,
             PreviewFeature=preview, MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"), NetworkDefinitionCreationFlag=creation, told={"flags": [], "shapes": {}}, plan=plan, errors=errors,
-            parse=parse, steps=steps, inputs=inputs or {"x": (-1, 4, -1, -1)},
+            parse=parse, steps=steps, inputs=inputs or {"x": (-1, 4, -1, -1)}, profile_index=0, foreign_timings=None,
         )  # fmt: skip
         self.Builder = lambda logger: Builder(self, logger)
         self.OnnxParser = lambda network, logger: Parser(self)
@@ -65,7 +66,7 @@ class Builder:
         monitor.phase_finish("Building engine")
         for message in self.trt.errors:
             self.logger.log(ILogger.ERROR, message)
-        return self.trt.plan
+        return None if self.trt.plan is None else memoryview(self.trt.plan)  # an IHostMemory, which is a buffer
 
 
 class Config:
@@ -83,14 +84,15 @@ class Config:
         self.trt.told["limit"] = pool, size
 
     def add_optimization_profile(self, profile):
-        pass
+        return self.trt.profile_index
 
     def create_timing_cache(self, known):
         self.trt.told["timing cache"] = known
-        return SimpleNamespace(serialize=lambda: known + b"+")
+        return SimpleNamespace(known=known, serialize=lambda: memoryview(known + b"+"))
 
     def set_timing_cache(self, cache, ignore_mismatch):
         assert ignore_mismatch is False
+        return cache.known != self.trt.foreign_timings
 
 
 class Parser:

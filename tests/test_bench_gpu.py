@@ -53,7 +53,7 @@ def test_on_a_cpu(tmp_path, capsys):
     bundle, out = recipes()["demo-vegart"].bundle_path, tmp_path / "results" / "gpu.json"
     gpu.main([
         str(bundle), "--device", "cpu", "--engine", "onnxruntime-cpu", "--batches", "2", "--runs", "1",
-        "--peers", "eager", "-o", str(out),
+        "--peers", "eager", "--size", "64", "-o", str(out),
     ])  # fmt: skip
     result = json.loads(out.read_text())
     assert [(row["model"], row["batch"], row["steps"]) for row in result["rows"]] == [("demo-vegart", 2, 4)]
@@ -72,7 +72,7 @@ def test_on_a_cpu(tmp_path, capsys):
 
 def test_both_sides_take_the_same_steps_and_other_words_each_time(monkeypatch):
     pipe = Pipeline.open(recipes()["demo-vegart"].bundle_path, "onnxruntime-cpu", verify=False)
-    settings, prompts = {"steps": 2}, []
+    settings, prompts = {"steps": 2, "width": 128, "height": 128}, []
     request = pipe.request
     monkeypatch.setattr(pipe, "request", lambda p, **o: prompts.append((p, o["negative"])) or request(p, **o))
     parts = [gpu.draw_ours(pipe, settings, seed, 1) for seed in range(2)]
@@ -169,10 +169,16 @@ def test_the_compiled_peer_is_one_graph_and_draws(monkeypatch):
         traced.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(gpu_peers, "COMPILED", {**gpu_peers.COMPILED, "mode": None, "backend": backend})
+    compile_whole = torch.compile
+
+    def without_a_mode(network, mode, **options):
+        assert mode == "max-autotune"
+        return compile_whole(network, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", without_a_mode)
     bundle = Bundle.open(recipes()["demo-vegart"].bundle_path, verify=False)
     settings = {"steps": 2, "guidance": 3.0, "width": 64, "height": 64}
-    compiled = gpu_peers.peer(bundle, settings, "cpu", compiled=True, batch=1)
+    compiled = gpu_peers.peer(bundle, settings, "cpu", compile_mode="max-autotune", batch=1)
     for seed in range(2):
         assert set(compiled(seed)) == {"text", "denoise", "decode"}
         gpu.check_calls("compiled", compiled.calls, 2)

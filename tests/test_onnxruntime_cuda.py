@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,61 +22,104 @@ from vega_edge.errors import EngineError  # noqa: E402
 from vega_edge.manifest import MANIFEST  # noqa: E402
 from vega_edge.models import find_bundle  # noqa: E402
 
-NODES = {"get_inputs": "x", "get_outputs": "y"}
+NODES = {"get_inputs": ("x", "prompt"), "get_outputs": ("y",)}
 
 
 class Value:
-    """An OrtValue."""
+    """An OrtValue on a GPU: another one may share its memory, which is freed with the last of them."""
 
-    def __init__(self, array):
-        self.array = np.array(array)
+    def __init__(self, memory):
+        self.memory, self.fail = memory, None
 
     def update_inplace(self, array):
-        self.array[...] = array
+        assert (array.dtype, array.size) == (self.memory.dtype, self.memory.size)
+        if self.fail:
+            raise self.fail
+        self.memory[...] = array
 
     def numpy(self):
-        return self.array.copy()
+        return self.memory.copy()
+
+
+class Binding:
+    """Inputs and outputs by name; an output that is bound to the device alone gets its memory in the next run."""
+
+    def __init__(self):
+        self.inputs, self.outputs = {}, {}
+
+    def bind_ortvalue_input(self, name, value):
+        self.inputs[name] = value
+
+    def bind_ortvalue_output(self, name, value):
+        self.outputs[name] = value
+
+    def bind_output(self, name, kind, gpu):
+        assert (kind, gpu) == ("cuda", 0)
+        self.outputs[name] = None
+
+    def get_outputs(self):
+        return [Value(value.memory) for value in self.outputs.values()]
 
 
 class Session:
-    """y = -x. `ids`: the gpu_graph_id of each run."""
+    """y = prompt - x. `ids`: the gpu_graph_id of each run.
+
+    A run whose id was captured replays: it reads and writes the memory of that time, and ignores what is bound. The
+    library holds addresses, so that memory which was freed since is an error here.
+    """
 
     def __init__(self, fail=None):
-        self.ids, self.fail = [], fail
+        self.ids, self.fail, self.graphs, self.running = [], fail, {}, False
 
     def io_binding(self):
-        bound = SimpleNamespace(inputs={}, outputs={})
-        bound.bind_ortvalue_input = bound.inputs.__setitem__
-        bound.bind_ortvalue_output = bound.outputs.__setitem__
-        bound.bind_output = lambda name, kind, gpu: bound.outputs.__setitem__(name, None)
-        bound.get_outputs = lambda: list(bound.outputs.values())
-        return bound
+        return Binding()
 
     def run_with_iobinding(self, binding, options):
         if self.fail:
             raise RuntimeError(self.fail)
-        self.ids.append(options.get_run_config_entry("gpu_graph_id"))
-        y = -binding.inputs["x"].array
-        if binding.outputs["y"] is None:
-            binding.outputs["y"] = Value(y)
-        binding.outputs["y"].update_inplace(y)
+        assert not self.running, "a capture in CUDA's global mode meets the work of another thread"
+        self.running = True
+        time.sleep(0)
+        graph_id = options.get_run_config_entry("gpu_graph_id")
+        self.ids.append(graph_id)
+        if graph_id in self.graphs:
+            memory = [place() for place in self.graphs[graph_id]]
+            assert all(each is not None for each in memory), "replayed after its memory was freed"
+        else:
+            x, prompt = (binding.inputs[name].memory for name in NODES["get_inputs"])
+            if binding.outputs["y"] is None:
+                assert graph_id == "-1", "captured while an output has no place of its own"
+                binding.outputs["y"] = Value(np.full_like(x, np.nan))
+            memory = x, prompt, binding.outputs["y"].memory
+            if graph_id != "-1":
+                self.graphs[graph_id] = [weakref.ref(each) for each in memory]
+        x, prompt, y = memory
+        y[...] = prompt - x
+        self.running = False
 
 
-for method, name in NODES.items():
-    node = SimpleNamespace(name=name, type="tensor(float)", shape=["n"])
-    setattr(Session, method, lambda self, node=node: [node])
+for method, names in NODES.items():
+    nodes = [SimpleNamespace(name=name, type="tensor(float)", shape=["n"]) for name in names]
+    setattr(Session, method, lambda self, nodes=nodes: nodes)
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    kind = SimpleNamespace(ortvalue_from_numpy=lambda array, device, gpu: Value(array))
+    kind = SimpleNamespace(ortvalue_from_numpy=lambda array, device, gpu: Value(np.array(array)))
     monkeypatch.setattr(cuda.ort, "OrtValue", kind)
     return lambda **options: cuda.BoundEngine(Session(**options), 0, captures=True)
 
 
-def run(engine, n):
-    x = np.arange(n, dtype=np.float32)
-    np.testing.assert_array_equal(engine.run({"x": x})["y"], -x)
+def run(engine, n, seed=0, prompt=None):
+    x = np.random.default_rng(seed).standard_normal(n).astype(np.float32)
+    prompt = np.float32([seed]) if prompt is None else prompt
+    np.testing.assert_array_equal(engine.run({"x": x, "prompt": prompt})["y"], prompt - x)
+
+
+def constant(value):
+    array = np.float32([value])
+    array.setflags(write=False)
+    return array
 
 
 def test_the_second_run_of_a_shape_is_captured_and_the_third_replayed(opened):
@@ -80,6 +127,59 @@ def test_the_second_run_of_a_shape_is_captured_and_the_third_replayed(opened):
     for _ in range(3):
         run(engine, 5)
     assert engine._session.ids == ["-1", "1", "1"]
+
+
+def test_a_prompt_and_a_size_that_change_after_the_capture_are_what_is_drawn(opened):
+    """A captured graph reads the addresses of its capture: no value may move, and none may stay behind."""
+    engine, prompts, draw = opened(), [constant(i) for i in range(3)], np.random.default_rng(0)
+    for n in (4, 8):
+        for seed in range(3):
+            run(engine, n, seed, prompts[0])  # captured and replayed
+    for prompt in (prompts[1], prompts[0]):
+        for n in (4, 8, 4):  # guided and not, or another batch
+            run(engine, n, 5, prompt)
+    for seed in range(200):  # more sizes than are kept, so that their memory is freed and taken again
+        kept = prompts[draw.integers(3)] if draw.random() < 0.5 else np.float32([draw.random()])
+        run(engine, int(draw.integers(1, 8)), seed, kept)
+    assert set(engine._session.graphs) == engine.captured == {"1", "2", "3", "4"}
+
+
+def test_a_prompt_that_changes_in_place_is_sent_again(opened):
+    engine, prompt = opened(), np.float32([1])
+    for value in (1, 2, 3, 3, 4):
+        prompt[:] = value
+        run(engine, 4, 0, prompt)
+
+
+def test_what_was_not_sent_is_sent_by_the_next_run(opened):
+    engine, first, second = opened(), constant(1), constant(2)
+    for prompt in (first, first):
+        run(engine, 4, 0, prompt)
+    (bound,) = engine._bound.values()
+    bound.inputs["prompt"].fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, 4, 0, second)
+    bound.inputs["prompt"].fail = None
+    run(engine, 4, 0, second)
+
+
+def test_threads_run_one_at_a_time(opened):
+    """CUDA's global capture mode: another thread's allocation or copy would end the capture."""
+    engine, failures = opened(), []
+
+    def work(seed):
+        try:
+            for i in range(50):
+                run(engine, 1 + i % 3, seed)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_onnxruntime_keeps_every_graph_so_that_only_a_few_shapes_get_one(opened):
@@ -112,6 +212,26 @@ def test_another_failure_is_its_own(opened):
 
 
 # what a provider is told, and whether it is there
+
+
+def test_cudas_libraries_are_found_in_another_folder_than_onnxruntimes(monkeypatch, tmp_path, capsys):
+    """As with a virtual environment over the system's packages: preload_dlls looks beside onnxruntime alone."""
+    lib = tmp_path / "nvidia" / "cu13" / ("bin" if sys.platform == "win32" else "lib")
+    lib.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = []
+
+    def preload(cuda=True, cudnn=True, msvc=True, directory=None):
+        asked.append(directory)
+        print(f"Failed to load, looked in {directory}")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [common.CUDA])
+    common._require(common.CUDA)
+    assert str(lib) in asked
+    assert asked[-1] is None  # then where it looks by itself
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("Failed")) == ("", 1)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,20 @@ def test_the_shape_used_longest_ago_goes_when_there_are_too_many():
     assert bench.program.opened == 6
 
 
+def test_a_prompt_and_a_size_that_change_after_the_capture_are_what_is_drawn():
+    """A captured graph reads the addresses of its capture: none may move under it, and none may keep an old value."""
+    bench, prompts, draw = Bench(), [constant([i]) for i in range(3)], np.random.default_rng(0)
+    for start in range(3):
+        bench.run(x(1, 8, start), prompts[0])
+    for prompt in (prompts[1], prompts[0]):
+        for batch, n in ((1, 8), (4, 8), (1, 8), (1, 64), (1, 8)):  # each larger one moves the buffers
+            bench.run(x(batch, n, 7), prompt)
+    for start in range(200):
+        kept = prompts[draw.integers(3)] if draw.random() < 0.5 else np.float32([draw.random()])
+        bench.run(x(int(draw.integers(1, 5)), int(draw.integers(1, 65)), start), kept)
+    assert bench.calls["replay"] > 5
+
+
 def test_a_buffer_that_moves_ends_the_graphs_that_know_its_old_place():
     bench = Bench()
     for _ in range(3):

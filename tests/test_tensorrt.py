@@ -134,6 +134,12 @@ def test_a_library_that_gives_no_cache_ends_no_picture(start, graph, tmp_path, c
     ]
 
 
+def test_a_plan_that_takes_no_cache_runs_without(start, tmp_path, caplog):
+    engine = start(FakeRuntime(refuses=("cache",)), cache=tmp_path / "cache")
+    run(engine)
+    assert "takes no cache of compiled kernels" in caplog.text
+
+
 def test_tensorrt_has_no_such_cache(start, tmp_path):
     engine = start(FakeRuntime(rtx=False), cache=tmp_path / "cache")
     run(engine)

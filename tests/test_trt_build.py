@@ -434,6 +434,20 @@ def test_profiles_and_timings_are_handed_over(graph):
     assert (fake.told["timing cache"], built.timing_cache, bytes(built.content)) == (b"known", b"known+", b"plan")
 
 
+def test_timings_of_another_gpu_are_measured_anew(graph):
+    fake = FakeTensorRT()
+    fake.foreign_timings = b"other"
+    built = build_plan(Job(Library("tensorrt", fake), graph, {}, timing_cache=b"other"))
+    assert built.timing_cache == b"+"
+
+
+def test_a_profile_that_the_library_refuses_is_named(graph):
+    fake = FakeTensorRT()
+    fake.profile_index = -1
+    job = Job(Library("tensorrt", fake), graph, {"x": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 8, 8))})
+    assert "refuses the shapes x (1, 4, 8, 8) to (2, 4, 8, 8)" in refused(EngineError, build_plan, job)
+
+
 @pytest.mark.parametrize(
     ("error", "cure"),
     [
