@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov  # type: ignore[import, unused-ignore]
 from numpy.typing import NDArray
-from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]
 
 from ..errors import EngineError
+from ..telemetry import import_openvino
 from .compiled import has_room, prepared_bytes, used
 from .protocol import Opening, Spec
+
+import_openvino()
+import openvino as ov  # type: ignore[import, unused-ignore]  # noqa: E402
+from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]  # noqa: E402
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
