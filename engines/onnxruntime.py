@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ def _prepare(path: Path, provider: str, how: Opening, folder: Path) -> Path:
     done = folder / path.name
     if not done.is_file():
         has_room(folder, prepared_bytes(path), needed=True)
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        part = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")  # threads prepare too
         part.mkdir(parents=True)
         try:
             options = _options(how)
