@@ -24,7 +24,7 @@ __all__ += ["check_files", "describe_files", "write_manifest"]
 
 @dataclass(frozen=True)
 class Bundle:
-    """`manifest` is None for a folder that another tool exported."""
+    """`manifest` is None for a folder that another tool exported. `path` is absolute: a program may change its folder."""
 
     path: Path
     manifest: Manifest | None
@@ -39,6 +39,7 @@ class Bundle:
         """
         path = Path(path)
         _check_folder(path)
+        path = path.absolute()
         manifest = None
         if (path / MANIFEST).exists():
             manifest = Manifest.from_json(_read_text(path / MANIFEST), path / MANIFEST)

@@ -19,8 +19,8 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import _parser as parser
 from vega_edge.engines.plan_choice import needed_graphs
 from vega_edge.models import find_bundle, recipes
-from vega_edge.telemetry import OFF
 from vega_edge.runtime.vae_choice import unused_parts
+from vega_edge.telemetry import OFF
 
 if sys.version_info >= (3, 11):
     import tomllib
