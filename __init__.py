@@ -10,6 +10,10 @@ What a call may say beside its prompt are the fields of `Request`; every error i
 
 from __future__ import annotations
 
+from .telemetry import switch_off as _switch_off
+
+_switch_off()  # before anything loads the libraries that would send it
+
 TYPE_CHECKING = False  # type checkers take it for true, as typing's own, which costs more to import than all of this
 if TYPE_CHECKING:
     from typing import Any

@@ -27,7 +27,7 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Bundle:
-    """`manifest` is None for a folder that another tool exported."""
+    """`manifest` is None for a folder that another tool exported. `path` is absolute: a program may change its folder."""
 
     path: Path
     manifest: Manifest | None
@@ -42,6 +42,7 @@ class Bundle:
         """
         path = Path(path)
         _check_folder(path)
+        path = path.absolute()
         manifest = None
         if (path / MANIFEST).exists():
             manifest = Manifest.from_json(_read_text(path / MANIFEST), path / MANIFEST)

@@ -17,9 +17,11 @@ PART = ".part"  # ends the names of files in the making: what is left under such
 def writing(path: Path, permissions: int = 0o666, *, replace: bool = True) -> Iterator[BinaryIO]:
     """What the block writes becomes `path` at its end, in place of what was there; `permissions` less the umask's.
 
-    replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any
+    Where `path` is a symbolic link, the file that it leads to is replaced, and the link stays. replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any
     other exception, `path` is what it was and nothing else is left.
     """
+    if replace:
+        path = Path(os.path.realpath(path))
     part = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:
         with open(part, "xb", opener=lambda name, flags: os.open(name, flags, permissions)) as stream:

@@ -11,6 +11,8 @@ COPY --from=build /opt/vega-edge /opt/vega-edge
 RUN useradd --uid 1000 --create-home vega && install -d -o vega -g vega /data
 ENV PATH=/opt/vega-edge/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
     VEGA_EDGE_HOME=/data
 USER 1000
 WORKDIR /data

@@ -17,6 +17,8 @@ RUN python3 -m venv --system-site-packages /opt/vega-edge \
     && useradd --uid 1000 --create-home --groups video vega && install -d -o vega -g vega /data /data/engines
 ENV PATH=/opt/vega-edge/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
     VEGA_EDGE_HOME=/data \
     VEGA_EDGE_ENGINES=/data/engines
 USER 1000

@@ -26,6 +26,7 @@ from .choice import (
     takes_attention,
 )
 from .dtypes import check_dtype
+from .library_calls import library_calls
 from .plan_choice import BuiltFor, built_graphs
 from .protocol import Engine, LazyWeights, Opening, Spec, describe
 from .status import EngineStatus, available
@@ -47,6 +48,7 @@ __all__ = [
     "choose_engine",
     "gpu_index",
     "has_attention",
+    "library_calls",
     "open_engine",
     "runs_on_cpu",
     "takes_attention",
@@ -94,7 +96,8 @@ def open_engine(
             cache, engine, module.version(backend.setting), identity or compiled.identity_of(path, weights)
         )
         how = Opening(threads, kept, weights, low_memory, gpu_index(device), cache_needs)
-        opened: Engine = module.open_graph(path, backend.setting, how)
+        with library_calls:
+            opened: Engine = module.open_graph(path, backend.setting, how)
     except CheckpointError:  # of weights that are made only now
         raise
     except Exception as failure:

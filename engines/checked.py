@@ -1,7 +1,8 @@
-"""What every backend needs and none should write again: feeds are checked, failures are one line, close is final."""
+"""Rules that hold for every backend: one run at a time, checked feeds, failures in one line, and no run after close."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,32 +11,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
+from .library_calls import library_calls
 from .protocol import Engine, Spec, describe
 
 
 class CheckedEngine:
-    """An Engine around a backend's, which then sees only feeds that fit, of any memory order, and none after close."""
+    """An Engine around a backend's, which then sees only feeds that fit, of any memory order, and none after close.
+
+    Any thread may use it: a run waits for the one under way, and so does close.
+    """
 
     def __init__(self, engine: Engine, name: str, path: Path) -> None:
         self.inputs = engine.inputs
         self.outputs = engine.outputs
         self._engine: Engine | None = engine
+        self._turn = threading.RLock()  # reentrant: a signal's handler may close what its own thread is running
         self._label = f"engine {name}, {path.parent.name}/{path.name}"
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if self._engine is None:
-            raise EngineError(f"{self._label}: run after close; open it again")
-        if fault := feeds_fault(self.inputs, feeds):
-            raise EngineError(f"{self._label}: {fault}")
-        try:
-            return self._engine.run(feeds)
-        except Exception as failure:
-            raise EngineError(f"{self._label}: {reason(failure)}") from failure
+        with library_calls, self._turn:
+            if self._engine is None:
+                raise EngineError(f"{self._label}: run after close; open it again")
+            if fault := feeds_fault(self.inputs, feeds):
+                raise EngineError(f"{self._label}: {fault}")
+            try:
+                return self._engine.run(feeds)
+            except Exception as failure:
+                raise EngineError(f"{self._label}: {reason(failure)}") from failure
 
     def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+        with library_calls, self._turn:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
 
 
 def feeds_fault(inputs: Mapping[str, Spec], feeds: Mapping[str, NDArray[Any]]) -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import platform
+import secrets
 import shutil
 import socket
 import tempfile
@@ -229,7 +230,8 @@ def making(folder: Path) -> Iterator[Path]:
 
 def _beside(folder: Path) -> Path:
     """A name that `contents` knows for one in the making, and `_is_left` for this process's."""
-    return folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}{PART}")
+    mine = secrets.token_hex(4)  # threads of one process make the same at the same time
+    return folder.with_name(f"{folder.name}-{mine}.{socket.gethostname()}.{os.getpid()}{PART}")
 
 
 def trim(cache: Path, most: int, keep: Path | None = None, *, even_open: bool = False) -> list[Path]:

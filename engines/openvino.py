@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov  # type: ignore[import, unused-ignore]
 from numpy.typing import NDArray
-from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]
 
 from ..errors import EngineError
+from ..telemetry import import_openvino
 from .compiled import has_room, prepared_bytes, used
 from .protocol import Opening, Spec
+
+import_openvino()
+import openvino as ov  # type: ignore[import, unused-ignore]  # noqa: E402
+from openvino.frontend import FrontEndManager  # type: ignore[import, unused-ignore]  # noqa: E402
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -42,10 +47,22 @@ class OpenVinoEngine:
         self._request = None
 
 
+@functools.cache
+def core() -> Any:
+    """OpenVINO's Core: one for the process, which is never freed.
+
+    A Core's CPU device gives the thread that first uses it another stack for signals, and unmaps that when it is freed,
+    unless a later Core's has taken its place: then the next signal is handled on memory that is gone. Nor is it freed at
+    Python's end, when a Core of the program's own may have ended before.
+    """
+    made = ov.Core()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+    return made
+
+
 def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     """`precision` is f32 or bf16."""
-    core = ov.Core()
-    _require(core, precision)
+    _require(core(), precision)
     # The ONNX frontend itself: core.read_model would try every frontend on a damaged file, and they print.
     # And a model, not a path, to compile_model: by path, the cache does not see a change in the external weights.
     frontend = FrontEndManager().load_by_framework("onnx")
@@ -56,7 +73,7 @@ def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if how.threads:
         settings["INFERENCE_NUM_THREADS"] = how.threads
-    compiled = _compile(core, model, settings, how, path)
+    compiled = _compile(core(), model, settings, how, path)
     got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if got != precision:
         raise EngineError(f"asked for {precision} arithmetic, got {got}")
@@ -97,9 +114,8 @@ def version(precision: str) -> str:
 
 def device(precision: str) -> str:
     """What `precision` runs on, for people. Raises EngineError if this CPU does not have that precision."""
-    core = ov.Core()
-    _require(core, precision)
-    return str(core.get_property("CPU", "FULL_DEVICE_NAME"))
+    _require(core(), precision)
+    return str(core().get_property("CPU", "FULL_DEVICE_NAME"))
 
 
 def _require(core: Any, precision: str) -> None:

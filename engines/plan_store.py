@@ -26,6 +26,7 @@ from typing import Any
 from .. import records
 from ..errors import EngineError
 from ..known_hashes import known_sha256
+from ..models.storage import folder_named_by
 from ..whole_file import PART, sha256_of, writing
 from .plan import Plan, PlanLora, part_of
 from .plan_hash import graph_hash
@@ -57,11 +58,11 @@ class PlanStore:
     def folder(self) -> Path:
         """BUNDLE.engines beside the bundle; in the folder that VEGA_EDGE_ENGINES names, BUNDLE-HASH.engines, by a hash of
         the bundle's path: bundles of one name elsewhere have their own there."""
-        bundle, elsewhere = self.bundle.resolve(), os.environ.get(FOLDER_VARIABLE)
-        if not elsewhere:
+        bundle, elsewhere = self.bundle.resolve(), folder_named_by(FOLDER_VARIABLE)
+        if elsewhere is None:
             return self.beside
         place = hashlib.sha256(os.fsencode(bundle)).hexdigest()[:8]
-        return Path(elsewhere) / f"{bundle.name}-{place}.engines"
+        return elsewhere / f"{bundle.name}-{place}.engines"
 
     @property
     def beside(self) -> Path:

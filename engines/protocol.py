@@ -75,7 +75,8 @@ class Opening:
 
 
 class Engine(Protocol):
-    """An open graph. Use one engine from one thread at a time; `contextlib.closing` closes it at the end of a block.
+    """An open graph. A backend's is called by one thread at a time; `open_engine` gives one that any thread may use.
+    `contextlib.closing` closes it at the end of a block.
 
     `run` takes every input by name and gives every output by name. Arrays that it returns belong to the caller: a later
     run does not change them. Arrays that it is given are read before it returns, and not kept, with one exception: a

@@ -5,11 +5,36 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..errors import UsageError, VegaEdgeError
+
+HOME_VARIABLE = "VEGA_EDGE_HOME"
+
 
 def home() -> Path:
-    """VEGA_EDGE_HOME, or ~/.cache/vega-edge."""
-    chosen = os.environ.get("VEGA_EDGE_HOME")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "vega-edge"
+    """VEGA_EDGE_HOME, or ~/.cache/vega-edge; an absolute path. Raises VegaEdgeError if the system knows no home folder."""
+    return folder_named_by(HOME_VARIABLE) or _of_the_user() / ".cache" / "vega-edge"
+
+
+def folder_named_by(variable: str) -> Path | None:
+    """The absolute path of the folder that an environment variable names, `~` expanded; None if it is not set or empty."""
+    chosen = os.environ.get(variable)
+    if not chosen:
+        return None
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError as failure:
+        raise UsageError(
+            f"{variable} is {chosen!r}, and there is no such user's home; give the path itself"
+        ) from failure
+
+
+def _of_the_user() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as failure:
+        raise VegaEdgeError(
+            f"this user has no home folder; set {HOME_VARIABLE} to a folder for what is kept"
+        ) from failure
 
 
 def bundles_folder() -> Path:
@@ -30,10 +55,9 @@ def checkpoints_folder() -> Path:
 def hub_cache() -> Path:
     """The hub's cache, found by the environment variables that huggingface_hub documents (it need not be installed)."""
     for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if chosen := os.environ.get(variable):
-            return Path(chosen).expanduser() / below
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "huggingface" / "hub"
+        if chosen := folder_named_by(variable):
+            return chosen / below
+    return (folder_named_by("XDG_CACHE_HOME") or _of_the_user() / ".cache") / "huggingface" / "hub"
 
 
 def downloaded_bytes(repository: str) -> int:

@@ -7,6 +7,8 @@ diffusers' img2img pipelines do.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ MAX_PIXELS = 64 << 20  # 8192 x 8192: 192 MB once it is read
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _LOG_VARIANCES = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to these
+_NEAR_AREA = math.log(4 / 3) + 1e-9
 _GRAPH = "vae_encoder/model.onnx"
 
 
@@ -51,9 +54,11 @@ def read_picture(path: Path) -> Image.Image:
 
 def as_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """Turned as its EXIF orientation says, RGB. Transparency goes over white: what is under it is often black, and
-    white is what most viewers and pages show. 16-bit grey keeps its range. UsageError for more than MAX_PIXELS.
+    white is what most viewers and pages show. 16-bit grey keeps its range. UsageError for more than MAX_PIXELS, or none.
     """
     width, height = image.size
+    if not width * height:
+        raise UsageError(f"{name} is {width}x{height}: it has no pixels")
     if width * height > MAX_PIXELS:
         raise UsageError(
             f"{name} is {width}x{height}, {width * height / (1 << 20):.0f} million pixels; at most {MAX_PIXELS >> 20} "
@@ -83,15 +88,24 @@ def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.float32]:
 
 
 def size_for(image: Image.Image, default: tuple[int, int], least: int, most: int, multiple: int) -> tuple[int, int]:
-    """(width, height) where none was asked for: the picture's own if the model can do it, else its shape with about
-    as many pixels as the `default` has. All in px.
+    """Return (width, height) for a picture whose size was not asked for, in px.
+
+    The picture's own size if the model can do it. Else the allowed size that is nearest to the picture's shape, among
+    those of about as many pixels as the `default` has: three quarters to four thirds of it.
     """
     if all(least <= side <= most and side % multiple == 0 for side in image.size):
         return image.size
-    factor = (default[0] * default[1] / (image.size[0] * image.size[1])) ** 0.5
-    low, high = -(-least // multiple) * multiple, most // multiple * multiple
-    width, height = (min(max(round(s * factor / multiple) * multiple, low), high) for s in image.size)
-    return width, height
+    shape = image.size[0] / image.size[1]
+    side = math.sqrt(default[0] * default[1])
+    pixels = math.prod(min(max(side * factor, least), most) for factor in (math.sqrt(shape), 1 / math.sqrt(shape)))
+    sides = range(-(-least // multiple) * multiple, most + 1, multiple)
+
+    def distance(size: tuple[int, int]) -> tuple[float, float, float]:
+        """The pixels beyond what is near, then the shape, then the pixels: each as a logarithm."""
+        area = abs(math.log(size[0] * size[1] / pixels))
+        return max(area - _NEAR_AREA, 0.0), abs(math.log(size[0] / size[1] / shape)), area
+
+    return min(itertools.product(sides, sides), key=distance)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def checked_loras(loras: Any) -> list[tuple[Path, float]]:
         path, strength = pair
         if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not math.isfinite(strength):
             raise UsageError(f"LoRA {path}: its strength is {strength!r}; it must be a finite number, 1 is as trained")
-        found.append((Path(path), float(strength)))
+        found.append((Path(path).absolute(), float(strength)))
     return found
 
 

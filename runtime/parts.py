@@ -6,6 +6,7 @@ Knows no diffusion: a part is a graph that someone runs for a while.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import Engine, LazyWeights, check_engine, compiled, open_engine, takes_attention
+from ..engines import Engine, LazyWeights, check_engine, compiled, library_calls, open_engine, takes_attention
 from ..errors import EngineError, unknown
 from ..manifest import attention_form, part_of
 from ..models import compiled_folder
@@ -34,13 +35,17 @@ def check_opening(engine: str, memory: str, vae: str, device: str | None) -> Non
 
 
 class Part:
-    """One graph. It is open while somebody is inside `with part.running() as engine`, and if `keep`, from then on."""
+    """One graph. It is open while somebody is inside `with part.running() as engine`, and if `keep`, from then on.
+
+    Any thread may use it, and close it: who is inside then gets an EngineError from the engine's next run.
+    """
 
     def __init__(self, open_graph: Callable[[], Engine], keep: bool) -> None:
         self._open, self._keep = open_graph, keep
         self._engine: Engine | None = None
         self._users = 0
         self._closed = False
+        self._turn = threading.RLock()  # to open and to free in; not held while somebody is inside
 
     def load(self) -> None:
         """Opens it now, unless it would not be kept."""
@@ -50,21 +55,25 @@ class Part:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Engine]:
-        if self._closed:
-            raise EngineError("this pipeline was closed; open it again")
-        if self._engine is None:
-            self._engine = self._open()
-        self._users += 1
+        with library_calls, self._turn:  # in this order: a thread that is stopped at Python's end holds no turn
+            if self._closed:
+                raise EngineError("this pipeline was closed; open it again")
+            if self._engine is None:
+                self._engine = self._open()
+            engine = self._engine
+            self._users += 1
         try:
-            yield self._engine
+            yield engine
         finally:
-            self._users -= 1
-            if not self._keep and not self._users:
-                self._free()
+            with library_calls, self._turn:
+                self._users -= 1
+                if not self._keep and not self._users:
+                    self._free()
 
     def close(self) -> None:
-        self._closed = True
-        self._free()
+        with library_calls, self._turn:
+            self._closed = True
+            self._free()
 
     def _free(self) -> None:
         engine, self._engine = self._engine, None

@@ -41,8 +41,11 @@ def check_target(path: Path, overwrite: bool) -> None:
         pass
     except (OSError, ValueError) as failure:
         raise UsageError(f"{path} can't be used: {getattr(failure, 'strerror', None) or failure}") from failure
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: the folder {path.parent} can't be written to")
+    folder = (
+        Path(os.path.realpath(path)).parent if overwrite else path.parent
+    )  # a link's file is replaced, not the link
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{path}: the folder {folder} can't be written to")
 
 
 def free_name(path: Path) -> Path:

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _MOST_CHANNELS = 64  # of latents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Step:
     """One step done of `total`, which is None where the sampler decides on the way; `index` counts from 1. `latents`
     float32 [n, c, h, w] are in sigma units, `x0` the estimate they were made with.
@@ -53,7 +53,7 @@ class Step:
         return self.decoder.images(self.x0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """Pictures with the request that made them, the seconds of each stage, and the final latents: float32 [n, c, h, w],
     as the network sees them (the decoder's input times its scaling factor). unread: what of "prompt" and "negative" lay
@@ -67,7 +67,10 @@ class Result:
 
 
 class Pipeline:
-    """A model, opened with `Pipeline.open`; one thread at a time. `with` closes it at the end.
+    """A model, opened with `Pipeline.open`. `with` closes it at the end.
+
+    Several threads may use one: each network is run for one of them at a time, in turn. Closed by one, it ends the others'
+    drawing with an EngineError.
 
     `pipe(prompt, steps=4, seed=7).images[0]` is a PIL picture; calling it, `__call__`, tells of every option.
     """
@@ -163,7 +166,7 @@ class Pipeline:
         return self.run(self.request(prompt, **options))
 
     def run(self, request: Request, progress: Any = None) -> Result:
-        """Runs a checked request; `progress` is called with each `Step`."""
+        """Runs a request that `request` made; `progress` is called with each `Step`."""
         steps = self.draw([request])
         while True:
             try:
@@ -180,8 +183,14 @@ class Pipeline:
 
         UsageError unless they are `alike`, or where their texts don't fit into one batch.
         """
+        several = isinstance(requests, Sequence) and all(isinstance(each, Request) for each in requests)
+        if not several or not requests:
+            raise UsageError(f"requests must be one or more of Pipeline.request(PROMPT, ...), got {requests!r:.60}")
         if not all(alike(requests[0], other) for other in requests[1:]):
             raise UsageError("requests that differ in more than prompt, negative, seed and samples can't share a batch")
+        return self._draw(requests)
+
+    def _draw(self, requests: Sequence[Request]) -> Generator[Step, None, list[Result]]:
         timings: dict[str, float] = {}
         step = None
         for step in self._walk(requests, timings):

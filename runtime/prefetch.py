@@ -41,11 +41,21 @@ class Prefetch:
 
     def __call__(self, sigma: float, sigma_next: float) -> Array:
         if self._ready is None or not (self._any or (sigma, sigma_next) == self._expected):
-            return self._worker.submit(self._noise, sigma, sigma_next).result()
+            return self._submit(sigma, sigma_next).result()
         array = self._ready.result()
         self._start_next()
         return array
 
     def _start_next(self) -> None:
         self._expected = next(self._intervals, None)
-        self._ready = self._worker.submit(self._noise, *self._expected) if self._expected else None
+        self._ready = self._submit(*self._expected) if self._expected else None
+
+    def _submit(self, sigma: float, sigma_next: float) -> Future[Array]:
+        try:
+            return self._worker.submit(self._noise, sigma, sigma_next)
+        except (
+            RuntimeError
+        ):  # Python ends and starts no more threads, while a daemon thread draws: it makes its own noise
+            done: Future[Array] = Future()
+            done.set_result(self._noise(sigma, sigma_next))
+            return done

@@ -192,7 +192,12 @@ def _picture(options: Mapping[str, Any]) -> Image.Image | None:
         return None
     if not isinstance(image, Image.Image):
         raise UsageError(f"image must be a PIL picture, got {type(image).__name__}")
-    return as_rgb(image)
+    try:
+        return as_rgb(image)
+    except (AssertionError, OSError, SyntaxError, ValueError) as failure:  # how Pillow fails on closed and damaged ones
+        raise UsageError(
+            f"image can't be read ({failure or 'it was closed'}); give one that is open and complete"
+        ) from failure
 
 
 def _flag(name: str, got: Any) -> bool:

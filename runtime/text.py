@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class TextEncoder:
         self._layers = [bundle.number(f"text_encoder{s}", "num_hidden_layers") for s in suffixes]
         self._parts = [parts.part(f"text_encoder{s}/model.onnx") for s in suffixes]
         self._remembered: OrderedDict[Text, TextInputs] = OrderedDict()
+        self._turn = threading.Lock()  # to look at what is remembered; not held while an encoder runs
 
     def load(self) -> None:
         for part in self._parts:
@@ -100,17 +102,20 @@ class TextEncoder:
 
     def _all(self, texts: Sequence[Text]) -> list[TextInputs]:
         """Each text's inputs, remembered or made now: one encoder after the other, each opened once."""
-        missing = [t for t in dict.fromkeys(texts) if t not in self._remembered]
+        with self._turn:
+            found = {text: self._remembered[text] for text in texts if text in self._remembered}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
         if missing:
             made = zip(*[list(self._encoded(i, missing)) for i in range(len(self._parts))], strict=True)
             for text, outs in zip(missing, made, strict=True):
-                self._remembered[text] = _frozen(np.concatenate([hidden for hidden, _ in outs], -1), outs[-1][1])
-        for text in texts:
-            self._remembered.move_to_end(text)
-        found = [self._remembered[text] for text in texts]
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.popitem(last=False)
-        return found
+                found[text] = _frozen(np.concatenate([hidden for hidden, _ in outs], -1), outs[-1][1])
+        with self._turn:
+            for text in texts:
+                self._remembered[text] = found[text]
+                self._remembered.move_to_end(text)
+            while len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        return [found[text] for text in texts]
 
     def _encoded(self, index: int, texts: Sequence[Text]) -> Iterator[tuple[Array, Array | None]]:
         """Of the encoder of this index: hidden states [1, 77 k, d] and the first chunk's pooled vector, of each text."""

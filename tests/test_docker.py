@@ -20,6 +20,7 @@ from vega_edge.cli import _parser as parser
 from vega_edge.engines.plan_choice import needed_graphs
 from vega_edge.models import find_bundle, recipes
 from vega_edge.runtime.vae_choice import unused_parts
+from vega_edge.telemetry import OFF
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,6 +73,12 @@ def test_what_any_image_should_have(path):
         not arguments.endswith(":latest") and ":" in arguments.split()[0] for name, arguments in found if name == "FROM"
     )
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 36
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_libraries_send_nothing_whatever_runs_in_the_image(path):
+    told = " ".join(arguments for name, arguments in instructions(path) if name == "ENV").split()
+    assert {f"{name}=1" for name in OFF} <= set(told)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

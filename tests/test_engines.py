@@ -370,9 +370,28 @@ def test_onnxruntime_without_the_provider(affine, monkeypatch):
     assert message == f"engine onnxruntime-cuda can't open {affine}: {why}"
 
 
+def openvino_module():
+    if not STATES["openvino"].ok:
+        pytest.skip(STATES["openvino"].why_not)
+    from vega_edge.engines import openvino
+
+    return openvino
+
+
+def test_there_is_one_core_for_the_process():
+    ours = openvino_module()
+    first = ours.core()
+    ours.device("f32")
+    assert ours.core() is first
+    references = sys.getrefcount(first)
+    ours.core.cache_clear()
+    assert sys.getrefcount(first) == references - 1 > 2  # one is never given back
+    assert ours.core() is not first
+
+
 def test_bf16_on_a_cpu_without_it(affine, monkeypatch):
-    ov = pytest.importorskip("openvino")
-    real = ov.Core()
+    ours = openvino_module()
+    real = ours.core()
     cpu = real.get_property("CPU", "FULL_DEVICE_NAME")
 
     class Core:
@@ -381,7 +400,7 @@ def test_bf16_on_a_cpu_without_it(affine, monkeypatch):
         def get_property(self, device, key):
             return ["FP32", "INT8"] if key == "OPTIMIZATION_CAPABILITIES" else real.get_property(device, key)
 
-    monkeypatch.setattr(ov, "Core", Core)
+    monkeypatch.setattr(ours, "core", Core)
     why = f"this CPU ({cpu}) has no bf16 arithmetic; use openvino"
     message = refused(EngineError, engines.open_engine, affine, "openvino-bf16")
     assert message == f"engine openvino-bf16 can't open {affine}: {why}"
@@ -390,8 +409,8 @@ def test_bf16_on_a_cpu_without_it(affine, monkeypatch):
 
 
 def test_openvino_must_give_the_precision_that_was_asked_for(affine, monkeypatch):
-    ov = pytest.importorskip("openvino")
-    real = ov.Core()
+    ours = openvino_module()
+    real = ours.core()
     given = {}
 
     class Core:
@@ -402,7 +421,7 @@ def test_openvino_must_give_the_precision_that_was_asked_for(affine, monkeypatch
             kind = SimpleNamespace(get_type_name=lambda: "f16")
             return SimpleNamespace(get_property=lambda key: kind)
 
-    monkeypatch.setattr(ov, "Core", Core)
+    monkeypatch.setattr(ours, "core", Core)
     message = refused(EngineError, engines.open_engine, affine, "openvino", threads=3)
     assert message == f"engine openvino can't open {affine}: asked for f32 arithmetic, got f16"
     assert given == {

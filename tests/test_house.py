@@ -19,6 +19,7 @@ TORCH_ISLAND = {"torch", "diffusers", "transformers", "optimum", "peft", "onnxsc
 # What each floor may import of the project. Files at the root are floors of their own.
 MAY_IMPORT = {
     "errors": set(),
+    "telemetry": set(),
     "collector": set(),
     "records": set(),
     "whole_file": set(),
@@ -32,7 +33,17 @@ MAY_IMPORT = {
     "lora": {"errors", "ldm_names", "lora_scales", "safetensors_file"},
     "models": {"errors", "records"},
     "onnx_file": {"errors"},
-    "engines": {"collector", "errors", "records", "known_hashes", "manifest", "onnx_file", "whole_file"},
+    "engines": {
+        "collector",
+        "errors",
+        "records",
+        "known_hashes",
+        "manifest",
+        "models",
+        "onnx_file",
+        "telemetry",
+        "whole_file",
+    },
     "runtime": {"errors", "bundle", "lora", "manifest", "models", "onnx_file", "engines", "tiling", "whole_file"},
     "doctor": {"", "errors", "bundle", "manifest", "engines"},
     "verify": {"errors", "bundle", "engines", "manifest", "runtime"},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, features
 
 from vega_edge import cli
@@ -77,10 +81,72 @@ def test_the_middle_is_cut_out_and_scaled() -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((640, 512), (640, 512)), ((4000, 3000), (1152, 896)), ((100, 100), (1024, 1024)), ((5000, 100), (2048, 256))],
+    [((640, 512), (640, 512)), ((4000, 3000), (1280, 960)), ((100, 100), (1024, 1024)), ((5000, 100), (2048, 256))],
 )
 def test_the_size_where_none_was_asked_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert size_for(Image.new("L", size), (1024, 1024), 256, 2048, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "default", "least", "most", "multiple"),
+    [
+        ((4000, 3000), (128, 128), 64, 256, 32),
+        ((3000, 4000), (512, 512), 256, 1024, 64),
+        ((1, 9999), (512, 512), 256, 1024, 64),
+    ],
+)
+def test_small_models_keep_a_pictures_shape_too(
+    size: tuple[int, int], default: tuple[int, int], least: int, most: int, multiple: int
+) -> None:
+    expected = {4000: (128, 96), 3000: (384, 512), 1: (256, 1024)}[size[0]]
+    assert size_for(Image.new("L", size), default, least, most, multiple) == expected
+
+
+@given(
+    st.tuples(st.integers(1, 9000), st.integers(1, 9000)),
+    st.sampled_from(
+        [(128, 64, 256, 32), (512, 256, 1024, 64), (1024, 512, 2048, 64), (768, 64, 2048, 64), (500, 100, 700, 8)]
+    ),
+)
+@settings(deadline=None)
+def test_no_allowed_size_of_about_as_many_pixels_is_nearer_to_the_pictures_shape(
+    size: tuple[int, int], model: tuple[int, int, int, int]
+) -> None:
+    side, least, most, multiple = model
+    width, height = size_for(SimpleNamespace(size=size), (side, side), least, most, multiple)  # type: ignore[arg-type]
+    sides = [px for px in range(least, most + 1) if px % multiple == 0]
+    assert width in sides and height in sides
+    if size == (width, height):
+        return
+    shape = size[0] / size[1]
+    ideal = [min(max(side * factor, least), most) for factor in (shape**0.5, shape**-0.5)]
+    pixels = ideal[0] * ideal[1]
+
+    def error(w: int, h: int) -> float:
+        return abs(math.log(w / h / shape))
+
+    near = [error(w, h) for w in sides for h in sides if 0.76 * pixels <= w * h <= 1.32 * pixels]
+    assert error(width, height) <= min(near, default=math.inf) + 1e-9
+    if near:
+        assert 0.74 * pixels <= width * height <= 1.34 * pixels
+
+
+def test_pictures_without_pixels_and_closed_ones(tmp_path: Path) -> None:
+    gradient().save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])
+    made, opened, loaded = Image.new("RGB", (8, 8)), Image.open(tmp_path / "a.png"), Image.open(tmp_path / "a.png")
+    loaded.load()
+    for image in (made, opened, loaded):
+        image.close()
+    with Image.open(tmp_path / "a.png") as left:
+        pass
+    with Pipeline.open("demo-vegart", "onnxruntime-cpu") as pipe:
+        for size in ((0, 0), (0, 8), (8, 0)):
+            with pytest.raises(UsageError, match=f"{size[0]}x{size[1]}"):
+                pipe.request("a star", image=Image.new("RGB", size))
+        for image in (made, opened, loaded, left, Image.open(tmp_path / "cut.png")):
+            with pytest.raises(UsageError, match="can't be read"):
+                pipe.request("a star", image=image)
 
 
 def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ def test_a_configuration_that_lacks_a_number(
 
 def test_loras_may_be_lists_and_generators() -> None:
     assert checked_loras(pair for pair in (["a.safetensors", 1], (Path("b"), 0.5))) == [
-        (Path("a.safetensors"), 1.0),
-        (Path("b"), 0.5),
+        (Path("a.safetensors").absolute(), 1.0),
+        (Path("b").absolute(), 0.5),
     ]
 
 

@@ -59,6 +59,18 @@ def test_of_two_writers_one_gets_the_name(tmp_path: Path) -> None:
     assert pictures.free_name(path) == tmp_path / "p-2.png"
 
 
+def test_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "p.png", tmp_path / "link.png"
+    pictures.save(PICTURE, target, "before")
+    link.symlink_to(target)
+    pictures.check_target(link, overwrite=True)
+    pictures.save(PICTURE, link, TEXT, overwrite=True)
+    assert link.is_symlink() and not target.is_symlink()
+    with Image.open(target) as read:
+        assert read.text["parameters"] == TEXT
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
     path = tmp_path / "p.png"

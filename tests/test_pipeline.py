@@ -257,3 +257,64 @@ def test_recipes_and_manifest_agree() -> None:
     assert (manifest["defaults"], manifest["limits"]) == (recipe.defaults, recipe.limits)
     ours = [(hashlib.sha256(path.read_bytes()).hexdigest(), strength) for path, strength in recipe.lora_paths]
     assert [(lora["sha256"], lora["strength"]) for lora in manifest["source"]["loras"]] == ours
+
+
+def test_what_is_no_request_is_refused(pipe: Pipeline) -> None:
+    request = pipe.request("a star", steps=1)
+    for wrong in ("x", None, request.prompt, 3):
+        with pytest.raises(UsageError, match=r"Pipeline\.request"):
+            pipe.run(wrong)  # type: ignore[arg-type]
+    for several in ([], (), "x", [request, "x"], request, None):
+        with pytest.raises(UsageError, match=r"Pipeline\.request"):
+            pipe.draw(several)  # type: ignore[arg-type]
+
+
+def test_results_and_steps_can_be_compared(pipe: Pipeline) -> None:
+    """By what they are: two that were drawn alike are two."""
+    one, other = (pipe("a star", steps=1, seed=1) for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2
+    steps = [next(pipe.stream("a star", steps=1, seed=1)) for _ in range(2)]
+    assert steps[0] != steps[1]
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_a_program_may_change_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
+    shutil.copytree(find_bundle("demo-vegart"), tmp_path / "bundle")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Pipeline.open("bundle", "onnxruntime-cpu", memory=memory) as opened:
+        expected = opened("a star", steps=1, seed=1).images[0]
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        step = next(opened.stream("a star", steps=2, seed=1))
+        assert step.preview()[0].size == expected.size
+        assert np.array_equal(opened("a star", steps=1, seed=1).images[0], expected)
+    assert opened.bundle.path == tmp_path / "bundle"
+
+
+def test_a_lora_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vega_edge.bench.lora import random_lora
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    random_lora(Bundle.open(find_bundle("demo-vegart"), verify=False), Path("lora.safetensors"), rank=1)
+    with Pipeline.open("demo-vegart", "onnxruntime-cpu", loras=[("lora.safetensors", 1.0)], memory="low") as opened:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert opened("a star", steps=1).images
+
+
+def test_a_folder_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vega_edge.engines.plan_store import PlanStore
+    from vega_edge.models import storage
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for variable in ("VEGA_EDGE_HOME", "VEGA_EDGE_ENGINES"):
+        monkeypatch.setenv(variable, "~/kept")
+    assert storage.home() == tmp_path / "kept"
+    assert PlanStore(tmp_path / "bundle").folder.parent == tmp_path / "kept"
+    monkeypatch.setenv("VEGA_EDGE_HOME", "relative")
+    assert storage.home() == tmp_path / "relative"
+    monkeypatch.setenv("VEGA_EDGE_HOME", "~nobody-of-this-name/kept")
+    with pytest.raises(UsageError, match="nobody-of-this-name"):
+        storage.home()

@@ -27,6 +27,26 @@ def test_replaces_what_was_there_when_the_block_ends(tmp_path: Path) -> None:
     assert file.read_bytes() == b"after" and names(tmp_path) == ["a"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps links for administrators")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_leads_to_what_was_written(tmp_path: Path, there: bool) -> None:
+    for name in ("far", "near"):
+        (tmp_path / name).mkdir()
+    target, link, chain = tmp_path / "far" / "a", tmp_path / "near" / "b", tmp_path / "near" / "c"
+    if there:
+        target.write_bytes(b"before")
+    link.symlink_to("../far/a")
+    chain.symlink_to("b")
+    for path, text in ((link, b"one"), (chain, b"two")):
+        with writing(path) as stream:
+            stream.write(text)
+        assert target.read_bytes() == text and not target.is_symlink()
+    assert link.is_symlink() and chain.is_symlink() and sorted(names(tmp_path / "near")) == ["b", "c"]
+    with pytest.raises(FileExistsError), writing(link, replace=False) as stream:
+        stream.write(b"three")
+    assert link.is_symlink() and target.read_bytes() == b"two" and names(tmp_path / "far") == ["a"]
+
+
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_what_was_there_stays_when_the_block_does_not_end(tmp_path: Path, failure: BaseException) -> None:
     file = tmp_path / "a"
