@@ -24,7 +24,7 @@ test: .venv-test/installed
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o benchmarks/results/full-size.json
-	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py tests/test_real_width.py
 
 test-gpu: .venv-gpu/installed
 	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py

@@ -56,7 +56,8 @@ def product() -> list[Case]:
 
 
 def ordinary() -> list[Case]:
-    """Those of the ordinary tests, chosen one after the other: each has the most pairs that none before it has.
+    """Those of the ordinary tests, chosen one after the other: the kinds in turn, each with a precision that none before it
+    has while there is one, and with the most new pairs.
 
     Eight precisions with four kinds are 32 pairs, and an export has one of them; so twelve have every pair of the other
     options, every precision, and of the pairs with a precision as many as there is room for.
@@ -65,10 +66,7 @@ def ordinary() -> list[Case]:
     seen: set[Any] = set()
     while len(chosen) < ORDINARY:
         kinds = Counter(case.kind for case in chosen)
-        best = max(
-            product(),
-            key=lambda c: (c.precision not in seen, kinds[c.kind] < ORDINARY // len(KINDS), len(c.pairs - seen)),
-        )
+        best = max(product(), key=lambda c: (c.precision not in seen, -kinds[c.kind], len(c.pairs - seen)))
         chosen.append(best)
         seen |= {*best.pairs, best.precision}
     return chosen

@@ -1,11 +1,13 @@
 """Networks as wide as the models' own, and shallow, through all that a user does with a bundle, in every precision.
 
-Twelve exports in the ordinary tests (see `real_width.ordinary`); the full product, and weights beyond 2 GB, in
-make test-full.
+Twelve exports in the ordinary tests (see `real_width.ordinary`); the full product, weights beyond 2 GB, and engines for
+the default shapes, in make test-full.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +42,7 @@ from .real_width import (
     write_tiny_vae,
 )  # fmt: skip
 
+FULL = bool(os.environ.get("VEGA_EDGE_FULL_BUNDLES"))
 CASES = ordinary()
 SIDE, SMALL = 256, 128  # px
 # One step of guidance 2: twice one prediction less another, so three times a prediction's error.
@@ -73,10 +76,19 @@ def export(case: Case, sources: dict[str, Path], out: Path) -> None:
     assert main(["export", str(sources[case.kind]), *options]) == 0
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(case, id=str(case), marks=[] if case in CASES else pytest.mark.full) for case in product()],
-)
+def _parameters() -> list[Any]:
+    """The ordinary cases, and all others where the full tests were asked for."""
+    others = [case for case in product() if case not in CASES] if FULL else []
+    full = [pytest.param(case, id=str(case), marks=pytest.mark.full) for case in others]
+    return [*(pytest.param(case, id=str(case), marks=_known_fault(case)) for case in CASES), *full]
+
+
+def _known_fault(case: Case) -> Any:
+    reason = "onnxruntime refuses the attention form of an integer graph: QuantizeLinear's output_dtype"
+    return pytest.mark.xfail(case.attention and case.precision[0] == "int8", reason=reason, strict=True)
+
+
+@pytest.fixture(scope="module", params=_parameters())
 def made(
     request: pytest.FixtureRequest, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
@@ -179,3 +191,35 @@ def test_low_memory_draws_the_same(made: Made) -> None:
             results[memory] = pipe("a red cat", **{**DRAWING, **options})
         check_picture(results[memory], SMALL)
     check_alike(made.case, {memory: result.latents for memory, result in results.items()})
+
+
+def test_an_engine_is_built(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the U-Net, without a GPU: for one size, or in the full tests for every size that the bundle allows."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    if made.case.precision[0] == "fp32":
+        pytest.skip("engines of fp32 graphs take several times the memory; those of the other precisions are built")
+    sizes = [] if FULL else ["--static", "--size", f"{SIDE}x{SIDE}", "--batch", "1"]
+    assert main(["build", str(made.path), "--engine", "tensorrt-rtx", "--part", "unet", *sizes, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["graph"] == "unet/model.onnx" and plan["built"]
+    stored = (made.path / "unet" / "model.onnx_data").stat().st_size
+    assert plan["bytes"] > 0.8 * stored  # it holds its weights
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not FULL, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full")
+def test_weights_beyond_2_gb(tmp_path: Path) -> None:
+    """Small-SD's own U-Net in fp32: protobuf's limit, and offsets that 31 bits can't hold."""
+    out = tmp_path / "small-sd"
+    try:
+        assert main(["export", "small-sd", "--random-weights", "0", "-o", str(out)]) == 0
+        assert (out / "unet" / "model.onnx_data").stat().st_size > 2**31
+        latents = {}
+        for engine in engines(Case("small", ("fp32", "fp32"), False, False, False)):
+            assert verify(out, engine).ok
+            result = drawn(out, engine)
+            check_picture(result, SIDE)
+            latents[engine] = result.latents
+        check_alike(Case("small", ("fp32", "fp32"), False, False, False), latents)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
