@@ -49,6 +49,8 @@ def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     model = _read(path)
     _replace_weights(model, how.weights)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    # It would round float inputs to 8 bits wherever weights are stored in 8, in groups of 32; see onnxruntime.py.
+    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if how.threads:
         settings["INFERENCE_NUM_THREADS"] = how.threads
     compiled = _compile(core, model, settings, how, path)
