@@ -17,7 +17,6 @@ from vega_edge.manifest import MANIFEST
 from vega_edge.models import find_bundle
 from vega_edge.runtime.pipeline import Pipeline
 
-
 WORKING = [status.name for status in available() if status.ok]
 
 
@@ -88,8 +87,6 @@ def test_weights_in_eight_bits_leave_the_arithmetic_in_full_precision(engine: st
 def cpu_flags() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
-
-
 
 
 @pytest.mark.parametrize("engine", WORKING)
