@@ -1,5 +1,6 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
-# make test-full: the five models at full size, random weights; 24 GB of memory, 60 GB of disk, hours. make test-interop:
+# make test-full: the five models at full size, random weights, and shallow ones of their widths in every combination of
+# export options; 24 GB of memory, 60 GB of disk, hours. make test-interop:
 # exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, in an
 # environment of its own, .venv-gpu, which is also that of vega-edge bench gpu; what else can run there, such as
 # tensorrt, is installed into it.
@@ -24,7 +25,7 @@ test: .venv-test/installed
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: .venv-test/installed
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o benchmarks/results/full-size.json
-	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py tests/test_gpu_kit.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py tests/test_real_width.py tests/test_gpu_kit.py
 
 test-gpu: .venv-gpu/installed
 	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py

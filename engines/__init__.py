@@ -22,6 +22,8 @@ from .choice import (
     choose_engine,
     gpu_index,
     has_attention,
+    missing_here,
+    runs_attention,
     runs_on_cpu,
     takes_attention,
 )
@@ -45,11 +47,14 @@ __all__ = [
     "built_shapes",
     "check_dtype",
     "check_engine",
+    "check_graph",
     "choose_engine",
     "gpu_index",
     "has_attention",
     "library_calls",
+    "missing_here",
     "open_engine",
+    "runs_attention",
     "runs_on_cpu",
     "takes_attention",
 ]
@@ -107,6 +112,16 @@ def open_engine(
         compiled.opened(checked, kept)
         compiled.trim(cache, compiled.most_bytes(cache, cache_needs), keep=kept)
     return checked
+
+
+def check_graph(path: Path, engine: str) -> None:
+    """Raises EngineError if `engine`, one that runs on the CPU, can't open the graph at `path`. Takes less time and memory
+    than `open_engine`, because nothing is made of the weights: at most one copy of them is held."""
+    backend = ENGINES[engine]
+    try:
+        import_module(f".{backend.module}", __package__).check_graph(path, backend.setting)
+    except Exception as failure:
+        raise EngineError(f"engine {engine} can't open {path}: {reason(failure)}") from failure
 
 
 def _checked(path: Path, weights: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:

@@ -159,6 +159,11 @@ def takes_attention(name: str) -> bool:
     return name == "onnxruntime-cuda" and has_attention()
 
 
+def runs_attention(name: str) -> bool:
+    """Whether engine `name` takes a graph with ONNX `Attention` nodes at all."""
+    return name in ("onnxruntime-cpu", "onnxruntime-cuda") and has_attention()
+
+
 def has_attention() -> bool:
     """Whether the onnxruntime that is installed runs `Attention` nodes on each of its providers: 1.25 and later."""
     version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version(""))

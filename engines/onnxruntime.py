@@ -73,6 +73,19 @@ def open_graph(path: Path, provider: str, how: Opening) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options))
 
 
+def check_graph(path: Path, provider: str) -> None:
+    """Raises what onnxruntime raises for a graph that it can't open. It is rewritten as it is for users, except that no
+    weight is folded into another form or copied into a kernel's own layout: those steps take several times the weights'
+    memory, and what they change is no operator."""
+    options = _options(Opening(threads=1))
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # all but layouts
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    ort.InferenceSession(
+        path, options, providers=[provider], enable_fallback=0, disabled_optimizers=["ConstantFolding"]
+    )
+
+
 def _options(how: Opening) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = how.threads  # 0 is one for each physical core

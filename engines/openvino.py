@@ -63,14 +63,11 @@ def core() -> Any:
 def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     """`precision` is f32 or bf16."""
     _require(core(), precision)
-    # The ONNX frontend itself: core.read_model would try every frontend on a damaged file, and they print.
-    # And a model, not a path, to compile_model: by path, the cache does not see a change in the external weights.
-    frontend = FrontEndManager().load_by_framework("onnx")
-    model = frontend.convert(frontend.load(path))
-    if not model.outputs:  # how OpenVINO reads an empty file
-        raise EngineError("the graph has no outputs")
+    model = _read(path)
     _replace_weights(model, how.weights)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    # It would round float inputs to 8 bits wherever weights are stored in 8, in groups of 32; see onnxruntime.py.
+    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if how.threads:
         settings["INFERENCE_NUM_THREADS"] = how.threads
     compiled = _compile(core(), model, settings, how, path)
@@ -78,6 +75,22 @@ def open_graph(path: Path, precision: str, how: Opening) -> OpenVinoEngine:
     if got != precision:
         raise EngineError(f"asked for {precision} arithmetic, got {got}")
     return OpenVinoEngine(compiled)
+
+
+def check_graph(path: Path, precision: str) -> None:
+    """Raises what OpenVINO raises for a graph that it can't read. It is not compiled, which takes several times the
+    weights' memory; nodes that OpenVINO lacks are refused before that."""
+    _read(path)
+
+
+def _read(path: Path) -> Any:
+    # The ONNX frontend itself: core.read_model would try every frontend on a damaged file, and they print.
+    # And a model, not a path, to compile_model: by path, the cache does not see a change in the external weights.
+    frontend = FrontEndManager().load_by_framework("onnx")
+    model = frontend.convert(frontend.load(path))
+    if not model.outputs:  # how OpenVINO reads an empty file
+        raise EngineError("the graph has no outputs")
+    return model
 
 
 def _compile(core: Any, model: Any, settings: dict[str, Any], how: Opening, path: Path) -> Any:

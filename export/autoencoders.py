@@ -12,7 +12,7 @@ from . import graphs, onnx_edit, rescale, samples
 from .checkpoint import Checkpoint, load_module
 from .packed import Packed
 from .precision import Precision
-from .work import Exported, Work, forward
+from .work import Exported, Feeds, Work, forward
 
 _PROBE_SCALES = (1.0, 4.0)  # of the real latents, and of pure noise as wild as a bad sampler gives
 
@@ -44,9 +44,9 @@ class Autoencoders:
         vae: Any = packed.module
         wrapper, spec = graphs.Encoder(vae), graphs.encoder_spec(vae)
         feeds = [{"sample": samples.picture(size, self.scale)} for size in self.sizes]
+        outputs: list[Feeds] = []
         with packed.computing():
-            outputs = [forward(wrapper, spec, f) for f in feeds]
-            peak = rescale.largest_inner(vae.encoder, lambda: [forward(wrapper, spec, f) for f in feeds])
+            peak = rescale.largest_inner(vae.encoder, lambda: outputs.extend(forward(wrapper, spec, f) for f in feeds))
         packed, work.precision, scale = self._in_range(part, "vae", packed, peak, vae.encoder)
         latents = [samples.from_moments(o["latent_parameters"], self._scaling(vae)) for o in outputs]
         size = samples.traced_size(self.checkpoint.configs["unet"])
@@ -70,7 +70,8 @@ class Autoencoders:
                 outputs = forward(wrapper, spec, feeds)
                 cases.append((samples.to_numpy(feeds), samples.to_numpy(outputs)))
                 pixel_cases.append(({"latent_sample": latents.numpy()}, {"pixels": samples.pixels(outputs["sample"])}))
-            probes = [samples.unscaled(latents, scaling) for latents in _probes(all_latents)]
+            # only fp16 has a range to stay in
+            probes = [samples.unscaled(p, scaling) for p in _probes(all_latents)] if self._bounded else []
             peak = rescale.largest_inner(
                 vae.decoder, lambda: [forward(wrapper, spec, {"latent_sample": p}) for p in probes]
             )
@@ -86,6 +87,10 @@ class Autoencoders:
         """With diffusers' defaults: older files have no scaling_factor."""
         return samples.scaling_of(vae.config, self.checkpoint.sdxl)
 
+    @property
+    def _bounded(self) -> bool:
+        return self.precision.dtype == "fp16"
+
     def _packed(self, source: str, precision: Precision, scaled: tuple[str, float] | None = None) -> Packed:
         module = load_module(self.checkpoint, source)
         if scaled:
@@ -96,7 +101,7 @@ class Autoencoders:
         self, part: str, source: str, packed: Packed, peak: float, half: Any
     ) -> tuple[Packed, Precision, float]:
         """What to export so that fp16 does not overflow: the module as it is, rescaled, or in fp32 arithmetic."""
-        if self.precision.dtype != "fp16":
+        if not self._bounded:
             return packed, self.precision, 1.0
         forced = overflows(self.checkpoint.configs[source], self.checkpoint.sdxl)
         scale = rescale.scale_for(peak, forced) if source == "vae" else 1.0

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 WEIGHTS_FILE = "model.onnx_data"
-_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph, where every engine's shape inference reads them
+_EXTERNAL_BYTES = 1024  # tensors up to this size stay in the graph, where every engine's shape inference reads them
 
 
 def strip(model: ir.Model) -> None:

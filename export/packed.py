@@ -18,6 +18,7 @@ from ..errors import ExportError
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _INT8_ELEMENTS = 1024  # smaller matrices are stored in half precision: scales and nodes would take what eight bits save
+_QUANTIZED = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class _Stack:
 
     def give_back(self, like: torch.Tensor) -> None:
         self._top -= like.numel()
+
+
+def in_eight_bits(owner: nn.Module, value: torch.Tensor) -> bool:
+    """Whether `value`, a parameter of `owner`, is stored as int8 where weights are: matrices, kernels and embeddings of
+    1,024 numbers or more. Biases and norms are vectors, which have no axis to be scaled along."""
+    return isinstance(owner, _QUANTIZED) and value.ndim > 1 and value.numel() >= _INT8_ELEMENTS
 
 
 def quantized(weight: torch.Tensor) -> Stored:
@@ -83,11 +90,11 @@ class Packed:
                 del parameter
 
     def _store(self, part: str, name: str, owner: nn.Module, value: torch.Tensor, weights: str) -> Stored:
-        if weights == "int8" and value.numel() >= _INT8_ELEMENTS and isinstance(owner, _QUANTIZED):
-            return quantized(value)
-        kept = value.to(FLOATS["fp16" if weights == "int8" else weights]).contiguous()
         if not _finite(value):
             raise ExportError(f"{part}: {name} holds values that are not finite; fetch the checkpoint again")
+        if weights == "int8" and in_eight_bits(owner, value):
+            return quantized(value)
+        kept = value.to(FLOATS["fp16" if weights == "int8" else weights]).contiguous()
         if kept.dtype != value.dtype and not _finite(kept):
             worst = float(value.abs().max())
             raise ExportError(
@@ -142,9 +149,6 @@ class Packed:
         finally:
             for full, (owner, name) in self._owners.items():
                 setattr(owner, name, _placeholder(self.stored[full].data, torch.float32))
-
-
-_QUANTIZED = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 def _finite(tensor: torch.Tensor) -> bool:

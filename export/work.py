@@ -15,6 +15,7 @@ from .attention import save_attention
 from .check import Arrays, compare, compare_pixels, tolerance
 from .checkpoint import published_name
 from .heap import give_back
+from .openings import check_opens
 from .packed import FLOATS, Packed
 from .precision import Precision
 from .report import PartReport
@@ -101,6 +102,7 @@ class Work:
             compare(self.part, fused, dtype, cases[:1])
             if pixel_cases and (fused := save_attention(self.graph.with_name("pixels.onnx"))):
                 compare_pixels(self.part, fused, dtype, pixel_cases[:1])
+        check_opens(self.part, self.graph.parent, self.precision)
         size = sum(path.stat().st_size for path in self.graph.parent.iterdir())
         report = PartReport(
             self.part, dtype, size, time.monotonic() - self.start, error, tolerance(self.part, dtype), levels,

@@ -77,15 +77,18 @@ def _options(path: Path, parameters: str) -> dict[str, object]:
         info = PngInfo()
         info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
         return {"format": kind, "pnginfo": info}
-    if len(parameters) > _LONGEST_COMMENT:
+    if _fitting(parameters) != parameters:
         _log.warning("%s can't hold so long a prompt; its end is left out of the file's comment", path)
     return {"format": kind, "exif": exif_comment(parameters), "quality": 95}
 
 
 def exif_comment(parameters: str) -> Image.Exif:
     """For JPEG and WebP; what does not fit into a segment is left out."""
-    if len(parameters) > _LONGEST_COMMENT:
-        parameters = parameters[: _LONGEST_COMMENT // 2]
     exif = Image.Exif()
-    exif[_EXIF] = {_USER_COMMENT: b"UNICODE\0" + parameters.encode("utf-16-be")}
+    exif[_EXIF] = {_USER_COMMENT: b"UNICODE\0" + _fitting(parameters).encode("utf-16-be")}
     return exif
+
+
+def _fitting(text: str) -> str:
+    """As much of the beginning of `text` as a comment can hold; a letter beyond U+FFFF takes two units."""
+    return text.encode("utf-16-be")[: 2 * _LONGEST_COMMENT].decode("utf-16-be", errors="ignore")

@@ -17,6 +17,8 @@ from vega_edge.manifest import MANIFEST
 from vega_edge.models import find_bundle
 from vega_edge.runtime.pipeline import Pipeline
 
+WORKING = [status.name for status in available() if status.ok]
+
 
 def test_the_documentation_has_the_table() -> None:
     text = (Path(vega_edge.__file__).parent / "docs" / "dtypes.md").read_text(encoding="utf-8")
@@ -52,12 +54,39 @@ def test_opening_a_bundle_refuses_the_pair_before_any_graph_is_read(tmp_path: Pa
         Pipeline.open(folder, "onnxruntime-cpu", verify=False)
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize("width", [16, 32, 320])
+def test_weights_in_eight_bits_leave_the_arithmetic_in_full_precision(engine: str, width: int, tmp_path: Path) -> None:
+    """Both libraries would round the other factor to eight bits too, in groups of 32, which a miniature's layers lack."""
+    onnx = pytest.importorskip("onnx")
+    if engine not in WORKING:
+        pytest.skip(f"{engine} can't be used here")
+    random = np.random.default_rng(0)
+    weight = random.integers(-127, 128, (width, 64)).astype(np.int8)
+    scale = random.uniform(1e-3, 2e-3, 64).astype(np.float32)
+    x = random.normal(size=(1, 77, width)).astype(np.float32)
+    values = [onnx.numpy_helper.from_array(array, name) for array, name in ((weight, "weight"), (scale, "scale"))]
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["weight", "scale"], ["wide"], axis=1),
+        onnx.helper.make_node("MatMul", ["x", "wide"], ["y"]),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 77, size])
+        for name, size in (("x", width), ("y", 64))
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], values)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    opened = open_engine(tmp_path / "model.onnx", engine, threads=1)
+    got = opened.run({"x": x})["y"]
+    opened.close()
+    wanted = x.astype(np.float64) @ (weight * scale.astype(np.float64))
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 def cpu_flags() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
-
-
-WORKING = [status.name for status in available() if status.ok]
 
 
 @pytest.mark.parametrize("engine", WORKING)

@@ -428,6 +428,7 @@ def test_openvino_must_give_the_precision_that_was_asked_for(affine, monkeypatch
         "device": "CPU",
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "INFERENCE_NUM_THREADS": 3,
     }
 

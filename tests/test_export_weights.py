@@ -171,12 +171,42 @@ def test_eight_bits_by_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("numbers", [1023, 1024])
+def test_vectors_keep_half_precision_whatever_their_length(numbers: int) -> None:
+    """A full-size model's biases and norms are as long as a small matrix is large."""
+    net = nn.ModuleList([nn.Linear(4, numbers), nn.Conv2d(2, numbers, 1), nn.LayerNorm(numbers)])
+    stored = Packed("unet", net, "int8").stored
+    for name in ("0.bias", "1.bias", "2.weight", "2.bias"):
+        assert (stored[name].data.dtype, stored[name].scale, len(stored[name].data)) == (torch.float16, None, numbers)
+    assert {stored[name].data.dtype for name in ("0.weight", "1.weight")} == {torch.int8}
+
+
+@pytest.mark.parametrize(("numbers", "kind"), [(1023, torch.float16), (1024, torch.int8)])
+@pytest.mark.parametrize(
+    "layer", [lambda n: nn.Linear(n, 1), lambda n: nn.Conv2d(n, 1, 1), lambda n: nn.Embedding(n, 1)]
+)
+def test_matrices_kernels_and_embeddings_are_in_eight_bits_from_1024_numbers_on(
+    numbers: int, kind: torch.dtype, layer: Any
+) -> None:
+    stored = Packed("unet", layer(numbers), "int8").stored["weight"]
+    assert stored.data.dtype == kind and (stored.scale is not None) == (kind == torch.int8)
+
+
 def test_weights_beyond_half_precision() -> None:
     net = Net()
     net.conv.weight.data[0, 0, 0, 0] = 7e4
     with pytest.raises(ExportError) as caught:
         Packed("unet", net, "fp16")
     assert str(caught.value) == ("unet: conv.weight holds 7e+04, beyond fp16's 65504; export with weights fp32 or bf16")
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(weights: str, value: float) -> None:
+    net = Net()
+    net.conv.weight.data[0, 0, 0, 0] = value
+    with pytest.raises(ExportError, match=r"conv\.weight holds values that are not finite"):
+        Packed("unet", net, weights)
 
 
 def test_precisions() -> None:

@@ -1,0 +1,226 @@
+"""Networks as wide as the models' own, and shallow, through all that a user does with a bundle, in every precision.
+
+Twelve exports in the ordinary tests (see `real_width.ordinary`); the full product, weights beyond 2 GB, and engines for
+the default shapes, in make test-full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from vega_edge.bundle import Bundle
+from vega_edge.cli import main
+from vega_edge.engines import available, runs_on_cpu
+from vega_edge.engines.dtypes import refusal
+from vega_edge.export.check import tolerance
+from vega_edge.runtime.pipeline import Pipeline, Result
+from vega_edge.verify import verify
+
+from .real_width import (
+    KINDS,
+    Case,
+    names_precision,
+    ordinary,
+    product,
+    shallow,
+    shapes_of,
+    write_loras,
+    write_picture,
+    write_tiny_vae,
+)  # fmt: skip
+
+FULL = bool(os.environ.get("VEGA_EDGE_FULL_BUNDLES"))
+CASES = ordinary()
+SIDE, SMALL = 256, 128  # px
+# One step of guidance 2: twice one prediction less another, so three times a prediction's error.
+GUIDANCE, AMPLIFIED = 2.0, 3
+DRAWING: dict[str, Any] = {"steps": 1, "guidance": GUIDANCE, "seed": 7, "width": SIDE, "height": SIDE}
+UNLIKE = 1.0  # latents that have nothing to do with each other differ by this of the largest, and more
+LONG = "a red cat, " * 30  # more than one context of 77 tokens
+
+
+class Made(NamedTuple):
+    case: Case
+    path: Path
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint's folder without weights for each kind, its LoRAs, a tiny autoencoder and a picture."""
+    root = tmp_path_factory.mktemp("real-width")
+    found = {"tiny_vae": write_tiny_vae(root / "taesd"), "picture": write_picture(root / "picture.png", SMALL)}
+    for kind in KINDS:
+        found[kind] = shallow(kind, root / kind)
+        write_loras(root / f"{kind}-loras", shapes_of(found[kind]), sdxl=kind in ("vega", "sdxl"))
+    return found
+
+
+def export(case: Case, sources: dict[str, Path], out: Path) -> None:
+    dtype, weights = case.precision
+    options = ["--random-weights", "0", "--dtype", dtype, "--weights", weights, "-o", str(out)]
+    options += ["--tiny-vae", str(sources["tiny_vae"])] * case.tiny_vae + ["--attention"] * case.attention
+    for lora in sorted((sources[case.kind].with_name(f"{case.kind}-loras")).iterdir()) if case.loras else ():
+        options += ["--lora", f"{lora}:0.5"]
+    assert main(["export", str(sources[case.kind]), *options]) == 0
+
+
+def _parameters() -> list[Any]:
+    """The ordinary cases, and all others where the full tests were asked for."""
+    others = [case for case in product() if case not in CASES] if FULL else []
+    full = [pytest.param(case, id=str(case), marks=pytest.mark.full) for case in others]
+    return [*(pytest.param(case, id=str(case), marks=_known_fault(case)) for case in CASES), *full]
+
+
+def _known_fault(case: Case) -> Any:
+    reason = "onnxruntime refuses the attention form of an integer graph: QuantizeLinear's output_dtype"
+    return pytest.mark.xfail(case.attention and case.precision[0] == "int8", reason=reason, strict=True)
+
+
+@pytest.fixture(scope="module", params=_parameters())
+def made(
+    request: pytest.FixtureRequest, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Made]:
+    """A bundle, with a home of its own; both are removed after its tests, since they take gigabytes."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VEGA_EDGE_HOME", str(root / "home"))
+        try:
+            export(request.param, sources, root / "bundle")
+            yield Made(request.param, root / "bundle")
+        finally:
+            shutil.rmtree(root)
+
+
+def engines(case: Case) -> list[str]:
+    """The CPU's engines that are here and take this precision."""
+    here = [status.name for status in available() if status.ok and runs_on_cpu(status.name)]
+    return [name for name in here if not refusal(name, case.precision)]
+
+
+def turn(case: Case, names: list[str]) -> str:
+    """One of `names`, another for each case in turn."""
+    return names[product().index(case) % len(names)]
+
+
+def drawn(path: Path, engine: str, memory: str = "normal", **options: Any) -> Result:
+    with Pipeline.open(path, engine, verify=False, memory=memory) as pipe:
+        return pipe("a red cat", **{**DRAWING, **options})
+
+
+def check_picture(result: Result, side: int) -> None:
+    (image,) = result.images
+    pixels = np.asarray(image)
+    assert pixels.shape == (side, side, 3) and np.isfinite(result.latents).all()
+    assert pixels.std() > 2 and result.latents.std() > 0.05  # neither black nor one colour
+
+
+def check_alike(case: Case, latents: dict[str, NDArray[np.float32]]) -> None:
+    """To the first engine, within what its precision is held to when it is exported."""
+    first, *others = latents
+    for name in others:
+        dtype = "bf16" if "openvino-bf16" in (first, name) and case.precision[0] != "int8" else case.precision[0]
+        error = np.abs(latents[name] - latents[first]).max() / np.abs(latents[first]).max()
+        assert error < min(AMPLIFIED * tolerance("unet", dtype), UNLIKE / 2), (first, name, error)
+
+
+def test_the_table_has_every_pair_that_twelve_exports_can_have() -> None:
+    assert len(CASES) == len(set(CASES)) == 12
+    every = set().union(*(case.pairs for case in product()))
+    ours = set().union(*(case.pairs for case in CASES))
+    assert {pair for pair in every - ours if not names_precision(pair)} == set()
+    assert {case.precision for case in CASES} == {case.precision for case in product()}
+    assert [sum(case.kind == kind for case in CASES) for kind in KINDS] == [3, 3, 3, 3]
+    assert len(set(product())) == 4 * (8 * 2 * 2 * 2 - 2 * 2)  # bf16 has no attention forms
+
+
+def test_export_holds_what_was_asked_for(made: Made) -> None:
+    case, bundle = made.case, Bundle.open(made.path)
+    manifest = bundle.manifest
+    assert manifest is not None and (manifest.dtype, manifest.weights) == case.precision
+    assert len(manifest.source.loras) == 3 * case.loras
+    assert ("tiny_vae_decoder" in bundle.parts) == case.tiny_vae
+    assert bundle.has("unet/model.attention.onnx") == case.attention
+    assert max(bundle.config("unet")["block_out_channels"]) == 1280
+
+
+def test_verify(made: Made) -> None:
+    verdict = verify(made.path, turn(made.case, engines(made.case)))
+    assert verdict.ok, [check for check in verdict.checks if check.fault]
+
+
+def test_every_engine_draws_the_same(made: Made, sources: dict[str, Path]) -> None:
+    """A picture from noise, one from a picture, and one of a long prompt."""
+    picture = Image.open(sources["picture"])
+    kinds: dict[str, dict[str, Any]] = {
+        "noise": {},
+        "picture": {"image": picture, "steps": 2, "strength": 0.5, "width": SMALL, "height": SMALL},
+        "long": {"prompt": LONG, "long_prompt": True, "width": SMALL, "height": SMALL},
+    }
+    found: dict[str, dict[str, NDArray[np.float32]]] = {kind: {} for kind in kinds}
+    for engine in engines(made.case):
+        with Pipeline.open(made.path, engine, verify=False) as pipe:
+            for kind, options in kinds.items():
+                result = pipe(**{"prompt": "a red cat", **DRAWING, **options})
+                check_picture(result, SIDE if kind == "noise" else SMALL)
+                found[kind][engine] = result.latents
+    for latents in found.values():
+        check_alike(made.case, latents)
+    first = engines(made.case)[0]
+    assert not np.array_equal(found["long"][first], found["picture"][first])
+
+
+def test_low_memory_draws_the_same(made: Made) -> None:
+    engine = turn(made.case, engines(made.case))
+    vae = {"vae": "tiny"} if made.case.tiny_vae else {}
+    options = {"width": SMALL, "height": SMALL}
+    results = {}
+    for memory in ("normal", "low"):
+        with Pipeline.open(made.path, engine, verify=False, memory=memory, **vae) as pipe:
+            results[memory] = pipe("a red cat", **{**DRAWING, **options})
+        check_picture(results[memory], SMALL)
+    check_alike(made.case, {memory: result.latents for memory, result in results.items()})
+
+
+def test_an_engine_is_built(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the U-Net, without a GPU: for one size, or in the full tests for every size that the bundle allows."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    if made.case.precision[0] == "fp32":
+        pytest.skip("engines of fp32 graphs take several times the memory; those of the other precisions are built")
+    sizes = [] if FULL else ["--static", "--size", f"{SIDE}x{SIDE}", "--batch", "1"]
+    assert main(["build", str(made.path), "--engine", "tensorrt-rtx", "--part", "unet", *sizes, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["graph"] == "unet/model.onnx" and plan["built"]
+    stored = (made.path / "unet" / "model.onnx_data").stat().st_size
+    assert plan["bytes"] > 0.8 * stored  # it holds its weights
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not FULL, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full")
+def test_weights_beyond_2_gb(tmp_path: Path) -> None:
+    """Small-SD's own U-Net in fp32: protobuf's limit, and offsets that 31 bits can't hold."""
+    out = tmp_path / "small-sd"
+    try:
+        assert main(["export", "small-sd", "--random-weights", "0", "-o", str(out)]) == 0
+        assert (out / "unet" / "model.onnx_data").stat().st_size > 2**31
+        latents = {}
+        for engine in engines(Case("small", ("fp32", "fp32"), False, False, False)):
+            assert verify(out, engine).ok
+            result = drawn(out, engine)
+            check_picture(result, SIDE)
+            latents[engine] = result.latents
+        check_alike(Case("small", ("fp32", "fp32"), False, False, False), latents)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
