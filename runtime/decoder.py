@@ -76,9 +76,7 @@ class Decoder:
         if not np.isfinite(latents).all():
             raise NotFiniteError(f"{self._engine_name}: the last step's latents are not finite; fewer steps may help")
         if tiled is None:
-            normal_px = TILING.cpu_px if runs_on_cpu(self._engine_name) else TILING.always_px
-            whole_px = TILING.from_px if self._low_memory else normal_px
-            tiled = max(latents.shape[-2:]) * self.scale > whole_px
+            tiled = max(latents.shape[-2:]) * self.scale > TILING.whole_px(self._engine_name, self._low_memory)
         with self._part.running() as engine:
             if tiled:
                 return decode_in_tiles(latents, self.scale, lambda tile: self._decode(engine, tile))

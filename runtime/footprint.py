@@ -62,6 +62,7 @@ class Drawing:
 class Footprint:
     """A bundle's estimate on one engine. low: each network is open only while it runs. tiles: attention works in tiles."""
 
+    engine: str
     weights: Mapping[str, int]  # part -> bytes of its files
     costs: Costs
     opened_over: Mapping[str, float]  # part -> memory of the open network over its files
@@ -88,7 +89,7 @@ class Footprint:
             tiny = "decoder_block_out_channels" in config
             fused = takes_attention(engine) and bundle.has(attention_form("unet/model.onnx"))
             tiles = not costs.scores or (fused and _tiles())
-            made = cls(sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles)
+            made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles)
             made.total(Drawing(512, 512))  # a configuration without a number that is needed shows here
         except (BundleError, KeyError, TypeError, ValueError, IndexError):
             return None
@@ -121,12 +122,11 @@ class Footprint:
         batch = drawing.samples * (_GUIDED if drawing.guided else 1)
         values = self.costs.unet * batch * pixels * _unet_floats(self.unet)
         if not self.tiles:
-            values += self.costs.scores * batch * _scores(self.unet, pixels, drawing.tokens)
+            values += self.costs.scores * batch * scores(self.unet, pixels, drawing.tokens)
         return values * self.costs.width
 
     def _decoder_bytes(self, drawing: Drawing) -> float:
-        whole = TILING.from_px if self.low else TILING.cpu_px
-        tiled = max(drawing.width, drawing.height) > whole
+        tiled = max(drawing.width, drawing.height) > TILING.whole_px(self.engine, self.low)
         width, height = (min(side, TILING.side) if tiled else side for side in (drawing.width, drawing.height))
         values = self.costs.decoder * width * height * _decoder_floats(self.vae, self.tiny)
         if not self.tiles and not self.tiny:
@@ -164,7 +164,7 @@ def _unet_floats(config: Mapping[str, Any]) -> float:
     return kept + largest
 
 
-def _scores(config: Mapping[str, Any], pixels: int, tokens: int) -> float:
+def scores(config: Mapping[str, Any], pixels: int, tokens: int) -> float:
     """Numbers in the largest score matrix of one sample."""
     heads = config.get("num_attention_heads") or config["attention_head_dim"]  # diffusers' name for the number of heads
     largest = 0.0
