@@ -24,6 +24,7 @@ from .choice import (
     gpu_index,
     runs_on_cpu,
     takes_attention,
+    tiles_attention,
 )
 from .compiled import trim as trim_cache
 from .dtypes import check_dtype
@@ -51,6 +52,7 @@ __all__ = [
     "open_engine",
     "runs_on_cpu",
     "takes_attention",
+    "tiles_attention",
     "trim_cache",
 ]
 

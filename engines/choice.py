@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,6 +145,15 @@ def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str,
     here = importlib.import_module(f".{backend.module}", __package__).here(backend.setting, gpu_index(device))
     plan = choose_plans(PlanStore(graph.parent.parent), graph, here, {})[0].plan
     return {name: best for name, (_, best, _) in plan.profile.items()}
+
+
+def tiles_attention(name: str) -> bool:
+    """Return whether `MultiHeadAttention` on engine `name` works in tiles, instead of writing all scores.
+
+    onnxruntime's CPU provider does if the system reports a level 2 cache; glibc on many Arm systems reports 0.
+    """
+    key = "SC_LEVEL2_CACHE_SIZE"
+    return takes_attention(name) and (key not in getattr(os, "sysconf_names", {}) or os.sysconf(key) > 0)
 
 
 def can_run(name: str, precision: tuple[str, str]) -> bool:

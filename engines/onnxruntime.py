@@ -176,15 +176,6 @@ def _value(array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def tiles_attention() -> bool:
-    """Return whether `MultiHeadAttention` on the CPU provider works in tiles, as it does if it knows the level 2 cache.
-
-    Elsewhere (glibc on many Arm systems reports 0) the node writes its whole score matrix, once instead of twice.
-    """
-    key = "SC_LEVEL2_CACHE_SIZE"
-    return key not in getattr(os, "sysconf_names", {}) or os.sysconf(key) > 0
-
-
 def version(provider: str) -> str:
     return str(ort.__version__)
 

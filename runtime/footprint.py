@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..bundle import Bundle
-from ..engines import takes_attention
+from ..engines import takes_attention, tiles_attention
 from ..errors import BundleError
 from ..manifest import attention_form
 from ..tiling import TILING
@@ -88,7 +88,7 @@ class Footprint:
             config = bundle.config(decoder)
             tiny = "decoder_block_out_channels" in config
             fused = takes_attention(engine) and bundle.has(attention_form("unet/model.onnx"))
-            tiles = not costs.scores or (fused and _tiles())
+            tiles = not costs.scores or (fused and tiles_attention(engine))
             made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles)
             made.total(Drawing(512, 512))  # a configuration without a number that is needed shows here
         except (BundleError, KeyError, TypeError, ValueError, IndexError):
@@ -134,12 +134,6 @@ class Footprint:
             values += self.costs.scores * (width * height / scale**2) ** 2
         images = drawing.samples * drawing.width * drawing.height * 3 * (5 if tiled else 1)
         return values * self.costs.width + images
-
-
-def _tiles() -> bool:
-    from ..engines.onnxruntime import tiles_attention
-
-    return tiles_attention()
 
 
 def _channels(config: Mapping[str, Any]) -> Sequence[int]:

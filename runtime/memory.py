@@ -14,6 +14,7 @@ from ..errors import NotEnoughMemoryError
 _log = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 60  # bytes; version 1 writes nearly 2**63 if there is none
 _CGROUPS = (  # limit, usage, name of the reclaimable file pages in memory.stat
     (_CGROUP / "memory.max", _CGROUP / "memory.current", "inactive_file"),
     (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -72,6 +73,8 @@ def _container_free_bytes() -> int | None:
     for limit, usage, inactive in _CGROUPS:
         try:
             allowed, used = int(limit.read_text()), int(usage.read_text())
+            if allowed >= _NO_LIMIT:
+                continue
             stat = dict(line.split() for line in usage.with_name("memory.stat").read_text().splitlines())
             return max(allowed - used + int(stat.get(inactive, 0)), 0)
         except (OSError, ValueError):  # no such version here, or "max"

@@ -19,8 +19,7 @@ ir = pytest.importorskip("onnx_ir")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from vega_edge.bundle import Bundle, describe_files, write_manifest  # noqa: E402
-from vega_edge.engines import open_engine, takes_attention  # noqa: E402
-from vega_edge.engines.onnxruntime import tiles_attention  # noqa: E402
+from vega_edge.engines import open_engine, takes_attention, tiles_attention  # noqa: E402
 from vega_edge.export.attention import fuse, save_attention  # noqa: E402
 from vega_edge.manifest import Manifest, Part, Source, attention_form, plain_form  # noqa: E402
 from vega_edge.models import find_bundle  # noqa: E402
@@ -232,7 +231,7 @@ def beyond(graph: Path, given: dict[str, Any]) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from Linux's /proc")
 def test_scores_are_never_all_in_memory(tmp_path: Path) -> None:
     """SD's first level at 512 px, one sample: its scores are 4096 x 4096 for each of 8 heads, 537 MB."""
-    if not tiles_attention():
+    if not tiles_attention("onnxruntime-cpu"):
         pytest.skip("onnxruntime has no tiled attention where the system does not report a level 2 cache")
     from vega_edge.bench.attention import feeds as layer_feeds
     from vega_edge.bench.attention import make

@@ -111,7 +111,7 @@ def test_the_form_of_the_attention_counts(bundle: Bundle, monkeypatch: pytest.Mo
     assert of(bundle, "openvino").tiles
     monkeypatch.setattr(Bundle, "has", lambda self, file: True)
     for tiled in (True, False):
-        monkeypatch.setattr(footprint, "_tiles", lambda tiled=tiled: tiled)
+        monkeypatch.setattr(footprint, "tiles_attention", lambda engine, tiled=tiled: tiled)
         assert of(bundle).tiles == tiled
 
 
@@ -194,7 +194,13 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert memory.free_bytes() == system  # no control group
     usage.write_text("700000000\n")
     (tmp_path / "memory.stat").write_text("anon 500000000\ninactive_file 100000000\n")
-    for text, free in (("max\n", system), ("1000000000\n", 400_000_000), ("8000000000\n", system), ("5000\n", 0)):
+    for text, free in (
+        ("max\n", system),
+        ("1000000000\n", 400_000_000),
+        ("8000000000\n", system),
+        ("5000\n", 0),
+        (f"{2**63 - 4096}\n", system),
+    ):
         limit.write_text(text)
         assert memory.free_bytes() == free, text
     meminfo.unlink()

@@ -81,6 +81,7 @@ MAY_IMPORT = {
         "demo",
         "serve",
     },
+    "benchmarks": {"", "bench", "bundle", "engines", "errors", "models", "runtime"},
 }
 
 

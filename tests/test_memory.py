@@ -138,6 +138,7 @@ def test_free_memory_as_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\nSwapFree:  500 kB\nHugePages_Total: 0\n"
     )
     monkeypatch.setattr(memory, "_MEMINFO", told)
+    monkeypatch.setattr(memory, "_CGROUPS", ())
     assert memory.free_bytes() == 3500 * 1024
     told.write_text("MemFree: 10 kB\n")
     assert memory.free_bytes() is None
