@@ -38,7 +38,7 @@ class Costs(NamedTuple):
     scores: float
 
 
-_ONNXRUNTIME = Costs(0.08e9, {"fp32": 1.02, "fp16": 2.9, "bf16": 3.0, "int8": 4.0}, 1.4, 1.4, 4, 2.0)
+_ONNXRUNTIME = Costs(0.12e9, {"fp32": 1.02, "fp16": 2.9, "bf16": 3.0, "int8": 4.0}, 1.4, 1.4, 4, 2.0)
 COSTS: Mapping[str, Costs] = {
     "onnxruntime-cpu": _ONNXRUNTIME,
     "openvino": Costs(0.3e9, {"fp32": 2.0, "fp16": 4.1, "bf16": 4.1, "int8": 3.0}, 1.4, 1.4, 4, 0.0),

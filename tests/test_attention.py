@@ -159,6 +159,24 @@ def test_a_lora_fits_both_forms(unet: Path) -> None:
     assert relative(plain, want) > 1e-2
 
 
+def test_the_prepared_graph_of_little_memory_has_the_same_form(unet: Path, tmp_path: Path) -> None:
+    fused = unet.with_name(attention_form(unet.name))
+    outputs = []
+    for options in ({}, {"low_memory": True, "cache": tmp_path}):
+        with contextlib.closing(open_engine(fused, "onnxruntime-cpu", **options)) as engine:
+            draw = np.random.default_rng(2)
+            sizes = {"batch": 2, "height": 8, "width": 16, "sequence_length": 77}
+            given = {
+                name: draw.standard_normal([sizes.get(str(n), n) for n in spec.shape]).astype(spec.dtype)
+                for name, spec in engine.inputs.items()
+            }
+            outputs.append(engine.run(given)["out_sample"])
+    assert relative(outputs[1], outputs[0]) <= 1e-5
+    (prepared,) = tmp_path.rglob("*.onnx")
+    kinds = [node.op_type for node in onnx.load(prepared, load_external_data=False).graph.node]
+    assert kinds.count("MultiHeadAttention") > 0 and "Softmax" not in kinds
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """unet with both forms, vae_decoder with one."""
