@@ -71,6 +71,7 @@ class Footprint:
     tiny: bool
     low: bool
     tiles: bool
+    encoder: int = 0  # of the autoencoder's encoder once it is open, which only a drawing from a picture opens
 
     @classmethod
     def of(cls, bundle: Bundle, engine: str, low: bool = False, vae: str = "full") -> Footprint | None:
@@ -84,12 +85,14 @@ class Footprint:
         stored = bundle.manifest.weights if bundle.manifest else "fp32"
         parts = bundle.manifest.parts if bundle.manifest else {}
         over = {p: costs.opened[(parts[p].weights if p in parts else None) or stored] for p in sizes}
+        files = bundle.path.glob("vae_encoder/*.onnx*")
+        encoder = int(sum(file.stat().st_size for file in files) * costs.opened[stored])
         try:
             config = bundle.config(decoder)
             tiny = "decoder_block_out_channels" in config
             fused = takes_attention(engine) and bundle.has(attention_form("unet/model.onnx"))
             tiles = not costs.scores or (fused and tiles_attention(engine))
-            made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles)
+            made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles, encoder)
             made.total(Drawing(512, 512))  # a configuration without a number that is needed shows here
         except (BundleError, KeyError, TypeError, ValueError, IndexError):
             return None
@@ -107,6 +110,10 @@ class Footprint:
             needs["vae_decoder"] += max(self._open(p) for p in self.weights if "vae" in p)
             needs["unet"] += self._open("unet")
             needs |= {part: self._open(part) for part in self.weights if part.startswith("text")}
+        if drawing.image:  # as large a first level as the decoder's last one; opened by then, it stays
+            pixels = drawing.width * drawing.height * self.costs.width
+            needs["vae_encoder"] = self.costs.decoder * pixels * 3 * _channels(self.vae)[0] + self.low * self.encoder
+            return int(max(needs.values())) + (0 if self.low else self.encoder)
         return int(max(needs.values()))
 
     def total(self, drawing: Drawing) -> int:

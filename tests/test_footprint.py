@@ -97,6 +97,18 @@ def test_with_little_memory_the_largest_network_counts(bundle: Bundle) -> None:
     assert low.running(drawing) == int(low._open("unet") + low._unet_bytes(drawing)) < normal.total(drawing)
 
 
+def test_a_picture_to_start_from_adds_the_encoder(bundle: Bundle) -> None:
+    """Once open it stays; with little memory it is open alone, and a picture of this size is decoded in tiles."""
+    for low, more in ((False, 140_000_000), (True, 0)):
+        here = real(bundle, "unet-tiny-sd", low=low, encoder=140_000_000)
+        without, with_image = (here.running(Drawing(512, 512, image=image)) for image in (False, True))
+        assert with_image == without + more
+    large = Drawing(1024, 1024, guided=False, image=True)
+    here = real(bundle, "unet-tiny-sd", low=True, encoder=140_000_000)
+    assert here.running(large) == int(1.4 * 1024**2 * 4 * 3 * 128 + 140_000_000)
+    assert of(bundle).encoder > 0
+
+
 def test_what_has_no_estimate(bundle: Bundle, tmp_path: Path) -> None:
     assert Footprint.of(bundle, "onnxruntime-cuda") is None
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
