@@ -153,7 +153,11 @@ def tiles_attention(name: str) -> bool:
     onnxruntime's CPU provider does if the system reports a level 2 cache; glibc on many Arm systems reports 0.
     """
     key = "SC_LEVEL2_CACHE_SIZE"
-    return takes_attention(name) and (key not in getattr(os, "sysconf_names", {}) or os.sysconf(key) > 0)
+    names, read = (
+        getattr(os, "sysconf_names", {}),
+        getattr(os, "sysconf", None),
+    )  # Windows has neither, macOS no such key
+    return takes_attention(name) and (read is None or key not in names or read(key) > 0)
 
 
 def can_run(name: str, precision: tuple[str, str]) -> bool:

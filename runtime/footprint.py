@@ -130,7 +130,7 @@ class Footprint:
         values = self.costs.unet * batch * pixels * _unet_floats(self.unet)
         if not self.tiles:
             values += self.costs.scores * batch * scores(self.unet, pixels, drawing.tokens)
-        return values * self.costs.width
+        return float(values * self.costs.width)
 
     def _decoder_bytes(self, drawing: Drawing) -> float:
         tiled = max(drawing.width, drawing.height) > TILING.whole_px(self.engine, self.low)
