@@ -182,7 +182,7 @@ def part_of(file: str) -> str:
 
 
 def attention_form(file: str) -> str:
-    """The name of the graph beside `file` whose attention is in nodes of its own: 'unet/model.attention.onnx'."""
+    """Return the name of the second graph of `file`, for onnxruntime: 'unet/model.attention.onnx'. See `export/attention.py`."""
     return file.removesuffix(".onnx") + _ATTENTION
 
 

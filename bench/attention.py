@@ -27,7 +27,7 @@ LAYERS = {
     "Vega, 32x32": (1024, 20, 64),
     "SD, 64x64": (4096, 8, 40),
 }  # tokens, heads, width
-FORMS = ("decomposed", "Attention")
+FORMS = ("decomposed", "MultiHeadAttention")
 
 
 def make(tokens: int, heads: int, width: int, folder: Path) -> dict[str, Path]:
@@ -98,7 +98,7 @@ def measure(layer: str, engine: str, runs: int) -> dict[str, Any]:
     seconds = {form: statistics.median(each[1:]) for form, each in taken.items()}
     plain, fused = (outputs[form].astype(np.float64) for form in FORMS)
     return {
-        "layer": layer, "seconds": seconds, "ratio": round(seconds["decomposed"] / seconds["Attention"], 3),
+        "layer": layer, "seconds": seconds, "ratio": round(seconds["decomposed"] / seconds["MultiHeadAttention"], 3),
         "memory_mb": memory, "difference": float(np.abs(plain - fused).max() / np.abs(plain).max()),
     }  # fmt: skip
 

@@ -5,7 +5,7 @@
 Each bundle's own defaults say how many steps, how much guidance and what size; random weights take the same time as
 trained ones. Every side walks with Euler, one evaluation of the U-Net a step. The peers are built from the bundle's
 configurations, so that both sides are the same networks: fp16, channels_last, the decoder in the precision that ours has;
-compiled includes CUDA graphs in each of its modes. Bundles for onnxruntime-cuda: export them with --attention.
+compiled includes CUDA graphs in each of its modes.
 Exit status 1 where a goal of the project is missed. `--device cpu` runs the same on a CPU, to try the program itself, and
 judges nothing.
 """

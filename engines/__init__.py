@@ -18,14 +18,14 @@ from .choice import (
     SMALL_BYTES,
     best_engine,
     built_shapes,
+    can_run,
     check_engine,
     choose_engine,
     gpu_index,
-    has_attention,
     missing_here,
-    runs_attention,
     runs_on_cpu,
     takes_attention,
+    tiles_attention,
 )
 from .dtypes import check_dtype
 from .library_calls import library_calls
@@ -45,18 +45,18 @@ __all__ = [
     "best_engine",
     "built_graphs",
     "built_shapes",
+    "can_run",
     "check_dtype",
     "check_engine",
     "check_graph",
     "choose_engine",
     "gpu_index",
-    "has_attention",
     "library_calls",
     "missing_here",
     "open_engine",
-    "runs_attention",
     "runs_on_cpu",
     "takes_attention",
+    "tiles_attention",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,28 +147,34 @@ def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str,
     return {name: best for name, (_, best, _) in plan.profile.items()}
 
 
+def tiles_attention(name: str) -> bool:
+    """Return whether `MultiHeadAttention` on engine `name` works in tiles, instead of writing all scores.
+
+    onnxruntime's CPU provider does if the system reports a level 2 cache; glibc on many Arm systems reports 0.
+    """
+    key = "SC_LEVEL2_CACHE_SIZE"
+    names, read = (
+        getattr(os, "sysconf_names", {}),
+        getattr(os, "sysconf", None),
+    )  # Windows has neither, macOS no such key
+    return takes_attention(name) and (read is None or key not in names or read(key) > 0)
+
+
+def can_run(name: str, precision: tuple[str, str]) -> bool:
+    """Return whether engine `name` works here, and runs what was exported as `precision`. Imports it to find out."""
+    return missing_here(name) is None and not refusal(name, precision) and _not_loaded(name) is None
+
+
 def runs_on_cpu(name: str) -> bool:
     return name in _ON_CPU
 
 
 def takes_attention(name: str) -> bool:
-    """Whether a graph with ONNX `Attention` nodes is the better one for engine `name`, which is imported to find out.
+    """Return whether engine `name` runs `MultiHeadAttention` nodes of onnxruntime's own domain, com.microsoft.
 
-    onnxruntime's CUDA provider has kernels for them since 1.25 (microsoft/onnxruntime#27542); before, they ran on the
-    CPU (#28025). On its CPU provider they are no faster: bench/attention.py.
+    Every onnxruntime that this package allows has the kernels, for the CPU and for CUDA. The others need the plain graph.
     """
-    return name == "onnxruntime-cuda" and has_attention()
-
-
-def runs_attention(name: str) -> bool:
-    """Whether engine `name` takes a graph with ONNX `Attention` nodes at all."""
-    return name in ("onnxruntime-cpu", "onnxruntime-cuda") and has_attention()
-
-
-def has_attention() -> bool:
-    """Whether the onnxruntime that is installed runs `Attention` nodes on each of its providers: 1.25 and later."""
-    version = re.match(r"(\d+)\.(\d+)", importlib.import_module(".onnxruntime", __package__).version(""))
-    return version is not None and (int(version[1]), int(version[2])) >= (1, 25)
+    return name in ("onnxruntime-cpu", "onnxruntime-cuda")
 
 
 def _wrong_device(name: str, device: str | None) -> Missing | None:

@@ -1,8 +1,9 @@
-"""A second graph beside an exported one, whose attention is one ONNX `Attention` node (opset 23) instead of five.
+"""A second graph beside an exported one, whose attention is one `MultiHeadAttention` node of onnxruntime's.
 
-For onnxruntime's CUDA provider, whose kernels for that node never hold the matrix of all logits; on its CPU the node is no
-faster (bench/attention.py), and TensorRT-RTX refuses it in fp32, so everything else takes the decomposed graph. Both
-share one weights file, initializer for initializer, so a LoRA's map holds for both. Works on onnx_ir models; knows no torch.
+onnxruntime's kernels for that node never hold the matrix of all scores, which grows with the fourth power of a picture's
+side: on its CPU provider attention takes a quarter of the time and a hundredth of the memory (bench/attention.py). Other
+engines have no such node; they recognize attention in the plain graph by themselves. Both graphs share one weights file,
+initializer for initializer, so a LoRA's map holds for both. Works on onnx_ir models; knows no torch.
 """
 
 from __future__ import annotations
@@ -10,27 +11,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..manifest import attention_form
 
-OPSET, IR_VERSION = 23, 11  # the first with Attention
-_HEADS_FIRST = (0, 2, 1, 3)  # [batch, tokens, heads, width] -> [batch, heads, tokens, width]
+DOMAIN = "com.microsoft"  # onnxruntime/docs/ContribOperators.md
+_HEADS_FIRST = (0, 2, 1, 3)  # [batch, tokens, heads, width] -> [batch, heads, tokens, width], and back
 
 
 class _Match(NamedTuple):
-    """softmax(query @ key^T * scale) @ value, with the node that gives it."""
+    """softmax(query @ key^T * scale) @ value for each of `heads`, with the node that gives it.
+
+    query, key, value and the node's output are [batch, tokens, heads * width]."""
 
     query: ir.Value
     key: ir.Value
     value: ir.Value
+    heads: int
     scale: float
-    product: ir.Node
+    result: ir.Node
 
 
 def save_attention(graph: Path) -> Path | None:
-    """Writes the second graph beside `graph` and returns its path; None where no attention of this form is in it."""
+    """Write the second graph beside `graph` and return its path; None if it has no attention of this form."""
     model = ir.load(graph)
     if not fuse(model):
         return None
@@ -40,36 +45,41 @@ def save_attention(graph: Path) -> Path | None:
 
 
 def fuse(model: ir.Model) -> int:
-    """Changes `model` in place; returns how many Attention nodes it has now. 0: nothing was changed."""
+    """Change `model` in place; return how many MultiHeadAttention nodes it has now. 0: nothing was changed."""
     found = [match for node in model.graph if node.op_type == "Softmax" and (match := _match(node))]
-    for query, key, value, scale, product in found:
-        node = ir.node("Attention", [query, key, value], attributes={"scale": scale}, name=product.name)
-        result, old = node.outputs[0], product.outputs[0]
-        model.graph.insert_before(product, node)
-        old.replace_all_uses_with(result)
-        result.name, old.name = old.name, None
+    for query, key, value, heads, scale, result in found:
+        node = ir.node(
+            "MultiHeadAttention", [query, key, value], domain=DOMAIN, name=result.name,
+            attributes={"num_heads": heads, "scale": scale},
+        )  # fmt: skip
+        made, old = node.outputs[0], result.outputs[0]
+        made.type, made.shape = old.type, old.shape
+        model.graph.insert_before(result, node)
+        old.replace_all_uses_with(made, replace_graph_outputs=True)
+        made.name, old.name = old.name, None
     if found:
         RemoveUnusedNodesPass()(model)
-        model.opset_imports[""] = max(model.opset_imports[""], OPSET)
-        model.ir_version = max(model.ir_version, IR_VERSION)
+        model.opset_imports[DOMAIN] = 1
     return len(found)
 
 
 def _match(softmax: ir.Node) -> _Match | None:
-    """What torch's exporter makes of scaled_dot_product_attention without a mask: query and key are each multiplied by
-    the square root of the scale, and the key's last two axes are exchanged with the first two flattened."""
+    """Recognize what torch's exporter makes of scaled_dot_product_attention without a mask: query and key are each
+    multiplied by the square root of the scale, and the key's last two axes are exchanged with the first two flattened."""
     logits = _made_by(softmax.inputs[0], "MatMul")
-    uses = softmax.outputs[0].uses()
-    if logits is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].idx != 0:
+    product = _only_user(softmax.outputs[0], "MatMul")
+    if logits is None or product is None:
         return None
     query, root = _scaled(logits.inputs[0])
     turned, same = _scaled(logits.inputs[1])
-    key = _untransposed(turned)
-    value = uses[0].node.inputs[1]
-    if root is None or same is not root or not all(map(_heads_first, (query, key, value))):
+    rows = [_rows(query), _rows(_untransposed(turned)), _rows(product.inputs[1])]
+    heads = {row[1] for row in rows if row is not None}
+    result = _joined(product.outputs[0])
+    if root is None or same is not root or root.const_value is None or None in rows or len(heads) != 1 or not result:
         return None
-    assert query is not None and key is not None and value is not None and root.const_value is not None
-    return _Match(query, key, value, float(root.const_value.numpy().reshape(())) ** 2, uses[0].node)
+    query, key, value = (row[0] for row in rows if row is not None)
+    scale = float(root.const_value.numpy().reshape(())) ** 2
+    return _Match(query, key, value, heads.pop(), scale, result)
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
@@ -88,9 +98,41 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
     return flat.inputs[0] if turn is not None and flat is not None and _order(turn) == (0, 2, 1) else None
 
 
-def _heads_first(value: ir.Value | None) -> bool:
-    node = _made_by(value, "Transpose")
-    return node is not None and _order(node) == _HEADS_FIRST
+def _rows(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """(x [batch, tokens, heads * width], heads) of a value [batch, heads, tokens, width] that is made of x."""
+    turn = _made_by(value, "Transpose")
+    split = _made_by(turn and turn.inputs[0], "Reshape")
+    if turn is None or split is None or _order(turn) != _HEADS_FIRST:
+        return None
+    x, sizes = split.inputs[0], _sizes(split)
+    if x is None or (x.shape is not None and len(x.shape) != 3) or len(sizes) != 4 or sizes[2] < 1:
+        return None
+    return x, sizes[2]
+
+
+def _joined(value: ir.Value) -> ir.Node | None:
+    """The node that makes [batch, tokens, heads * width] of a value [batch, heads, tokens, width]."""
+    turn = _only_user(value, "Transpose")
+    join = turn and _only_user(turn.outputs[0], "Reshape")
+    if turn is None or join is None or _order(turn) != _HEADS_FIRST or len(_sizes(join)) != 3:
+        return None
+    return join
+
+
+def _sizes(reshape: ir.Node) -> list[int]:
+    """The sizes that a Reshape asks for, -1 for each that is not known before it runs."""
+    asked = reshape.inputs[1]
+    if asked is None:
+        return []
+    if asked.const_value is not None:
+        return [int(size) for size in asked.const_value.numpy()]
+    parts = _made_by(asked, "Concat")
+    if parts is None:
+        return []
+    known = [
+        np.asarray(v.const_value.numpy()) if v is not None and v.const_value is not None else None for v in parts.inputs
+    ]
+    return [-1 if size is None else int(size[0]) for size in known if size is None or size.shape == (1,)]
 
 
 def _order(transpose: ir.Node) -> tuple[int, ...]:
@@ -100,3 +142,11 @@ def _order(transpose: ir.Node) -> tuple[int, ...]:
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == operator else None
+
+
+def _only_user(value: ir.Value, operator: str) -> ir.Node | None:
+    """The node that takes `value`, if it is the only one, is of this kind, and takes it first."""
+    uses = value.uses()
+    if value.is_graph_output() or len(uses) != 1 or uses[0].node.op_type != operator or uses[0].idx != 0:
+        return None
+    return uses[0].node

@@ -27,19 +27,17 @@ class Autoencoders:
         precision: Precision,
         sizes: Sequence[samples.Size],
         announce: Callable[[str, str], None],
-        attention: bool = False,
     ) -> None:
         # integers round what an eye sees at once: eight-bit weights, but float arithmetic
         self.precision = Precision(precision.arithmetic, precision.weights)
         self.checkpoint, self.folder, self.sizes, self.announce = checkpoint, folder, sizes, announce
-        self.attention = attention
         self.notes: list[str] = []
         self.scale = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)  # pixels a latent pixel
 
     def encoder(self) -> tuple[Exported, list[torch.Tensor]]:
         """Also gives the check's pictures as latents, in the U-Net's scale."""
         part = "vae_encoder"
-        work = Work(part, self.folder, self.precision, self.announce, self.attention)
+        work = Work(part, self.folder, self.precision, self.announce)
         packed = self._packed("vae", self.precision)
         vae: Any = packed.module
         wrapper, spec = graphs.Encoder(vae), graphs.encoder_spec(vae)
@@ -58,7 +56,7 @@ class Autoencoders:
 
     def decoder(self, part: str, source: str, all_latents: Sequence[torch.Tensor]) -> Exported:
         """`part`: vae_decoder or tiny_vae_decoder; source: the checkpoint's vae or tiny_vae."""
-        work = Work(part, self.folder, self.precision, self.announce, self.attention)
+        work = Work(part, self.folder, self.precision, self.announce)
         packed = self._packed(source, self.precision)
         vae: Any = packed.module
         scaling = self._scaling(vae)

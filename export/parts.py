@@ -32,7 +32,7 @@ class PartsExporter:
 
     `notes`: what was decided on the way, to tell the user.
     `layers`: part -> weight name -> the LoRA layers to fuse into it, each with its strength.
-    `vae`: what vae_decoder is, "full" or "tiny"; a tiny one that is not goes beside it. `attention`: see `attention.py`.
+    `vae`: what vae_decoder is, "full" or "tiny"; a tiny one that is not goes beside it.
     `announce(part, phase)` is called as each phase of PHASES begins; not for parts that `records` has finished already.
     """
 
@@ -45,16 +45,14 @@ class PartsExporter:
         announce: Callable[[str, str], None],
         records: Records,
         vae: str = "full",
-        attention: bool = False,
     ) -> None:
         self.checkpoint, self.folder, self.precision, self.vae = checkpoint, folder, precision, vae
-        self.attention = attention
         self.layers, self.announce, self.records = layers, announce, records
         self.notes: list[str] = []
         sizes = samples.latent_sizes(checkpoint.configs["unet"])
         # integers round the text and the picture too much; there only the storage is in eight bits
         self._float = Precision(precision.arithmetic, precision.weights)
-        self._autoencoders = Autoencoders(checkpoint, folder, precision, sizes, announce, attention)
+        self._autoencoders = Autoencoders(checkpoint, folder, precision, sizes, announce)
         self._scale, self._sizes = self._autoencoders.scale, sizes
         self._text: list[Feeds] = [{} for _ in sizes]  # per case, the U-Net's inputs that come from text
         self._latents: list[torch.Tensor] = []  # per case, in the U-Net's scale
@@ -100,7 +98,7 @@ class PartsExporter:
                 text["text_embeds"] = pooled
 
     def _text_encoder(self, part: str) -> tuple[Exported, Feeds]:
-        work = Work(part, self.folder, self._float, self.announce, self.attention)
+        work = Work(part, self.folder, self._float, self.announce)
         source = self.checkpoint.path / part.replace("text_encoder", "tokenizer")
         tokenizer = load_tokenizer(source)
         write_tokenizer(source, self.folder / source.name, tokenizer)
@@ -124,7 +122,7 @@ class PartsExporter:
         return work.finish(parameters, cases), handed
 
     def _unet(self) -> Exported:
-        work = Work("unet", self.folder, self.precision, self.announce, self.attention)
+        work = Work("unet", self.folder, self.precision, self.announce)
         packed = self._load("unet")
         wrapper, spec = graphs.Denoiser(packed.module), graphs.denoiser_spec(packed.module)
         cases, ranges = [], None

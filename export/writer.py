@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..bundle import describe_files, write_manifest
-from ..engines import has_attention
 from ..errors import ExportError, UsageError, unknown
 from ..lora import LoraLayer, match_lora, read_lora
 from ..manifest import FORMAT, MANIFEST, ROOT_PART, FileEntry, Lora, Manifest, Part, Source
@@ -50,7 +49,6 @@ class _Request:
     precision: Precision
     vae: str
     name: str
-    attention: bool
 
 
 def export_bundle(
@@ -62,7 +60,6 @@ def export_bundle(
     weights: str | None = None,
     tiny_vae: Place | None = None,
     vae: str = "full",
-    attention: bool = False,
     name: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
@@ -75,8 +72,7 @@ def export_bundle(
     dtype: of the graphs'
     arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
     and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
-    previews; "tiny" in its place. attention: each graph's attention form is written too, for onnxruntime-cuda. name:
-    the bundle's, default `out`'s. defaults, limits: go into the manifest as they are. Every part is compared with torch
+    previews; "tiny" in its place. name: the bundle's, default `out`'s. defaults, limits: go into the manifest as they are. Every part is compared with torch
     on real inputs.
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
@@ -85,14 +81,14 @@ def export_bundle(
     """
     start = time.monotonic()
     precision = make_precision(dtype, weights)
-    found = replace(_checked(source, out, loras, precision, vae, overwrite, attention), defaults=defaults or {})
+    found = replace(_checked(source, out, loras, precision, vae, overwrite), defaults=defaults or {})
     if vae == "tiny" and tiny_vae is None:
         raise UsageError("vae tiny needs a tiny autoencoder; say its folder: --tiny-vae FOLDER")
-    _require(precision, attention)
+    _require(precision)
     map_tensors()
     files = tuple((lora_file(place), strength) for place, strength in loras)
     tiny = None if tiny_vae is None else tiny_vae_folder(tiny_vae, allow_pickle=found.allow_pickle)
-    request = _Request(found, out, files, precision, vae, name or out.name, attention)
+    request = _Request(found, out, files, precision, vae, name or out.name)
     checkpoint = found.open(tiny)
     layers = _match_loras(checkpoint, request.loras)
     with staging(request.out, overwrite) as folder:
@@ -113,7 +109,6 @@ def _checked(
     precision: Precision,
     vae: str,
     overwrite: bool,
-    attention: bool,
 ) -> ModelSource:
     """What can be refused before anything is fetched or opened."""
     if vae not in ("full", "tiny"):
@@ -127,23 +122,16 @@ def _checked(
         raise ExportError(f"{out} exists and is no bundle of ours, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out} can't be made: {out.absolute().parent} does not exist; create that folder first")
-    if attention and precision.dtype == "bf16":
-        raise ExportError(
-            "attention graphs are not exported with dtype bf16: no engine here can check them; leave one out"
-        )
     return source if isinstance(source, ModelSource) else path_source(source)
 
 
-def _require(precision: Precision, attention: bool) -> None:
+def _require(precision: Precision) -> None:
     require(*_NEEDED)
     if precision.dtype == "bf16" and importlib.util.find_spec("openvino") is None:
         raise ExportError(
             "an export with dtype bf16 is compared with torch on openvino, which is not installed; install: "
             'pip install "vega-edge[openvino]"'
         )
-    if attention and not has_attention():
-        version = importlib.metadata.version("onnxruntime")
-        raise ExportError(f"attention graphs are checked on onnxruntime 1.25 or later, this is {version}; upgrade it")
 
 
 def _match_loras(checkpoint: Checkpoint, loras: Sequence[tuple[Path, float]]) -> Layers:
@@ -166,7 +154,6 @@ def _key(checkpoint: Checkpoint, request: _Request) -> str:
         "format": FORMAT, "versions": versions | {"vega-edge": __version__}, "source": fingerprint(checkpoint),
         "loras": [(sha256_of(path), strength) for path, strength in request.loras],
         "precision": [request.precision.dtype, request.precision.weights], "vae": request.vae,
-        "attention": request.attention,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -194,7 +181,6 @@ def _export_parts(
         lambda part, phase: progress(Progress(part, phase, next(seen), count)),
         records,
         request.vae,
-        request.attention,
     )
     return exporter.run(), exporter.notes
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engines import Engine
+from ..engines import Engine, runs_on_cpu
 from ..errors import EngineError, NotFiniteError
 from ..tiling import TILING
 from .parts import Part, Parts
@@ -105,12 +105,11 @@ class Decoder:
         if not np.isfinite(latents).all():
             raise NotFiniteError(f"{self._engine_name}: the last step's latents are not finite; fewer steps may help")
         if tiled is None:
-            whole_px = TILING.from_px if self._low_memory else TILING.always_px
-            tiled = max(latents.shape[-2:]) * self.scale > whole_px
+            tiled = max(latents.shape[-2:]) * self.scale > TILING.whole_px(self._engine_name, self._low_memory)
         with self._part.running() as engine:
             if tiled:
                 return decode_in_tiles(latents, self.scale, lambda tile: self._decode(engine, tile))
-            if self._low_memory:
+            if self._low_memory or runs_on_cpu(self._engine_name):  # a batch is no faster there, and takes its multiple
                 return np.concatenate([self._decode(engine, one[None]) for one in latents])
             return self._decode(engine, latents)
 

@@ -13,6 +13,12 @@ from ..errors import NotEnoughMemoryError
 
 _log = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 60  # bytes; version 1 writes nearly 2**63 if there is none
+_CGROUPS = (  # limit, usage, name of the reclaimable file pages in memory.stat
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", "inactive_file"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 # Peak memory over the size of the graphs' files while a session is opened. In fp16 as bench/memory.py measured it on
 # Vega's U-Net, with --memory low before anything is prepared; the others are estimates.
 _OPENING = {"fp32": 2.0, "fp16": 4.2, "bf16": 4.2, "int8": 3.0}
@@ -51,7 +57,32 @@ def weight_bytes(bundle: Path) -> dict[str, int]:
 
 
 def free_bytes() -> int | None:
-    """Memory that a new process can get, swap included; None where the system does not tell."""
+    """Return the memory that this process can still get, swap included; None if the system does not report it.
+
+    In a container it is the least of what the machine has and what the limits of its control groups leave.
+    """
+    found = [free for free in (_system_free_bytes(), _container_free_bytes()) if free is not None]
+    return min(found, default=None)
+
+
+def _container_free_bytes() -> int | None:
+    """Version 2 of Linux's control groups, then version 1; a limit that is not set is "max", or larger than any memory.
+
+    File pages that were not used lately are counted as free: the kernel takes them back before it refuses memory.
+    """
+    for limit, usage, inactive in _CGROUPS:
+        try:
+            allowed, used = int(limit.read_text()), int(usage.read_text())
+            if allowed >= _NO_LIMIT:
+                continue
+            stat = dict(line.split() for line in usage.with_name("memory.stat").read_text().splitlines())
+            return max(allowed - used + int(stat.get(inactive, 0)), 0)
+        except (OSError, ValueError):  # no such version here, or "max"
+            continue
+    return None
+
+
+def _system_free_bytes() -> int | None:
     if sys.platform == "win32":
         return _windows_free_bytes()
     if not _MEMINFO.is_file():

@@ -20,8 +20,10 @@ from ..engines import BuiltFor, check_dtype, choose_engine
 from ..errors import UsageError
 from ..models import find_bundle
 from .decoder import Decoder
+from .footprint import Drawing
 from .init_image import ImageEncoder
 from .memory import check_memory
+from .memory_check import MemoryCheck
 from .opening import check_model, checked_loras, foreign_defaults, warn_of_no_manifest
 from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
@@ -90,6 +92,9 @@ class Pipeline:
         multiple = self._decoder.scale * 2 ** (bundle.levels("unet") - 1)
         self.limits = Limits.of(bundle.manifest.limits if bundle.manifest else {}, multiple)
         side_px = bundle.number("unet", "sample_size", 4096) * self._decoder.scale
+        self._check_memory = MemoryCheck(
+            bundle, parts.engine, parts.low_memory, vae, self.limits.size_px[0], self.limits.multiple_px
+        )
         assumed = foreign_defaults(self._scheduler_config, side_px)
         warn_of_no_manifest(bundle, assumed, self._scheduler_config)
         self.defaults: Mapping[str, Any] = {**assumed, **(bundle.manifest.defaults if bundle.manifest else {})}
@@ -157,7 +162,8 @@ class Pipeline:
         return self._walk([self.request(prompt, **options)], {})
 
     def __call__(self, prompt: str, **options: Any) -> Result:
-        """Draws; UsageError for an option that is unknown or out of range. None of any is the model's own default.
+        """Draws; UsageError for an option that is unknown or out of range, NotEnoughMemoryError before anything runs if it
+        can't fit the memory that is free. None of any is the model's own default.
 
         negative, guidance, guidance_rescale; steps, scheduler, family, schedule, eta; seed (-1 picks one), samples,
         rng, noise_dtype; width, height; image, strength; long_prompt, prompt_syntax. `vega_edge.Request` says what each
@@ -214,6 +220,9 @@ class Pipeline:
     def _walk(self, requests: Sequence[Request], timings: dict[str, float]) -> Iterator[Step]:
         clock = time.perf_counter()
         request = requests[0]  # what the others are like
+        samples = sum(r.samples for r in requests)
+        image = request.image is not None
+        self._check_memory(Drawing(request.width, request.height, samples, request.guidance > 1, image))
         conditioning = side_by_side([self._conditioning(r) for r in requests], 2 if request.guidance > 1 else 1)
         seeds = [seed for r in requests for seed in r.seeds]
         timings["text"] = time.perf_counter() - clock

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from ..errors import UsageError, VegaEdgeError
+from ..errors import NotEnoughMemoryError, UsageError, VegaEdgeError
 from ..models import Recipe, find_bundle
 from ..runtime.memory import weight_bytes
 from ..runtime.parts import check_opening
@@ -162,6 +162,8 @@ def status_of(error: Exception) -> tuple[int, dict[str, str]]:
         return 429, not_now(5)
     if isinstance(error, Stopping):
         return 503, {"retry-after": "5"}
+    if isinstance(error, NotEnoughMemoryError):  # of this machine, now
+        return 503, {}
     if isinstance(error, TookTooLong):
         return 422, {}
     return 500, {}

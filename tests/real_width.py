@@ -38,7 +38,6 @@ class Case(NamedTuple):
     precision: tuple[str, str]
     loras: bool
     tiny_vae: bool
-    attention: bool
 
     def __str__(self) -> str:
         options = [name for name in self._fields[2:] if getattr(self, name)]
@@ -50,9 +49,8 @@ class Case(NamedTuple):
 
 
 def product() -> list[Case]:
-    """Every export that the command line allows; attention forms are refused in bf16."""
-    every = itertools.product(KINDS, PRECISIONS, *[(True, False)] * 3)
-    return [case for case in itertools.starmap(Case, every) if not (case.attention and case.precision[0] == "bf16")]
+    """Return every export that the command line allows."""
+    return [Case(*each) for each in itertools.product(KINDS, PRECISIONS, (True, False), (True, False))]
 
 
 def ordinary() -> list[Case]:

@@ -98,7 +98,6 @@ def xl(checkpoints: dict[str, Path], loras: dict[str, Path], tmp_path_factory: p
         "weights": "fp16",
         "defaults": {"steps": 4},
         "limits": {"steps": [1, 8]},
-        "attention": True,
     }
     return made(checkpoints["xl"], tmp_path_factory.mktemp("bundles") / "tiny", **options)
 
@@ -350,11 +349,12 @@ def test_attention_forms_share_the_weights_and_are_listed(xl: Made, sd: Made) ->
         model = onnx.load(xl.bundle.file(form), load_external_data=False)
         decomposed = plain[name].graph.node
         count = sum(node.op_type == "Softmax" for node in decomposed)
-        assert [node.op_type for node in model.graph.node].count("Attention") == count > 0
+        assert [node.op_type for node in model.graph.node].count("MultiHeadAttention") == count > 0
         assert not any(node.op_type == "Softmax" for node in model.graph.node)
         stored, shared = ([i for i in m.graph.initializer if i.external_data] for m in (plain[name], model))
         assert shared == stored
-    assert not list(sd.bundle.path.glob("*/*.attention.onnx"))
+    listed = sd.bundle.manifest
+    assert listed is not None and "unet/model.attention.onnx" in listed.parts["unet"].files
 
 
 def test_pixels_share_the_weights_file(xl: Made, sd: Made) -> None:

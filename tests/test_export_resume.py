@@ -78,7 +78,6 @@ def test_the_key_knows_what_changes_a_graph(checkpoint: Path, tmp_path: Path, mo
             "loras": (),
             "precision": Precision("fp32", "fp32"),
             "vae": "full",
-            "attention": False,
             "name": "x",
             **options,
         }
@@ -90,7 +89,7 @@ def test_the_key_knows_what_changes_a_graph(checkpoint: Path, tmp_path: Path, mo
     schedule = scheduled / "scheduler" / "scheduler_config.json"
     schedule.write_text(schedule.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
     keys = [
-        key(), key(random_weights=3), key(random_weights=4), key(attention=True), key(precision=Precision("fp32", "fp16")),
+        key(), key(random_weights=3), key(random_weights=4), key(precision=Precision("fp32", "fp16")),
         key(precision=Precision("fp16", "fp16")), key(loras=((files[0], 1.0),)), key(loras=((files[0], 0.5),)),
         key(loras=((files[1], 1.0),)), key(loras=((files[0], 1.0), (files[1], 1.0))),
         key(loras=((files[1], 1.0), (files[0], 1.0))), key(tiny_vae=checkpoint / "tiny"),

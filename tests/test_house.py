@@ -93,7 +93,7 @@ MAY_IMPORT = {
         "demo",
         "serve",
     },
-    "benchmarks": {"", "bench", "bundle", "cli", "engines", "export", "manifest", "models"},
+    "benchmarks": {"", "bench", "bundle", "cli", "engines", "errors", "export", "manifest", "models", "runtime"},
 }
 
 

@@ -141,6 +141,7 @@ def test_free_memory_as_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path
         "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\nSwapFree:  500 kB\nHugePages_Total: 0\n"
     )
     monkeypatch.setattr(memory, "_MEMINFO", told)
+    monkeypatch.setattr(memory, "_CGROUPS", ())
     assert memory.free_bytes() == 3500 * 1024
     told.write_text("MemFree: 10 kB\n")
     assert memory.free_bytes() is None
@@ -234,8 +235,12 @@ def test_tiles_leave_no_seam() -> None:
 
 def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(find_bundle("demo-vegart"), verify=False)
-    for low, limit in ((False, 1280), (True, 768)):
-        made = Decoder(Parts(bundle, "onnxruntime-cpu", None, low))
+    for engine, low, limit in (
+        ("onnxruntime-cpu", False, 896),
+        ("onnxruntime-cpu", True, 768),
+        ("openvino", False, 1280),
+    ):
+        made = Decoder(Parts(bundle, engine, None, low))
         tiled: list[int] = []
         monkeypatch.setattr(decoder, "decode_in_tiles", lambda latents, scale, decode: tiled.append(latents.shape[-1]))  # noqa: B023
         monkeypatch.setattr(made, "_decode", lambda engine, latents: np.zeros((len(latents), 8, 8, 3), np.uint8))

@@ -71,7 +71,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def export(case: Case, sources: dict[str, Path], out: Path) -> None:
     dtype, weights = case.precision
     options = ["--random-weights", "0", "--dtype", dtype, "--weights", weights, "-o", str(out)]
-    options += ["--tiny-vae", str(sources["tiny_vae"])] * case.tiny_vae + ["--attention"] * case.attention
+    options += ["--tiny-vae", str(sources["tiny_vae"])] * case.tiny_vae
     for lora in sorted((sources[case.kind].with_name(f"{case.kind}-loras")).iterdir()) if case.loras else ():
         options += ["--lora", f"{lora}:0.5"]
     assert main(["export", str(sources[case.kind]), *options]) == 0
@@ -81,12 +81,7 @@ def _parameters() -> list[Any]:
     """The ordinary cases, and all others where the full tests were asked for."""
     others = [case for case in product() if case not in CASES] if FULL else []
     full = [pytest.param(case, id=str(case), marks=pytest.mark.full) for case in others]
-    return [*(pytest.param(case, id=str(case), marks=_known_fault(case)) for case in CASES), *full]
-
-
-def _known_fault(case: Case) -> Any:
-    reason = "onnxruntime refuses the attention form of an integer graph: QuantizeLinear's output_dtype"
-    return pytest.mark.xfail(case.attention and case.precision[0] == "int8", reason=reason, strict=True)
+    return [*(pytest.param(case, id=str(case)) for case in CASES), *full]
 
 
 @pytest.fixture(scope="module", params=_parameters())
@@ -143,7 +138,7 @@ def test_the_table_has_every_pair_that_twelve_exports_can_have() -> None:
     assert {pair for pair in every - ours if not names_precision(pair)} == set()
     assert {case.precision for case in CASES} == {case.precision for case in product()}
     assert [sum(case.kind == kind for case in CASES) for kind in KINDS] == [3, 3, 3, 3]
-    assert len(set(product())) == 4 * (8 * 2 * 2 * 2 - 2 * 2)  # bf16 has no attention forms
+    assert len(set(product())) == 4 * 8 * 2 * 2
 
 
 def test_export_holds_what_was_asked_for(made: Made) -> None:
@@ -152,7 +147,7 @@ def test_export_holds_what_was_asked_for(made: Made) -> None:
     assert manifest is not None and (manifest.dtype, manifest.weights) == case.precision
     assert len(manifest.source.loras) == 3 * case.loras
     assert ("tiny_vae_decoder" in bundle.parts) == case.tiny_vae
-    assert bundle.has("unet/model.attention.onnx") == case.attention
+    assert bundle.has("unet/model.attention.onnx") == (case.precision[0] != "bf16")
     assert max(bundle.config("unet")["block_out_channels"]) == 1280
 
 
@@ -216,11 +211,11 @@ def test_weights_beyond_2_gb(tmp_path: Path) -> None:
         assert main(["export", "small-sd", "--random-weights", "0", "-o", str(out)]) == 0
         assert (out / "unet" / "model.onnx_data").stat().st_size > 2**31
         latents = {}
-        for engine in engines(Case("small", ("fp32", "fp32"), False, False, False)):
+        for engine in engines(Case("small", ("fp32", "fp32"), False, False)):
             assert verify(out, engine).ok
             result = drawn(out, engine)
             check_picture(result, SIDE)
             latents[engine] = result.latents
-        check_alike(Case("small", ("fp32", "fp32"), False, False, False), latents)
+        check_alike(Case("small", ("fp32", "fp32"), False, False), latents)
     finally:
         shutil.rmtree(out, ignore_errors=True)

@@ -70,10 +70,6 @@ def add(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the decoder pictures are made with: full (default; the tiny one goes beside it), or tiny, in its place",
     )
-    p.add_argument(
-        "--attention", action="store_true",
-        help="write a second form of each graph, for --engine onnxruntime-cuda: its attention takes less memory",
-    )  # fmt: skip
     p.add_argument("--name", help="the bundle's name; default: that of the model or of the folder")
     p.add_argument("--overwrite", action="store_true", help="replace BUNDLE where it exists")
     p.add_argument("--json", action="store_true", help="print the bundle, its parts, sizes and differences as JSON")
@@ -113,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     with bar(0) as shown:
         report = export_bundle(
             source, output, dtype=arguments.dtype, weights=arguments.weights, tiny_vae=tiny_vae,
-            vae=arguments.vae, attention=arguments.attention, progress=_progress(shown), overwrite=arguments.overwrite, **options,
+            vae=arguments.vae, progress=_progress(shown), overwrite=arguments.overwrite, **options,
         )  # fmt: skip
     if arguments.json:
         print(json.dumps(asdict(report), indent=2, default=str))

@@ -96,12 +96,8 @@ def _work(*words: str, env: Mapping[str, str] | None = None) -> Attempt:
 
 
 def _exports(model: str) -> tuple[Attempt, ...]:
-    """The second, where the machine shows less memory than it gives; the third, where Attention nodes are the fault."""
-    return (
-        _work("export", model, "--attention"),
-        _work("export", model, "--attention", "--any-memory"),
-        _work("export", model, "--any-memory"),
-    )
+    """The second, where the machine shows less memory than it gives."""
+    return _work("export", model), _work("export", model, "--any-memory")
 
 
 def _nvidia_libraries() -> str:

@@ -97,7 +97,7 @@ def _loaded() -> list[str]:
 
 
 def export(words: Sequence[str]) -> None:
-    """MODEL [--attention] [--any-memory]: fp16, random weights unless the model's are in the package.
+    """MODEL [--any-memory]: fp16, random weights unless the model's are in the package.
 
     --any-memory: whatever the system says is free; a virtual machine's memory may grow as it is used.
     """
@@ -115,7 +115,7 @@ def export(words: Sequence[str]) -> None:
     start = time.perf_counter()
     if main(command):
         raise SystemExit(f"export of {model} failed")
-    save({"seconds": round(time.perf_counter() - start, 1), "attention": "--attention" in more, "dtype": dtype})
+    save({"seconds": round(time.perf_counter() - start, 1), "dtype": dtype})
 
 
 def embedded(words: Sequence[str]) -> None:
@@ -208,7 +208,7 @@ def warm(words: Sequence[str]) -> None:
 
 
 def forms(words: Sequence[str]) -> None:
-    """MODEL SIZE: the U-Net with CUDA graphs and without, bound and not, plain and with Attention nodes, taking turns."""
+    """MODEL SIZE: the U-Net with CUDA graphs and without, bound and not, plain and with MultiHeadAttention nodes, taking turns."""
     model, size = words[0], int(words[1])
     with contextlib.ExitStack() as stack:
         sides = dict[str, Callable[[], Any]]()
