@@ -24,6 +24,7 @@ MODELS = (
 )  # segmind-vegart: segmind-vega's graphs, other numbers
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.needs(memory_gb=16, disk_gb=10),
     pytest.mark.skipif(not FOLDER, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full"),
 ]
 
