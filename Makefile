@@ -52,6 +52,7 @@ test-interop: env-test env-interop
 check: env-test
 	.venv-test/$(BIN)/ruff check .
 	.venv-test/$(BIN)/ruff format --check .
+	.venv-test/$(BIN)/mypy pins/environment.py pins/remake.py
 	$(PYTHON) -c "import shutil; shutil.rmtree('build/types', True)"
 	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --target build/types .
 	cd build/types && ../../.venv-test/$(BIN)/mypy --config-file ../../pyproject.toml --python-version 3.10 -p vega_edge

@@ -121,16 +121,15 @@ def digest(environment: Environment) -> str:
 
 def remove(folder: Path) -> None:
     """Remove an environment that was made here before. Anything else of that name is the user's own."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a removal that was interrupted
     if not folder.exists() and not folder.is_symlink():
         return
     ours = folder.is_dir() and (not any(folder.iterdir()) or any((folder / n).is_file() for n in (MARK, *OLD_STAMPS)))
     if not ours:
         raise Refused(f"{folder.name} was not made by make; move it away, so that it can be made")
-    for name in OLD_STAMPS:  # first: what is half removed is not to be trusted either
-        if (folder / name).exists():
-            (folder / name).unlink()
-    (folder / MARK).touch()
-    shutil.rmtree(folder)
+    folder.replace(old)  # what is half removed has another name, and is not taken for an environment
+    shutil.rmtree(old)
 
 
 def create(folder: Path, log: Any) -> None:
@@ -180,12 +179,11 @@ def reason(log: str, status: int) -> str:
     """Return why pip failed, from what it printed: what could not be fetched, or its own first error."""
     if "No space left on device" in log:
         return f"the disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free"
-    wanted = re.findall(r"No matching distribution found for (\S+)", log)
-    fetching = wanted or re.findall(r"after connection broken by .*: /simple/([\w.-]+)/", log)
-    cause = UNREACHABLE.search(log)
-    if cause:
-        return f"could not fetch {fetching[-1] if fetching else 'a package'}: no package index could be reached"
     errors = re.findall(r"(?mi)^\s*ERROR: (.*)", log)
+    wanted = re.findall(r"No matching distribution found for (\S+)", log)
+    silent = any(UNREACHABLE.search(e) for e in errors) or ("(from versions: none)" in log and UNREACHABLE.search(log))
+    if silent:
+        return f"could not fetch {wanted[-1] if wanted else 'a package'}: no package index could be reached"
     if wanted:
         return f"could not fetch {wanted[-1]}: no index has it for Python {sys.version_info[0]}.{sys.version_info[1]}"
     return errors[0].rstrip(".") if errors else f"pip ended with status {status}"

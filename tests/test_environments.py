@@ -304,6 +304,24 @@ def test_a_half_made_environment_is_made_again(
     assert len(creations) == 2 and not (root / ".venv-one" / "half").exists()
 
 
+def test_a_removal_that_was_interrupted_is_finished(
+    root: Path, creations: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment.make("one")
+
+    def stopped(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    (root / "pins" / "one.txt").write_text("# Made for Python 3.10 to 3.15\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(environment.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            environment.make("one")
+    environment.make("one")
+    assert len(creations) == 2 and [p.name for p in root.glob(".venv*")] == [".venv-one"]
+
+
 def test_an_environment_of_the_users_own_is_left_alone(root: Path, creations: list[Path]) -> None:
     own = root / ".venv-one" / "bin" / "activate"
     own.parent.mkdir(parents=True)
@@ -376,6 +394,11 @@ def test_what_pins_are_for_is_looked_at_first(root: Path, creations: list[Path])
             ("a package", "no package index could be reached"),
         ),
         ("ERROR: No matching distribution found for numpy==9\n", ("numpy==9", "no index has it for Python 3.")),
+        (
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(\"Read timed out.\")': /simple/x/\n"
+            "ERROR: Cannot install a and b because these package versions have conflicting dependencies.\n",
+            ("Cannot install a and b because",),
+        ),
         (
             "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n",
             ("disk is full", "GB"),
