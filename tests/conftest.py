@@ -111,6 +111,7 @@ def home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints of both kinds. Not to be changed: all tests share them."""
+    pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
     from .checkpoints import make_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -125,6 +126,7 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """exported(SOURCE, OPTION, ...): the bundle that `vega-edge export` makes of it, once. Not to be changed either."""
+    pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
     from vega_edge.cli import main
 
     root, done = tmp_path_factory.mktemp("exported"), dict[tuple[str, ...], Path]()
