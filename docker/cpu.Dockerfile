@@ -4,7 +4,8 @@
 FROM python:3.11-slim-bookworm AS build
 COPY . /src
 RUN python -m venv /opt/vega-edge \
-    && /opt/vega-edge/bin/pip install --no-cache-dir "/src[cpu,openvino,serve]"
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/main.txt --upgrade setuptools \
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/main.txt --no-build-isolation "/src[cpu,openvino,serve]"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/vega-edge /opt/vega-edge

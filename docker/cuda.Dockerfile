@@ -6,7 +6,8 @@
 FROM python:3.11-slim-bookworm AS build
 COPY . /src
 RUN python -m venv /opt/vega-edge \
-    && /opt/vega-edge/bin/pip install --no-cache-dir "/src[cuda,tensorrt-rtx,serve]"
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/main.txt --upgrade setuptools \
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/main.txt --no-build-isolation "/src[cuda,tensorrt-rtx,serve]"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/vega-edge /opt/vega-edge

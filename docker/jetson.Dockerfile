@@ -12,7 +12,8 @@ RUN apt-get update \
 COPY . /src
 # The system's packages are seen, because TensorRT's Python module is one of them.
 RUN python3 -m venv --system-site-packages /opt/vega-edge \
-    && /opt/vega-edge/bin/pip install --no-cache-dir "/src[jetson,serve]" \
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/jetson.txt --upgrade setuptools \
+    && /opt/vega-edge/bin/pip install --no-cache-dir -c /src/pins/jetson.txt --no-build-isolation "/src[jetson,serve]" \
     && install -m 755 /src/docker/jetson-start.sh /usr/local/bin/jetson-start && rm -rf /src \
     && useradd --uid 1000 --create-home --groups video vega && install -d -o vega -g vega /data /data/engines
 ENV PATH=/opt/vega-edge/bin:$PATH \

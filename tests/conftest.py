@@ -4,18 +4,80 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+EXPORT_GB = 2.0  # of memory, and of disk: what a test that exports a tiny checkpoint may take
+# What a test was skipped for want of, by its reason; the first that is found counts.
+WANTS = (
+    (r"GB of (memory|disk)", "memory or disk"),
+    (r"Chromium|playwright", "a browser"),
+    (r"axios", "npm's axios"),
+    (r"test-interop", "optimum (make test-interop)"),
+    (r"test-full|full-size", "full-size models (make test-full)"),
+    (r"NVIDIA|GPU|CUDA|cuda|sm_\d", "an NVIDIA GPU"),
+    (r"bf16|VNNI|AMX", "instructions of the CPU"),
+    (r"not installed|could not import|\bneeds torch\b|No module named", "a package"),
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped, with the reason, where there is none")
     config.addinivalue_line("markers", "full: needs full-size bundles and gigabytes of memory; part of make test-full")
+    config.addinivalue_line(
+        "markers",
+        "needs(memory_gb=0, disk_gb=0): free memory, and free disk for temporary files; skipped, with the figure",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"exported", "checkpoints"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.needs(memory_gb=EXPORT_GB, disk_gb=EXPORT_GB))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        if missing := too_little(**marker.kwargs):
+            pytest.skip(missing)
+
+
+def too_little(memory_gb: float = 0, disk_gb: float = 0) -> str | None:
+    """Return what this machine has too little of at the moment, with the figures. None if there is enough."""
+    from vega_edge.runtime.memory import free_bytes
+
+    folder = tempfile.gettempdir()
+    free = {"memory": free_bytes(), f"disk in {folder}": shutil.disk_usage(folder).free}
+    for (name, have), want in zip(free.items(), (memory_gb, disk_gb), strict=True):
+        if have is not None and have < want * 1e9:
+            return f"needs {want:g} GB of {name}, {have / 1e9:.1f} GB are free"
+    return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+    """Print one line on what was skipped, after pytest's own list and before its last line."""
+    yield
+    reports = terminalreporter.stats.get("skipped", ())
+    if line := skips_in_one_line(r.longrepr[2] if isinstance(r.longrepr, tuple) else str(r.longrepr) for r in reports):
+        terminalreporter.write_line(line)
+
+
+def skips_in_one_line(reasons: Iterable[str]) -> str | None:
+    """Return how many tests were skipped for want of what. A file that is skipped counts as one."""
+    counts = Counter(next((want for pattern, want in WANTS if re.search(pattern, r)), "") for r in reasons)
+    others = counts.pop("", 0)
+    parts = [f"{count} for want of {want}" for want, count in counts.most_common()]
+    parts += [f"{others} for another reason"] if others else []
+    return f"Skipped: {', '.join(parts)}." if parts else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +111,7 @@ def home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints of both kinds. Not to be changed: all tests share them."""
+    pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
     from .checkpoints import make_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -63,6 +126,7 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """exported(SOURCE, OPTION, ...): the bundle that `vega-edge export` makes of it, once. Not to be changed either."""
+    pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
     from vega_edge.cli import main
 
     root, done = tmp_path_factory.mktemp("exported"), dict[tuple[str, ...], Path]()

@@ -192,6 +192,7 @@ def test_an_engine_with_a_lora_is_measured_beside_the_one_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    pytest.importorskip("psutil", reason="what a build takes is measured with psutil (the export extra)")
     from vega_edge.bench import engines
 
     engines.main(["demo-vegart", "--lora-rank", "4", "-o", str(tmp_path / "engines.json")])

@@ -21,13 +21,10 @@ torch = pytest.importorskip("torch")
 
 import onnx  # noqa: E402
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya  # noqa: E402
-from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
+from vega_edge.bench.lora import TARGETS  # noqa: E402
 from vega_edge.bundle import Bundle  # noqa: E402
-from vega_edge.demo.train.distill import TARGETS  # noqa: E402
 from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import CheckpointError  # noqa: E402
 from vega_edge.export import ExportReport, Progress, export_bundle, format_report  # noqa: E402
@@ -36,9 +33,10 @@ from vega_edge.export.parts import load_packed  # noqa: E402
 from vega_edge.lora import match_lora, read_lora  # noqa: E402
 from vega_edge.manifest import attention_form, plain_form  # noqa: E402
 
+from .lora_files import STYLES, write_loras  # noqa: E402
+
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 RANK, ALPHA, STRENGTH = 4, 10, 0.8
-STYLES = ("kohya", "peft", "diffusers")
 
 
 class Made(NamedTuple):
@@ -60,34 +58,11 @@ def pipeline(source: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def loras(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One LoRA over all 14 kinds of modules and both text encoders, alpha unlike rank, in three spellings by diffusers.
-
-    diffusers has no place for alpha in its own old spelling, so there it is as if alpha were the rank.
-    """
-    torch.manual_seed(1)
-    pipe = pipeline(checkpoints["xl"])
-    layers, metadata = {}, {}
-    for part, targets in (("unet", TARGETS), ("text_encoder", CLIP_TARGETS), ("text_encoder_2", CLIP_TARGETS)):
-        module = getattr(pipe, part)
-        module.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False))
-        layers[f"{part}_lora_layers"] = {k: v * 0.3 for k, v in get_peft_model_state_dict(module).items()}
-        metadata[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-    folder = tmp_path_factory.mktemp("loras")
-    paths = {style: folder / f"{style}.safetensors" for style in STYLES}
-    pipe.save_lora_weights(folder, weight_name=paths["peft"].name, **layers, **metadata)
-    states = load_file(paths["peft"])
-    kohya = {
-        k: torch.tensor(float(ALPHA)) if k.endswith(".alpha") else v
-        for k, v in convert_state_dict_to_kohya(dict(states)).items()
-    }
-    save_file(kohya, paths["kohya"], {"format": "pt"})
-    save_file({_old_key(k): v for k, v in states.items()}, paths["diffusers"], {"format": "pt"})
-    return paths
-
-
-def _old_key(key: str) -> str:
-    lora = "lora" if key.startswith("unet.") else "lora_linear_layer"
-    return key.replace("lora_A.", f"{lora}.down.").replace("lora_B.", f"{lora}.up.")
+    """One LoRA over all 14 kinds of modules and both text encoders, alpha unlike rank, in three spellings."""
+    targets = {"unet": TARGETS, "text_encoder": CLIP_TARGETS, "text_encoder_2": CLIP_TARGETS}
+    checkpoint = open_checkpoint(checkpoints["xl"])
+    shapes = {part: checkpoint.weight_shapes(part) for part in targets}
+    return write_loras(tmp_path_factory.mktemp("loras"), shapes, targets, RANK, ALPHA)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytest.importorskip("psutil", reason="exports need psutil (the export extra)")
+
 from vega_edge.bench.engines import measure
 
 FOLDER = os.environ.get("VEGA_EDGE_FULL_BUNDLES", "")
@@ -19,9 +22,9 @@ MODELS = (
     "segmind-vega",
     "sdxl-lightning",
 )  # segmind-vegart: segmind-vega's graphs, other numbers
-pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.needs(memory_gb=16, disk_gb=10),
     pytest.mark.skipif(not FOLDER, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full"),
 ]
 

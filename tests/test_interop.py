@@ -1,7 +1,7 @@
 """With optimum-onnx: its exports open here, ours open there, and the pictures are the same. `make test-interop`.
 
 optimum-onnx 0.1.0 needs a transformers older than ours, so it lives in an environment of its own, whose interpreter is
-named by VEGA_EDGE_OPTIMUM_PYTHON (`python -m tests.make_interop FOLDER` makes one). Skipped where that is not set.
+named by VEGA_EDGE_OPTIMUM_PYTHON (`make env-interop` makes one). Skipped where that is not set.
 """
 
 from __future__ import annotations

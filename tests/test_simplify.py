@@ -6,9 +6,12 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
+
+pytest.importorskip("onnxscript", reason="exports need onnxscript (the export extra)")
+
 import onnx
 import onnx_ir as ir
-import pytest
 from onnx import TensorProto, helper
 from onnxscript import optimizer
 

@@ -963,6 +963,7 @@ def test_a_lora_is_a_plan_of_its_own(built, embedded):
 
 
 def test_build_with_a_lora_on_the_command_line(built, embedded, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("safetensors", reason="the LoRA is written with safetensors (the export extra)")
     file, folder = tmp_path / "style.safetensors", str(embedded.path)
     random_lora(embedded, file, rank=2)
     command = ["build", folder, "--engine", "tensorrt-rtx", "--part", "unet", "--lora", f"{file}:0.5"]
