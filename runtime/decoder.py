@@ -97,18 +97,18 @@ class Decoder:
     def load(self) -> None:
         self._part.load()
 
-    def pixels(self, latents: NDArray[np.float32], tiled: bool | None = None) -> NDArray[np.uint8]:
+    def pixels(self, latents: NDArray[np.float32], tiled: bool = True) -> NDArray[np.uint8]:
         """float32 latents [n, c, h, w] as the network sees them -> sRGB uint8 [n, height, width, 3].
 
-        tiled: None decides by size; see `Tiling`.
+        tiled: whether a large image is cut into tiles; see `Tiling`.
         """
         if not np.isfinite(latents).all():
             raise NotFiniteError(f"{self._engine_name}: the last step's latents are not finite; fewer steps may help")
-        if tiled is None:
-            tiled = max(latents.shape[-2:]) * self.scale > TILING.whole_px(self._engine_name, self._low_memory)
+        height, width = (side * self.scale for side in latents.shape[-2:])
+        tile = TILING.tile(self._engine_name, self._low_memory, height, width) if tiled else None
         with self._part.running() as engine:
-            if tiled:
-                return decode_in_tiles(latents, self.scale, lambda tile: self._decode(engine, tile))
+            if tile:
+                return decode_in_tiles(latents, self.scale, lambda part: self._decode(engine, part), tile)
             if self._low_memory or runs_on_cpu(self._engine_name):  # a batch is no faster there, and takes its multiple
                 return np.concatenate([self._decode(engine, one[None]) for one in latents])
             return self._decode(engine, latents)

@@ -133,8 +133,8 @@ class Footprint:
         return float(values * self.costs.width)
 
     def _decoder_bytes(self, drawing: Drawing) -> float:
-        tiled = max(drawing.width, drawing.height) > TILING.whole_px(self.engine, self.low)
-        width, height = (min(side, TILING.side) if tiled else side for side in (drawing.width, drawing.height))
+        tiled = TILING.tile(self.engine, self.low, drawing.height, drawing.width)
+        height, width = map(min, tiled or (drawing.height, drawing.width), (drawing.height, drawing.width))
         values = self.costs.decoder * width * height * _decoder_floats(self.vae, self.tiny)
         if not self.tiles and not self.tiny:
             scale = 2 ** (len(_channels(self.vae)) - 1)

@@ -11,20 +11,24 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tiling import TILING
+from ..tiling import OVERLAP, TILING
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
-_OVERLAP = 0.25  # of a tile
 
 
 def decode_in_tiles(
-    latents: NDArray[np.float32], scale: int, decode: Decode, tile_px: int = TILING.side
+    latents: NDArray[np.float32],
+    scale: int,
+    decode: Decode,
+    tile_px: tuple[int, int] = (TILING.side, TILING.side),
 ) -> NDArray[np.uint8]:
-    """Latents [n, c, h, w] -> pixels uint8 [n, h * scale, w * scale, 3]; `decode` gets tiles [1, c, th, tw]."""
+    """Latents [n, c, h, w] -> pixels uint8 [n, h * scale, w * scale, 3]; `decode` gets tiles [1, c, th, tw].
+
+    tile_px: a tile's height and width.
+    """
     n, _, h, w = latents.shape
-    tile = max(tile_px // scale, 1)
-    rows, columns = _starts(h, tile), _starts(w, tile)
-    high, wide = min(h, tile), min(w, tile)
+    high, wide = (min(side, max(px // scale, 1)) for side, px in zip((h, w), tile_px, strict=True))
+    rows, columns = _starts(h, high), _starts(w, wide)
     out = np.zeros((n, h * scale, w * scale, 3), np.float32)
     for i in range(n):
         for y, up in zip(rows, _ramps(rows, high, scale), strict=True):
@@ -39,7 +43,7 @@ def _starts(length: int, tile: int) -> list[int]:
     """Where tiles begin: as few as cover it with the overlap, evenly spread."""
     if length <= tile:
         return [0]
-    count = 1 + -(-(length - tile) // max(int(tile * (1 - _OVERLAP)), 1))
+    count = 1 + -(-(length - tile) // max(int(tile * (1 - OVERLAP)), 1))
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 

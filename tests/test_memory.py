@@ -27,6 +27,7 @@ from vega_edge.runtime.parts import Part, Parts, cache_folder
 from vega_edge.runtime.patches import Patches
 from vega_edge.runtime.pipeline import Pipeline
 from vega_edge.runtime.tiles import decode_in_tiles
+from vega_edge.tiling import TILING
 
 STAR = "a big red star on a blue background"
 OPTIONS: dict[str, Any] = {"steps": 2, "seed": 7, "guidance": 2.0, "samples": 2}
@@ -242,11 +243,37 @@ def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) ->
     ):
         made = Decoder(Parts(bundle, engine, None, low))
         tiled: list[int] = []
-        monkeypatch.setattr(decoder, "decode_in_tiles", lambda latents, scale, decode: tiled.append(latents.shape[-1]))  # noqa: B023
+        monkeypatch.setattr(decoder, "decode_in_tiles", lambda latents, *_: tiled.append(latents.shape[-1]))  # noqa: B023
         monkeypatch.setattr(made, "_decode", lambda engine, latents: np.zeros((len(latents), 8, 8, 3), np.uint8))
         for side in (limit // 8, limit // 8 + 8):
             made.pixels(np.zeros((1, 4, side, side), np.float32))
         assert tiled == [limit // 8 + 8]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tile"),
+    [
+        (896, 896, None),
+        (768, 1040, None),  # fewer pixels than 896x896
+        (1024, 1024, (592, 1024)),
+        (1024, 1536, (1024, 624)),
+        (1344, 768, (768, 768)),
+        (2048, 2048, (384, 2048)),
+    ],
+)
+def test_bands_of_a_large_picture(height: int, width: int, tile: tuple[int, int] | None) -> None:
+    """On onnxruntime's CPU provider: as few as take no more memory than 896x896 px, an eighth to a half more work."""
+    assert TILING.tile("onnxruntime-cpu", False, height, width) == tile
+    if tile:
+        decoded: list[int] = []
+
+        def decode(part: np.ndarray) -> np.ndarray:
+            decoded.append(part.shape[2] * part.shape[3] * 64)
+            return np.zeros((1, part.shape[2] * 8, part.shape[3] * 8, 3), np.uint8)
+
+        decode_in_tiles(np.zeros((1, 4, height // 8, width // 8), np.float32), 8, decode, tile)
+        assert max(decoded) <= 896**2
+        assert sum(decoded) < 1.5 * height * width
 
 
 # -- what is kept of compiling ----------------------------------------------------------------------------------------
