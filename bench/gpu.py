@@ -144,7 +144,7 @@ def _beside(
 
 def _cuda_graphs(pipe: Pipeline) -> dict[str, int | None]:
     """Of each engine that is open, how many it has captured so far: one that can't be captured runs on without, slower."""
-    engines: list[Any] = [part._engine for part in pipe._parts._made if part._engine is not None]
+    engines: list[Any] = [part._engine for part in pipe._parts._made.values() if part._engine is not None]
     return {engine._label.split(", ")[1]: captured(engine) for engine in engines}
 
 
