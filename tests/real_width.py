@@ -1,8 +1,8 @@
 """Shallow networks of the models' real widths, and the table of exports that are made of them.
 
 The miniatures hide what depends on size: a bias of 1,280 numbers, a kernel of millions, 20 heads of 64. These networks
-have the models' own channels, text widths, heads and autoencoders, with one layer a level, attention on one level, two
-layers of text encoder and a small vocabulary. Their weights are made up by `--random-weights`, so no file holds them.
+have the models' own channels, text widths, heads and autoencoders (the full one or the tiny one), with one layer a level,
+attention on one level, two layers of text encoder and a small vocabulary. Their weights are made up by `--random-weights`, so no file holds them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from .checkpoints import END, edit, write_tokenizer
 # kind -> architecture, and the level (0: 320 channels, 1: 640, 2: 1,280) that has attention; middle blocks keep theirs
 KINDS = {"vega": ("segmind-vega", 2), "sdxl": ("sdxl", 1), "small": ("small-sd", 0), "tiny": ("tiny-sd", 1)}
 CHANNELS = (320, 640, 1280)
+NARROW = (32, 32, 64, 64)  # an autoencoder's, where the tiny one is in question
 SPELLINGS = ("kohya", "peft", "diffusers")
 RANK, ALPHA = 4, 10
-ORDINARY = 12  # exports in the ordinary tests; the others are for make test-full
+ORDINARY = 8  # exports in the ordinary tests; the others are for make test-full
 
 
 class Case(NamedTuple):
@@ -44,6 +45,11 @@ class Case(NamedTuple):
         return "-".join([self.kind, *self.precision, *options])
 
     @property
+    def source(self) -> str:
+        """The checkpoint: of the two autoencoders, one is of the real width."""
+        return f"{self.kind}-narrow" if self.tiny_vae else self.kind
+
+    @property
     def pairs(self) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
         return set(itertools.combinations(enumerate(self), 2))
 
@@ -57,8 +63,8 @@ def ordinary() -> list[Case]:
     """Those of the ordinary tests, chosen one after the other: the kinds in turn, each with a precision that none before it
     has while there is one, and with the most new pairs.
 
-    Eight precisions with four kinds are 32 pairs, and an export has one of them; so twelve have every pair of the other
-    options, every precision, and of the pairs with a precision as many as there is room for.
+    Eight precisions with four kinds are 32 pairs, and an export has one of them. So these have every precision, every
+    pair of the other options, and of the pairs with a precision as many as there is room for.
     """
     chosen: list[Case] = []
     seen: set[Any] = set()
@@ -74,7 +80,7 @@ def names_precision(pair: tuple[tuple[int, Any], tuple[int, Any]]) -> bool:
     return Case._fields.index("precision") in (pair[0][0], pair[1][0])
 
 
-def shallow(kind: str, folder: Path) -> Path:
+def shallow(kind: str, folder: Path, wide_vae: bool = True) -> Path:
     """A diffusers folder without weights, for `vega-edge export FOLDER --random-weights SEED`."""
     from vega_edge.export.skeleton import skeleton_folder
 
@@ -97,7 +103,7 @@ def shallow(kind: str, folder: Path) -> Path:
             shutil.rmtree(tokenizer)
             size = write_tokenizer(tokenizer, "!" if part.endswith("_2") else END)
             edit(folder / part / "config.json", num_hidden_layers=2, vocab_size=size)
-    edit(folder / "vae" / "config.json", layers_per_block=1)
+    edit(folder / "vae" / "config.json", layers_per_block=1, **({} if wide_vae else {"block_out_channels": NARROW}))
     assert wide in (768, 768 + 1280)
     return folder
 
