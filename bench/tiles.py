@@ -40,7 +40,9 @@ def latents_of(pipe: Pipeline, size: int) -> NDArray[np.float32]:
 def compare(decoder: Decoder, latents: NDArray[np.float32], tile_px: int) -> dict[str, float]:
     whole = decoder.pixels(latents, tiled=False).astype(np.float64)
     scale = decoder.scale
-    tiled = decode_in_tiles(latents, scale, lambda t: decoder.pixels(t, tiled=False), (tile_px, tile_px)).astype(np.float64)
+    tiled = decode_in_tiles(latents, scale, lambda t: decoder.pixels(t, tiled=False), (tile_px, tile_px)).astype(
+        np.float64
+    )
     error = tiled - whole
     tile = tile_px // scale
     starts = _starts(latents.shape[-1], tile)

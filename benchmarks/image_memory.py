@@ -1,6 +1,6 @@
 """Peak memory of drawing one image, measured and estimated, for recipes, sizes and engines.
 
-    python -m vega_edge.benchmarks.image_memory BUNDLE... [--engines NAME ...] [--sizes PX ...] [--memory low]
+    python -m benchmarks.image_memory BUNDLE... [--engines NAME ...] [--sizes PX ...] [--memory low]
         -o benchmarks/results/image-memory.json
 
 Each row is a process of its own, one guided image in two steps. `opened_gb`: resident memory once the pipeline is open;
@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..bench.machine import facts, markdown
-from ..bundle import Bundle
-from ..engines import available
-from ..runtime.footprint import Drawing, Footprint
+from vega_edge.bench.machine import facts, markdown
+from vega_edge.bundle import Bundle
+from vega_edge.engines import available
+from vega_edge.runtime.footprint import Drawing, Footprint
 
 GUIDANCE = 1.5  # any above 1 evaluates two samples
 
@@ -58,7 +58,7 @@ def measure(bundle: Path, engine: str, side: int, memory: str) -> dict[str, Any]
     command = [
         sys.executable,
         "-m",
-        "vega_edge.benchmarks.image_memory",
+        "benchmarks.image_memory",
         "--one",
         engine,
         str(side),
