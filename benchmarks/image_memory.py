@@ -34,7 +34,7 @@ def status_gb(key: str) -> float:
 
 def one(bundle: str, engine: str, side: int, memory: str) -> dict[str, float]:
     """In this process."""
-    from ..runtime.pipeline import Pipeline
+    from vega_edge.runtime.pipeline import Pipeline
 
     start = time.perf_counter()
     with Pipeline.open(bundle, engine, verify=False, memory=memory) as pipe:
