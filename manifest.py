@@ -20,7 +20,7 @@ FORMAT = 1
 INDEX = "model_index.json"
 AGAIN = "copy or export the bundle again"  # what to do about a damaged one
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
-_ATTENTION = ".attention.onnx"
+_ATTENTION = ".mha.onnx"
 ROOT_PART = "config"  # the part of the files that lie in no subfolder
 
 
@@ -182,7 +182,7 @@ def part_of(file: str) -> str:
 
 
 def attention_form(file: str) -> str:
-    """Return the name of the second graph of `file`, for onnxruntime: 'unet/model.attention.onnx'. See `export/attention.py`."""
+    """Return the name of the second graph of `file`, for onnxruntime: 'unet/model.mha.onnx'. See `export/attention.py`."""
     return file.removesuffix(".onnx") + _ATTENTION
 
 

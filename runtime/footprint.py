@@ -55,7 +55,6 @@ class Drawing:
     samples: int = 1
     guided: bool = True
     image: bool = False
-    tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Footprint:
         batch = drawing.samples * (_GUIDED if drawing.guided else 1)
         values = self.costs.unet * batch * pixels * _unet_floats(self.unet)
         if not self.tiles:
-            values += self.costs.scores * batch * scores(self.unet, pixels, drawing.tokens)
+            values += self.costs.scores * batch * scores(self.unet, pixels, TOKENS)
         return float(values * self.costs.width)
 
     def _decoder_bytes(self, drawing: Drawing) -> float:

@@ -15,9 +15,9 @@ _log = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # bytes; version 1 writes nearly 2**63 if there is none
-_CGROUPS = (  # limit, usage, name of the reclaimable file pages in memory.stat
-    (_CGROUP / "memory.max", _CGROUP / "memory.current", "inactive_file"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_inactive_file"),
+_CGROUPS = (  # limit, usage, prefix of the counts of file pages in memory.stat
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", ""),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_"),
 )
 # Peak memory over the size of the graphs' files while a session is opened. In fp16 as bench/memory.py measured it on
 # Vega's U-Net, with --memory low before anything is prepared; the others are estimates.
@@ -68,15 +68,16 @@ def free_bytes() -> int | None:
 def _container_free_bytes() -> int | None:
     """Version 2 of Linux's control groups, then version 1; a limit that is not set is "max", or larger than any memory.
 
-    File pages that were not used lately are counted as free: the kernel takes them back before it refuses memory.
+    File pages are counted as free, mapped weights among them: the kernel takes them back before it refuses memory.
     """
-    for limit, usage, inactive in _CGROUPS:
+    for limit, usage, prefix in _CGROUPS:
         try:
             allowed, used = int(limit.read_text()), int(usage.read_text())
             if allowed >= _NO_LIMIT:
                 continue
             stat = dict(line.split() for line in usage.with_name("memory.stat").read_text().splitlines())
-            return max(allowed - used + int(stat.get(inactive, 0)), 0)
+            pages = sum(int(stat.get(f"{prefix}{kind}", 0)) for kind in ("inactive_file", "active_file"))
+            return max(allowed - used + pages, 0)
         except (OSError, ValueError):  # no such version here, or "max"
             continue
     return None

@@ -111,7 +111,7 @@ class Parts:
         if self.bundle.has(fused) and takes_attention(self.engine):
             path = self.bundle.file(fused)
         return open_engine(
-            path, self.engine, cache=self.cache, identity=self._identity(file), weights=weights,
+            path, self.engine, cache=self.cache, identity=self._identity(file, path.name), weights=weights,
             low_memory=self.low_memory, device=self.device, cache_needs=self._cache_needs,
         )  # fmt: skip
 
@@ -125,14 +125,17 @@ class Parts:
             sizes[part_of(file)] = max(sizes.get(part_of(file), 0), compiled.prepared_bytes(self.bundle.file(file)))
         return int(1.1 * sum(sizes.values()))
 
-    def _identity(self, file: str) -> str:
-        """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest."""
+    def _identity(self, file: str, opened: str) -> str:
+        """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest.
+
+        opened: the name of the graph that is opened, of the two forms.
+        """
         part = part_of(file)
         if self.bundle.manifest is None:
             return ""
         hashes = [f"{name} {entry.sha256}" for name, entry in self.bundle.manifest.parts[part].files.items()]
         patched = self.patches.key if self.patches and part in self.patches.parts else ""
-        return "\n".join([file, *sorted(hashes), patched])
+        return "\n".join([file, opened, *sorted(hashes), patched])
 
     def close(self) -> None:
         for part in self._made.values():

@@ -85,7 +85,7 @@ def test_one_node_that_computes_the_same(tmp_path: Path) -> None:
     onnx.save(attention(), path)
     before = path.read_bytes()
     made = save_attention(path)
-    assert made == path.with_name("model.attention.onnx") and path.read_bytes() == before
+    assert made == path.with_name("model.mha.onnx") and path.read_bytes() == before
     model = onnx.load(made)
     onnx.checker.check_model(model, full_check=True)
     (node,) = model.graph.node
@@ -180,7 +180,7 @@ def test_the_prepared_graph_of_little_memory_has_the_same_form(unet: Path, tmp_p
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """unet with both forms, vae_decoder with one."""
-    for file in ("model_index.json", "unet/model.onnx", "unet/model.attention.onnx", "vae_decoder/model.onnx"):
+    for file in ("model_index.json", "unet/model.onnx", "unet/model.mha.onnx", "vae_decoder/model.onnx"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("{}")
     listed = {part: Part(describe_files(tmp_path, part)) for part in ("config", "unet", "vae_decoder")}
@@ -204,8 +204,8 @@ def opened(bundle: Bundle, engine: str, file: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("engine", "file", "given"),
     [
-        ("onnxruntime-cpu", "unet/model.onnx", "unet/model.attention.onnx"),
-        ("onnxruntime-cuda", "unet/model.onnx", "unet/model.attention.onnx"),
+        ("onnxruntime-cpu", "unet/model.onnx", "unet/model.mha.onnx"),
+        ("onnxruntime-cuda", "unet/model.onnx", "unet/model.mha.onnx"),
         ("onnxruntime-cpu", "vae_decoder/model.onnx", "vae_decoder/model.onnx"),  # has no other
         ("onnxruntime-tensorrt", "unet/model.onnx", "unet/model.onnx"),
         ("openvino", "unet/model.onnx", "unet/model.onnx"),
@@ -219,13 +219,13 @@ def test_which_engine_is_given_it(
 
 
 def test_one_that_the_manifest_does_not_list_is_not_opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bundle.path / "vae_decoder" / "model.attention.onnx").write_text("from elsewhere")
+    (bundle.path / "vae_decoder" / "model.mha.onnx").write_text("from elsewhere")
     assert opened(bundle, "onnxruntime-cuda", "vae_decoder/model.onnx", monkeypatch) == "vae_decoder/model.onnx"
 
 
 def test_names() -> None:
-    assert attention_form("vae_decoder/pixels.onnx") == "vae_decoder/pixels.attention.onnx"
-    assert plain_form("vae_decoder/pixels.attention.onnx") == plain_form("vae_decoder/pixels.onnx")
+    assert attention_form("vae_decoder/pixels.onnx") == "vae_decoder/pixels.mha.onnx"
+    assert plain_form("vae_decoder/pixels.mha.onnx") == plain_form("vae_decoder/pixels.onnx")
     assert not takes_attention("openvino")
 
 

@@ -193,9 +193,9 @@ def test_bundle_holds_what_it_should(xl: Made, loras: dict[str, Path], checkpoin
         "tokenizer_2": tokenizer,
         "text_encoder": graph,
         "text_encoder_2": graph,
-        "unet": graph | {"model.attention.onnx"},
-        "vae_encoder": graph | {"model.attention.onnx"},
-        "vae_decoder": graph | {"model.attention.onnx", "pixels.onnx", "pixels.attention.onnx"},
+        "unet": graph | {"model.mha.onnx"},
+        "vae_encoder": graph | {"model.mha.onnx"},
+        "vae_decoder": graph | {"model.mha.onnx", "pixels.onnx", "pixels.mha.onnx"},
     }
     for file in (
         "model_index.json",
@@ -329,7 +329,7 @@ def test_attention_forms_share_the_weights_and_are_listed(xl: Made, sd: Made) ->
         stored, shared = ([i for i in m.graph.initializer if i.external_data] for m in (plain[name], model))
         assert shared == stored
     listed = sd.bundle.manifest
-    assert listed is not None and "unet/model.attention.onnx" in listed.parts["unet"].files
+    assert listed is not None and "unet/model.mha.onnx" in listed.parts["unet"].files
 
 
 def test_pixels_share_the_weights_file(xl: Made, sd: Made) -> None:

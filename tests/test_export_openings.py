@@ -35,10 +35,10 @@ def write(path: Path, op: str, domain: str = "") -> None:
 
 
 def test_every_graph_of_the_part_is_opened(tmp_path: Path) -> None:
-    for name in ("model.onnx", "pixels.onnx", "pixels.attention.onnx"):
+    for name in ("model.onnx", "pixels.onnx", "pixels.mha.onnx"):
         write(tmp_path / name, "Neg")
     check_opens("vae_decoder", tmp_path, FP32)
-    for name in ("model.onnx", "pixels.onnx", "pixels.attention.onnx"):
+    for name in ("model.onnx", "pixels.onnx", "pixels.mha.onnx"):
         write(tmp_path / name, "Neg", "nowhere")
         with pytest.raises(ExportError, match=rf"^vae_decoder: .*{re.escape(name)}.* onnxruntime-cpu"):
             check_opens("vae_decoder", tmp_path, FP32)
@@ -47,7 +47,7 @@ def test_every_graph_of_the_part_is_opened(tmp_path: Path) -> None:
 
 @openvino
 def test_on_each_engine_that_it_is_for(tmp_path: Path) -> None:
-    write(tmp_path / "model.attention.onnx", "SampleOp", "com.microsoft")  # onnxruntime alone has it
+    write(tmp_path / "model.mha.onnx", "SampleOp", "com.microsoft")  # onnxruntime alone has it
     check_opens("unet", tmp_path, FP32)  # attention forms are for onnxruntime only
     write(tmp_path / "model.onnx", "SampleOp", "com.microsoft")
     with pytest.raises(ExportError, match=r"engine openvino can't open"):
@@ -72,7 +72,7 @@ def test_what_an_engine_would_refuse_is_refused(opset: int, tmp_path: Path) -> N
     ends += [helper.make_tensor_value_info("9", TensorProto.FLOAT, ["batch", 7, 4, 4])]
     values = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], values)
-    path = tmp_path / "model.attention.onnx"
+    path = tmp_path / "model.mha.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
     try:
         open_engine(path, "onnxruntime-cpu", threads=1).close()
@@ -89,7 +89,7 @@ def test_what_an_engine_would_refuse_is_refused(opset: int, tmp_path: Path) -> N
         ("model.onnx", FP32, LIBRARIES),
         ("model.onnx", Precision("int8", "int8"), LIBRARIES),
         ("model.onnx", BF16, {k: v for k, v in LIBRARIES.items() if k != "onnxruntime"}),  # it has no bf16 convolution
-        ("pixels.attention.onnx", FP32, {"onnxruntime": "onnxruntime-cpu"}),
+        ("pixels.mha.onnx", FP32, {"onnxruntime": "onnxruntime-cpu"}),
     ],
 )
 def test_which_engines_those_are(file: str, precision: Precision, wanted: dict[str, str]) -> None:

@@ -201,11 +201,11 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     meminfo.write_text("MemAvailable: 3000000 kB\nSwapFree: 0 kB\n")
     monkeypatch.setattr(memory, "_MEMINFO", meminfo)
     limit, usage = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "_CGROUPS", ((limit, usage, "inactive_file"),))
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, usage, ""),))
     system = 3_000_000 * 1024
     assert memory.free_bytes() == system  # no control group
     usage.write_text("700000000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000000\ninactive_file 100000000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000000\ninactive_file 60000000\nactive_file 40000000\n")
     for text, free in (
         ("max\n", system),
         ("1000000000\n", 400_000_000),

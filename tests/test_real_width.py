@@ -148,7 +148,7 @@ def test_export_holds_what_was_asked_for(made: Made) -> None:
     assert manifest is not None and (manifest.dtype, manifest.weights) == case.precision
     assert len(manifest.source.loras) == 3 * case.loras
     assert ("tiny_vae_decoder" in bundle.parts) == case.tiny_vae
-    assert bundle.has("unet/model.attention.onnx") == (case.precision[0] != "bf16")
+    assert bundle.has("unet/model.mha.onnx") == (case.precision[0] != "bf16")
     assert max(bundle.config("unet")["block_out_channels"]) == 1280
 
 

@@ -258,6 +258,7 @@ def test_what_is_compiled_is_kept_where_it_just_fits(
     size: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setenv("VEGA_EDGE_CACHE_GB", "1")
     assert compiled.has_room(tmp_path / "cache" / "engine" / "entry", size) == fits
 
 
