@@ -82,7 +82,7 @@ def watched(
         command = ["strace", *_OPTIONS, "-e", f"trace={_CALLS}", "-o", str(log), *command]
     else:
         hook = folder.parent / f"{folder.name}-hook"
-        hook.mkdir()
+        hook.mkdir(exist_ok=True)
         (hook / "sitecustomize.py").write_text(_HOOK, encoding="utf-8")
         paths = [str(hook), *filter(None, [env.get("PYTHONPATH")])]
         env |= {"WATCHED_LOG": str(log), "PYTHONPATH": os.pathsep.join(paths)}
