@@ -223,6 +223,18 @@ def test_what_an_attempt_needed_holds_for_the_steps_after_it(tmp_path):
     assert run(tmp_path, step("b", probe))[2:] == [("b", "ok")]  # in another command too
 
 
+def test_a_stand_in_is_replaced_when_it_can_be(tmp_path):
+    """The miniature, begun in the background before onnxruntime has come, is the embedded bundle; then it is exported."""
+    wanted = "import pathlib, sys; sys.exit(not pathlib.Path('has-come').exists())"
+    instead = "import os; open(os.environ['GPU_KIT_RESULT'], 'w').write('{\"embedded\": true}')"
+    miniature = step("a", wanted, instead)
+    assert run(tmp_path, miniature) == [("a", "failed"), ("a", "ok")]
+    assert run(tmp_path, miniature)[2:] == [("a", "failed"), ("a", "ok")]
+    (tmp_path / "work" / "has-come").touch()
+    assert run(tmp_path, miniature)[4:] == [("a", "ok")]
+    assert run(tmp_path, miniature)[5:] == []
+
+
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path):
     child = "import time; time.sleep(100)"
     hang = f"import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); print(c.pid, flush=True); time.sleep(100)"
