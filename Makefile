@@ -50,6 +50,7 @@ test-interop: env-test env-interop
 	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_interop.py
 
 # mypy does not follow an editable install, so it reads a copy; once for the oldest Python, once for Windows.
+# The benchmarks are not installed, so they are copied too.
 check: env-test
 	.venv-test/$(BIN)/ruff check .
 	.venv-test/$(BIN)/ruff format --check .
@@ -58,10 +59,12 @@ check: env-test
 	.venv-test/$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --target build/types .
 	cd build/types && ../../.venv-test/$(BIN)/mypy --config-file ../../pyproject.toml --python-version 3.10 -p vega_edge
 	cd build/types && ../../.venv-test/$(BIN)/mypy --config-file ../../pyproject.toml --platform win32 -p vega_edge
+	$(PYTHON) -c "import shutil; shutil.copytree('benchmarks', 'build/types/vega_edge/benchmarks')"
+	cd build/types && ../../.venv-test/$(BIN)/mypy --config-file ../../pyproject.toml -p vega_edge.benchmarks
 
 # KEEP=--keep moves only what pyproject.toml no longer allows.
 pins: env-pins
 	.venv-pins/$(BIN)/python pins/remake.py $(KEEP)
 
 clean:
-	$(PYTHON) -c "import glob, shutil; [shutil.rmtree(p, True) for p in (*glob.glob('.venv*'), 'build')]"
+	@$(PYTHON) pins/environment.py clean

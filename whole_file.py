@@ -17,8 +17,9 @@ PART = ".part"  # ends the names of files in the making: what is left under such
 def writing(path: Path, permissions: int = 0o666, *, replace: bool = True) -> Iterator[BinaryIO]:
     """What the block writes becomes `path` at its end, in place of what was there; `permissions` less the umask's.
 
-    Where `path` is a symbolic link, the file that it leads to is replaced, and the link stays. replace=False: FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any
-    other exception, `path` is what it was and nothing else is left.
+    Where `path` is a symbolic link, the file that it leads to is replaced, and the link stays. replace=False:
+    FileExistsError where something is there by then. Any other OSError as it comes. Then, as after any other exception,
+    `path` is what it was and nothing else is left.
     """
     if replace:
         path = Path(os.path.realpath(path))

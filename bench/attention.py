@@ -3,7 +3,8 @@
     python -m vega_edge.bench.attention [--engine onnxruntime-cpu] -o benchmarks/results/attention.json
 
 The layers are self-attention of Vega's U-Net at 1024 px and of SD's at 512 px, float32, random numbers. Each is opened in
-a process of its own for memory (peak beyond what opening took), and both in one for time; ratios are of medians.
+a process of its own for memory (peak beyond what is resident once it is open), and both in one for time; ratios are of
+medians.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import facts, markdown, peak_mb
+from .machine import facts, markdown
 
 LAYERS = {
     "Vega, 64x64": (4096, 10, 64),
@@ -77,9 +78,18 @@ def one(graph: Path, layer: str, engine: str) -> float:
     from ..engines import open_engine
 
     opened, given = open_engine(graph, engine), feeds(*LAYERS[layer])
-    before = peak_mb()
+    before = status_mb("VmRSS")
     opened.run(given)
-    return peak_mb() - before
+    return status_mb("VmHWM") - before
+
+
+def status_mb(key: str) -> float:
+    """A number of this process's memory, in MB, from Linux's /proc. Not getrusage's peak: that begins at the parent's."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise SystemExit("this measurement needs Linux: memory is read from /proc/self/status") from None
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 def measure(layer: str, engine: str, runs: int) -> dict[str, Any]:

@@ -153,10 +153,8 @@ def tiles_attention(name: str) -> bool:
     onnxruntime's CPU provider does if the system reports a level 2 cache; glibc on many Arm systems reports 0.
     """
     key = "SC_LEVEL2_CACHE_SIZE"
-    names, read = (
-        getattr(os, "sysconf_names", {}),
-        getattr(os, "sysconf", None),
-    )  # Windows has neither, macOS no such key
+    # Windows has neither, macOS no such key
+    names, read = getattr(os, "sysconf_names", {}), getattr(os, "sysconf", None)
     return takes_attention(name) and (read is None or key not in names or read(key) > 0)
 
 

@@ -165,9 +165,8 @@ def memory_cure(gpu: int) -> Iterator[None]:
 
 def _session(path: Path, how: Opening, providers: list[tuple[str, dict[str, Any]]]) -> Any:
     options = common._options(how)
-    options.enable_mem_reuse = options.enable_mem_pattern = (
-        True  # what they save of a GPU's memory has not been measured
-    )
+    # What they save of a GPU's memory has not been measured.
+    options.enable_mem_reuse = options.enable_mem_pattern = True
     graph = common._replace_weights(path, options, how.weights)
     # Without enable_fallback=0 a provider that fails is replaced by the CPU, at opening and again in every run.
     with _ALONE, memory_cure(how.gpu):

@@ -69,11 +69,10 @@ def export_bundle(
     """Export `source`, a path (see `model_source`) or what else `sources` knows, to the bundle `out`.
 
     loras: (file, or where it is on the hub; strength), fused into the weights in this order; strength 1 is as trained.
-    dtype: of the graphs'
-    arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32 halves the files
-    and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the full decoder, for
-    previews; "tiny" in its place. name: the bundle's, default `out`'s. defaults, limits: go into the manifest as they are. Every part is compared with torch
-    on real inputs.
+    dtype: of the graphs' arithmetic; weights: of their storage (see `precision`; default: as dtype; fp16 with dtype fp32
+    halves the files and keeps full arithmetic). tiny_vae: an AutoencoderTiny's folder. vae: "full" puts it beside the
+    full decoder, for previews; "tiny" in its place. name: the bundle's, default `out`'s. defaults, limits: go into the
+    manifest as they are. Every part is compared with torch on real inputs.
 
     Raises ExportError (UsageError for dtype and weights) with one line that says what to do. Whatever happens, Ctrl-C
     included, `out` is either whole or as it was: all is written to a folder beside it, and renamed at the end. A

@@ -1,4 +1,4 @@
-"""Make one of the environments that `make` uses, from its pins: `python pins/environment.py NAME`.
+"""Make one of the environments that `make` uses, from its pins: `python pins/environment.py NAME`; `clean` removes all.
 
 An environment is ready once its stamp is written, which is the last step. The stamp is a hash of everything that the
 environment is made of; if it is missing or differs, the folder is removed and made again. Only the standard library is
@@ -119,14 +119,18 @@ def digest(environment: Environment) -> str:
     return hashlib.sha256("\0".join([*parts, *(f.read_text(encoding="utf-8") for f in files)]).encode()).hexdigest()
 
 
+def is_ours(folder: Path) -> bool:
+    """Return whether an environment was made here before; an empty folder is nobody's, and may go."""
+    return folder.is_dir() and (not any(folder.iterdir()) or any((folder / n).is_file() for n in (MARK, *OLD_STAMPS)))
+
+
 def remove(folder: Path) -> None:
     """Remove an environment that was made here before. Anything else of that name is the user's own."""
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)  # of a removal that was interrupted
     if not folder.exists() and not folder.is_symlink():
         return
-    ours = folder.is_dir() and (not any(folder.iterdir()) or any((folder / n).is_file() for n in (MARK, *OLD_STAMPS)))
-    if not ours:
+    if not is_ours(folder):
         raise Refused(f"{folder.name} was not made by make; move it away, so that it can be made")
     folder.replace(old)  # what is half removed has another name, and is not taken for an environment
     shutil.rmtree(old)
@@ -209,13 +213,27 @@ def make(name: str) -> None:
     print(f"Made {folder.name} in {time.time() - begun:.0f} s.", flush=True)
 
 
+def clean() -> None:
+    """Remove the environments that were made here, and the folder `build`. Others of those names stay."""
+    for environment in ENVIRONMENTS.values():
+        folder = ROOT / environment.folder
+        if folder.exists() and not is_ours(folder):
+            print(f"{folder.name} was not made by make; it stays.")
+            continue
+        remove(folder)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if len(sys.argv) != 2 or sys.argv[1] not in ENVIRONMENTS:
-        print(f"usage: python pins/environment.py {'|'.join(ENVIRONMENTS)}", file=sys.stderr)
+    if len(sys.argv) != 2 or sys.argv[1] not in (*ENVIRONMENTS, "clean"):
+        print(f"usage: python pins/environment.py {'|'.join((*ENVIRONMENTS, 'clean'))}", file=sys.stderr)
         return 2
     try:
-        make(sys.argv[1])
+        if sys.argv[1] == "clean":
+            clean()
+        else:
+            make(sys.argv[1])
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 1

@@ -41,9 +41,8 @@ def check_target(path: Path, overwrite: bool) -> None:
         pass
     except (OSError, ValueError) as failure:
         raise UsageError(f"{path} can't be used: {getattr(failure, 'strerror', None) or failure}") from failure
-    folder = (
-        Path(os.path.realpath(path)).parent if overwrite else path.parent
-    )  # a link's file is replaced, not the link
+    # a link's file is replaced, not the link
+    folder = Path(os.path.realpath(path)).parent if overwrite else path.parent
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: the folder {folder} can't be written to")
 

@@ -53,9 +53,8 @@ class Prefetch:
     def _submit(self, sigma: float, sigma_next: float) -> Future[Array]:
         try:
             return self._worker.submit(self._noise, sigma, sigma_next)
-        except (
-            RuntimeError
-        ):  # Python ends and starts no more threads, while a daemon thread draws: it makes its own noise
+        # Python ends and starts no more threads, while a daemon thread draws: it makes its own noise
+        except RuntimeError:
             done: Future[Array] = Future()
             done.set_result(self._noise(sigma, sigma_next))
             return done

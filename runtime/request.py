@@ -196,7 +196,7 @@ def _picture(options: Mapping[str, Any]) -> Image.Image | None:
         return as_rgb(image)
     except (AssertionError, OSError, SyntaxError, ValueError) as failure:  # how Pillow fails on closed and damaged ones
         raise UsageError(
-            f"image can't be read ({failure or 'it was closed'}); give one that is open and complete"
+            f"image can't be read ({str(failure) or 'it was closed'}); give one that is open and complete"
         ) from failure
 
 

@@ -59,6 +59,9 @@ def fault_in(config: Mapping[str, Any]) -> Fault | None:
     betas, count = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if betas is not None and len(betas) != count:
         return Fault("trained_betas", f"{len(betas)} numbers", f"as many numbers as num_train_timesteps says, {count}")
+    # as diffusers: every `count // original`th timestep is one that the model was distilled on
+    if (original := config.get("original_inference_steps", 1)) > count:
+        return Fault("original_inference_steps", original, f"at most num_train_timesteps, {count}")
     return None
 
 
@@ -100,5 +103,6 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         ),
         _FLAG,
     ),
-    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing", "final_sigmas_type"), _WORD),
+    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), _WORD),
+    "final_sigmas_type": (lambda value: value is None or isinstance(value, str), "a text, or null"),
 }  # fmt: skip

@@ -230,6 +230,11 @@ def few_steps(model: NoiseModel, n: int, named: str | None = None, to_zero: bool
     original = int(model.config["original_inference_steps"])
     if n > original:
         raise UsageError(f"this model was distilled on {original} steps and can't take {n}; allowed: 1 to {original}")
+    if original > model.train_steps:
+        raise UsageError(
+            f"original_inference_steps is {original} and num_train_timesteps {model.train_steps}; "
+            "the first may be at most the second: set it in scheduler_config.json, or use another scheduler"
+        )
     origin = np.arange(1, original + 1) * (model.train_steps // original) - 1
     pick = np.floor(np.linspace(0, original, n, endpoint=False)).astype(np.int64)
     timesteps = origin[::-1][pick].astype(np.float64)

@@ -13,10 +13,8 @@ from ..errors import UsageError
 LIMITS = ("local", "segmind")
 BODY_BYTES = 64 * 1024
 BODY_S = 10.0  # a body must have arrived by then
-HOLD_S, MOST_HOLD_S = (
-    1.0,
-    20.0,
-)  # how long a status poll is held open, and for those who ask for more: the SDK reads for 30
+# how long a status poll is held open, and for those who ask for more: the SDK reads for 30
+HOLD_S, MOST_HOLD_S = 1.0, 20.0
 CREDITS = 1_000_000.0  # nothing is charged here; clients want a number
 _DAY_S = 86_400
 _RANGES: Mapping[str, tuple[str, int, int]] = {  # the flag, the least and the most

@@ -56,8 +56,11 @@ class Store:
         self.set_aside: Path | None = None  # a database that was damaged
 
     def open(self) -> None:
-        """To write, unless it is open. A damaged database is set aside and a new one begun; Taken where another server
-        writes, StoreError for anything else that may pass: a full disk, a folder that can't be written."""
+        """Open the folder for writing; does nothing if it is open. A damaged database is set aside and a new one begun.
+
+        Raises Taken where another server writes, StoreError for anything else that may pass: a full disk, a folder that
+        can't be written to.
+        """
         if self._connection is not None:
             return
         with _as_store_error(self._database):
@@ -177,7 +180,7 @@ class Store:
     def get(self, job: str) -> Record | None:
         """Also where another server writes."""
         query = "SELECT * FROM jobs WHERE id = ?"
-        rows = self._read(query, job) if self._connection else self._read_anothers(query, job)
+        rows = self._read(query, job) if self._connection else self._read_from_other_server(query, job)
         return record_of(rows[0]) if rows else None
 
     def recover(self) -> list[Record]:
@@ -240,7 +243,7 @@ class Store:
         with _as_store_error(self._database):
             return self._required().execute(text, values).fetchall()
 
-    def _read_anothers(self, text: str, *values: Any) -> list[sqlite3.Row]:
+    def _read_from_other_server(self, text: str, *values: Any) -> list[sqlite3.Row]:
         """By a connection of its own each time: the other server may set the file aside and begin a new one."""
         with _as_store_error(self._database):
             uri = f"{self._database.resolve().as_uri()}?mode=rw"  # rw: reading a write-ahead log writes its index

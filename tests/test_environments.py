@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,6 +330,29 @@ def test_an_environment_of_the_users_own_is_left_alone(root: Path, creations: li
     with pytest.raises(environment.Refused):
         environment.make("one")
     assert own.exists() and not creations
+
+
+def test_clean_removes_what_make_made_and_nothing_else(
+    root: Path, creations: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.make("one")
+    users = [root / ".venv-two" / "pyvenv.cfg", root / ".venv-others" / "pyvenv.cfg"]
+    for file in [*users, root / "build" / "types" / "x"]:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    made = environment.ENVIRONMENTS["one"]
+    monkeypatch.setattr(environment, "ENVIRONMENTS", {"one": made, "two": made._replace(folder=".venv-two")})
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["environment.py", "clean"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert environment.main() == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [".venv-two"]
+    assert all(file.exists() for file in users)
+    assert not (root / "build").exists() and not (root / ".venv-one").exists()
+    assert dry_run("clean")[-1].endswith(" pins/environment.py clean")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")

@@ -56,9 +56,8 @@ def test_more_of_anything_takes_more(bundle: Bundle) -> None:
     here = real(bundle, "unet-tiny-sd")
     base = Drawing(512, 512)
     assert here.running(Drawing(768, 512)) > here.running(base)
-    for part in (here._unet_bytes,):
-        assert part(Drawing(512, 512, samples=2)) == 2 * part(base)
-        assert part(Drawing(512, 512, guided=False)) == part(base) / 2
+    assert here._unet_bytes(Drawing(512, 512, samples=2)) == 2 * here._unet_bytes(base)
+    assert here._unet_bytes(Drawing(512, 512, guided=False)) == here._unet_bytes(base) / 2
     assert here._unet_bytes(Drawing(1024, 1024)) == 4 * here._unet_bytes(base)
     assert here.total(base) == here.costs.process + here.opened + here.running(base)
 

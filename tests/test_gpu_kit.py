@@ -223,12 +223,24 @@ def test_what_an_attempt_needed_holds_for_the_steps_after_it(tmp_path):
     assert run(tmp_path, step("b", probe))[2:] == [("b", "ok")]  # in another command too
 
 
+def test_a_stand_in_is_replaced_when_it_can_be(tmp_path):
+    """The miniature, begun in the background before onnxruntime has come, is the embedded bundle; then it is exported."""
+    wanted = "import pathlib, sys; sys.exit(not pathlib.Path('has-come').exists())"
+    instead = "import os; open(os.environ['GPU_KIT_RESULT'], 'w').write('{\"embedded\": true}')"
+    miniature = step("a", wanted, instead)
+    assert run(tmp_path, miniature) == [("a", "failed"), ("a", "ok")]
+    assert run(tmp_path, miniature)[2:] == [("a", "failed"), ("a", "ok")]
+    (tmp_path / "work" / "has-come").touch()
+    assert run(tmp_path, miniature)[4:] == [("a", "ok")]
+    assert run(tmp_path, miniature)[5:] == []
+
+
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path):
     child = "import time; time.sleep(100)"
     hang = f"import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); print(c.pid, flush=True); time.sleep(100)"
-    assert run(tmp_path, step("a", hang, limit=3), step("b", OK)) == [("a", "timeout"), ("b", "ok")]
+    assert run(tmp_path, step("a", hang, limit=15), step("b", OK)) == [("a", "timeout"), ("b", "ok")]
     line = runner.read(tmp_path)[0]
-    assert 3 <= line["seconds"] < 15
+    assert 15 <= line["seconds"] < 60
     assert gone(int(line["tail"]))
 
 
@@ -250,7 +262,7 @@ def test_a_step_is_left_for_the_next_command_when_the_time_is_up(tmp_path, capsy
 
 def test_numbers_of_a_step_that_was_killed_are_kept(tmp_path):
     code = "import os, time; open(os.environ['GPU_KIT_RESULT'], 'w').write('{\"rows\": []}'); time.sleep(100)"
-    run(tmp_path, step("a", code, limit=2))
+    run(tmp_path, step("a", code, limit=15))
     assert runner.read(tmp_path)[0]["result"] == {"rows": []}
 
 
@@ -322,7 +334,7 @@ def kit(tmp_path_factory):
         patch.setattr(wheels, "WHEELS", made)
         for archive, (wanted,) in made.items():
             name = wanted.partition("==")[0]
-            size = 30_000_000 if name == "kitruntime" else 1000
+            size = pack.part_bytes(ROOT) + 2 * pack.SLACK if name == "kitruntime" else 1000
             wheel(folder / "wheels" / archive, name, **{f"{name}____init__.py": b"", f"{name}__data": noise(size)})
         prepare.prepare(ROOT, folder, preset=0)
         yield folder
@@ -380,7 +392,7 @@ def test_commands_fit_the_machine(kit):
     made = planned(kit)
     carried = [folder for call in made for folder in call.carry]
     assert carried == [f"{kit}/part-{n:02}" for n in range(1, len(carried) + 1)]
-    assert len(carried) == 3  # 30 MB do not fit beside the tree; the last archive comes alone
+    assert len(carried) == 3  # the second archive does not fit in one; the last comes alone
     assert all(len(call.command) < 2000 and call.limit <= 600 for call in made)
     assert "receive" not in made[2].command and "run rtx" in made[-1].command
     assert calls.told(made).count("limit") == len(made)
@@ -428,13 +440,13 @@ def test_a_machine_that_lacks_almost_everything(kit, tmp_path):
         done = machine.call(call)
         assert "Traceback" not in done.stderr, done.stderr
     assert store.complete(machine.store) == {"peers", "onnxruntime-gpu", "tensorrt-rtx"}
-    assert (machine.store / "site" / "kitruntime" / "data").stat().st_size == 30_000_000
+    assert (machine.store / "site" / "kitruntime" / "data").stat().st_size > 1 << 20
     lines = runner.read(machine.store)
     first, second = (line for line in lines if line["step"] == "imports")
     assert (first["status"], second["status"]) == ("failed", "ok")
     assert "ModuleNotFoundError" in second["result"]["faults"]["torch"]
     assert machine.last("session")["status"] == "ok"
-    assert (machine.last("miniature")["status"], machine.last("miniature")["attempt"]) == ("ok", 3)  # the embedded one
+    assert (machine.last("miniature")["status"], machine.last("miniature")["words"]) == ("ok", ["embedded"])
     assert machine.last("forms")["result"]["unet_s"]["plain, cpu"] > 0
     assert machine.last("export-vegart")["status"] == machine.last("tests")["status"] == "failed"
     assert machine.last("vegart-1024")["why"] == "needs export-vegart"

@@ -19,7 +19,8 @@ from vega_edge.engines import Engine, open_engine
 from vega_edge.errors import BundleError, UsageError, VegaEdgeError
 from vega_edge.models import find_bundle
 from vega_edge.runtime import parts
-from vega_edge.runtime.scheduler_config import MAX_TIMESTEPS
+from vega_edge.runtime.scheduler_config import MAX_TIMESTEPS, fault_in
+from vega_edge.runtime.schedulers import get_scheduler
 
 ODD = ["x", [], None, float("nan"), -1, 0, 1.5, 10**9, 10**40]
 READ = {  # those that the runtime goes by; of the others a few values must be enough
@@ -121,6 +122,7 @@ def test_odd_numbers(config: str, plain: Path, engines: Callable[..., Engine], m
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 1000.0),
         ("scheduler/scheduler_config.json", "num_train_timesteps", True),
+        ("scheduler/scheduler_config.json", "original_inference_steps", 1001),
         ("scheduler/scheduler_config.json", "beta_start", "0.1"),
         ("scheduler/scheduler_config.json", "beta_end", 1),
         ("scheduler/scheduler_config.json", "steps_offset", -1),
@@ -144,6 +146,22 @@ def test_the_longest_training_that_is_read(plain: Path) -> None:
         draw(plain, scheduler="Euler")
     with changed(path, num_train_timesteps=MAX_TIMESTEPS), pytest.raises(UsageError, match="noise levels"):
         draw(plain, scheduler="Euler")
+
+
+def test_a_model_distilled_on_as_many_steps_as_it_was_trained_on(plain: Path) -> None:
+    config = {"num_train_timesteps": 10, "trained_betas": None}
+    path = plain / "scheduler/scheduler_config.json"
+    lcm = get_scheduler("LCM")
+    schedule = lcm.schedule(lcm.noise_model({**config, "original_inference_steps": 10}), 4)
+    assert schedule.timesteps.min() >= 0 and len(set(schedule.timesteps)) == 4
+    with changed(path, **config, original_inference_steps=11), pytest.raises(BundleError, match="at most"):
+        draw(plain, scheduler="LCM")
+    with pytest.raises(UsageError, match="original_inference_steps is 50 and num_train_timesteps 10"):
+        lcm.schedule(lcm.noise_model(config), 4)  # 50 where the file has no number
+
+
+def test_what_diffusers_writes_is_taken() -> None:
+    assert fault_in({"final_sigmas_type": None, "original_inference_steps": 1000}) is None
 
 
 def test_trained_betas_are_drawn_with(plain: Path) -> None:

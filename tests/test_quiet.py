@@ -15,8 +15,9 @@ import pytest
 
 from vega_edge.engines import available
 
+from . import watching
 from .serve_running import free_port
-from .watching import Seen, watched
+from .watching import RESOLVER, Seen, read_strace, watched
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="watches processes as POSIX systems have them")
 CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
@@ -87,9 +88,26 @@ def test_the_watcher_sees_lookups_contacts_and_files(place: Place) -> None:
         pass
     assert seen.status == 0
     told = " ".join(seen.contacts)
-    assert "192.0.2.1" in told and (":53" in told or "example.invalid" in told)
+    assert "192.0.2.1" in told and any(each in told for each in (":53", "example.invalid", RESOLVER))
     assert place.home / "left" in seen.written_outside(place.work, place.temporary)
     assert place.left() == [Path("left")]
+
+
+def test_a_lookup_through_the_systems_resolver_is_seen() -> None:
+    """nss-resolve asks by a socket of the system's; neither port 53 nor the name is in what strace shows."""
+    start = "466   connect(3<socket:[148872]>, {sa_family=AF_UNIX, sun_path="
+    seen = Seen()
+    for path in ("/var/run/nscd/socket", "/run/systemd/resolve/io.systemd.Resolve"):
+        read_strace([f'{start}"{path}"}}, 42) = 0'], seen, Path("/"))
+    assert seen.contacts == [RESOLVER]
+
+
+def test_two_processes_are_watched_in_one_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "has_strace", lambda: False)
+    for name in ("one", "two"):
+        with watched(["-c", f"open({name!r}, 'w').close()"], place.work, place.env) as (_, seen):
+            pass
+        assert (seen.status, seen.stderr) == (0, "") and place.work / name in seen.written
 
 
 def test_generate(place_of: Place, engine: str) -> None:

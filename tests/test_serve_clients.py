@@ -142,7 +142,7 @@ def test_sdk_timeout_and_the_job_that_goes_on(tmp_path: Path) -> None:
         with pytest.raises(InferenceTimeout) as timeout:
             job.wait(timeout=0.3)
         assert timeout.value.request_id == job.request_id
-        assert timeout.value.elapsed_s < 0.3 + 1.0 + 0.5  # the last for a busy machine
+        assert timeout.value.elapsed_s < 3.5  # 0.3 and the hold of 1 s, with room for a busy machine
         gate.let(100)
         assert job.wait(timeout=60, interval=0.1)["status"] == "COMPLETED"
 

@@ -25,6 +25,7 @@ from .fake_device import FakeDevice, FakeProgram
 CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
 STATES = {state.name: state for state in available()}
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 3}
+NO_ALARM = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no alarm signals")
 PROMPTS = ("a red star", "a blue moon", "a green tree", "a big yellow circle")
 
 
@@ -167,12 +168,14 @@ print("heard", i + 1)
 """
 
 
+@NO_ALARM
 def test_signals_are_handled_while_and_after_pipelines_are_open(engine: str) -> None:
     """Each pair is closed in one order and then in the other; 7 checks a pair, of two signals each."""
     done = subprocess.run([sys.executable, "-c", SIGNALS, engine], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "heard 10\n", "")
 
 
+@NO_ALARM
 @pytest.mark.parametrize("own", ["before", "after"])
 def test_signals_when_the_program_has_a_core_of_its_own(own: str) -> None:
     if not STATES["openvino"].ok:

@@ -25,6 +25,7 @@ _ADDRESS = re.compile(r'sin6?_port=htons\((\d+)\).*?(?:inet_addr\("|inet_pton\(A
 _NAMES = re.compile(r'(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"')
 _WRITES = re.compile(r"^\d+ +(?:open(?:at)?\(.*O_(?:WRONLY|RDWR|CREAT)|(?:creat|mkdir|rename|link|symlink)\w*\()")
 _DNS = 53
+RESOLVER = "/run/systemd/resolve/"  # sockets by which nss-resolve looks names up; their messages are not readable
 _HOOK = """
 import os, sys
 _log, _busy = os.open(os.environ["WATCHED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), []
@@ -82,7 +83,7 @@ def watched(
         command = ["strace", *_OPTIONS, "-e", f"trace={_CALLS}", "-o", str(log), *command]
     else:
         hook = folder.parent / f"{folder.name}-hook"
-        hook.mkdir()
+        hook.mkdir(exist_ok=True)
         (hook / "sitecustomize.py").write_text(_HOOK, encoding="utf-8")
         paths = [str(hook), *filter(None, [env.get("PYTHONPATH")])]
         env |= {"WATCHED_LOG": str(log), "PYTHONPATH": os.pathsep.join(paths)}
@@ -99,14 +100,16 @@ def watched(
             process.communicate()
     seen.status = process.returncode
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    (_read_strace if by_strace else _read_events)(lines, seen, folder)
+    (read_strace if by_strace else _read_events)(lines, seen, folder)
 
 
-def _read_strace(lines: list[str], seen: Seen, folder: Path) -> None:
+def read_strace(lines: list[str], seen: Seen, folder: Path) -> None:
     for line in lines:
         for port, address in _ADDRESS.findall(line):
             if int(port) == _DNS or not ipaddress.ip_address(address).is_loopback:
                 seen.contacts.append(f"{address}:{port}")
+        if " connect(" in line and f'sun_path="{RESOLVER}' in line:
+            seen.contacts.append(RESOLVER)
         if _WRITES.match(line) and " = -1 " not in line:
             base, name = _NAMES.findall(line)[-1]
             seen.written.append(folder / base / os.fsdecode(name.encode().decode("unicode_escape").encode("latin-1")))

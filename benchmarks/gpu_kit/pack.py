@@ -69,7 +69,7 @@ def split(archives: Mapping[str, Path], folder: Path, room: int, alone: str, fac
         shutil.rmtree(old)
     number, left, told = 0, 0, dict[str, Any]()
     for name, archive in archives.items():
-        pieces, offset, size = [], 0, archive.stat().st_size
+        pieces, offset, size = list[dict[str, Any]](), 0, archive.stat().st_size
         if name == alone:
             left = 0
         with archive.open("rb") as content:

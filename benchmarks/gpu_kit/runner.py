@@ -50,7 +50,7 @@ def run(
             if not alone:
                 print(f"{step.name}: another process still runs it", flush=True)
                 continue
-            if not again and succeeded(lines, step.name):
+            if not again and succeeded(lines, step.name) and not stands_in(lines, step.name):
                 continue
             left = end - time.monotonic()
             if left < _LEAST:
@@ -84,6 +84,12 @@ def succeeded(lines: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Whether the step's last line is a success."""
     states = [line["status"] for line in lines if line.get("step") == name and line["status"] != "skipped"]
     return bool(states) and states[-1] == "ok"
+
+
+def stands_in(lines: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether the step's last result is a stand-in for what was wanted, which is tried again with what has come since."""
+    results = [line.get("result", {}) for line in lines if line.get("step") == name and line["status"] != "skipped"]
+    return bool(results) and bool(results[-1].get("embedded"))
 
 
 def read(store: Path, name: str = RESULTS) -> list[dict[str, Any]]:

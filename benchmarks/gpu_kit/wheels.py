@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 PYTHON = "3.12"
 # Archives in the order in which they travel. The machine has numpy, torch, onnx, onnxscript, safetensors, tokenizers,
-# transformers, pytest, cuda-bindings and CUDA's libraries as packages.
+# transformers, pytest, cuda-bindings and CUDA's libraries as packages, and what these need. Exports need accelerate, Pillow
+# and psutil too, which travel first, and onnxruntime, which comes with the second archive.
 WHEELS: dict[str, tuple[str, ...]] = {
-    "peers": ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"),
+    "peers": (
+        "diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2", "accelerate==1.15.0", "pillow==13.0.0", "psutil==7.2.2",
+    ),
     "onnxruntime-gpu": ("onnxruntime-gpu==1.31.1",),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings==1.7.1.116", "tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13==1.7.1.116"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ Writes its numbers to the file that GPU_KIT_RESULT names. GPU_KIT_DEVICE=cpu reh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -222,7 +223,7 @@ def forms(words: Sequence[str]) -> None:
                 for name, engine in _opened(graph):
                     stack.callback(engine.close)
                     feeds = feeds or unet_feeds(engine.inputs, size)
-                    sides[f"{form}, {name}"] = lambda engine=engine, feeds=feeds: engine.run(feeds)
+                    sides[f"{form}, {name}"] = functools.partial(engine.run, feeds)
             except Exception as failure:
                 faults[form] = f"{type(failure).__name__}: {failure}"[:800]
         taken: dict[str, list[float]] = {name: [] for name in sides}
@@ -249,11 +250,10 @@ def forms(words: Sequence[str]) -> None:
 def _forms_result(model: str, size: int, taken: Any, outputs: Any, faults: Any) -> dict[str, Any]:
     import numpy as np
 
-    first = next(iter(outputs.values()), None)
-    apart = {
-        name: float(np.abs(value.astype(np.float64) - first).max() / np.abs(first).max())
-        for name, value in outputs.items()
-    }
+    apart = dict[str, float]()
+    for name, value in outputs.items():
+        first = next(iter(outputs.values()))
+        apart[name] = float(np.abs(value.astype(np.float64) - first).max() / np.abs(first).max())
     seconds = {name: round(statistics.median(each), 5) for name, each in taken.items() if each}
     return {"model": model, "size": size, "unet_s": seconds, "apart": apart, "faults": faults}
 
@@ -292,7 +292,11 @@ def unet_feeds(inputs: Any, size: int) -> dict[str, Any]:
     import numpy as np
 
     draw, found = np.random.default_rng(0), dict[str, Any]()
-    shapes = {"sample": (1, 4, size // 8, size // 8), "encoder_hidden_states": (1, 77, None), "timestep": (1,)}
+    shapes: dict[str, tuple[Any, ...]] = {
+        "sample": (1, 4, size // 8, size // 8),
+        "encoder_hidden_states": (1, 77, None),
+        "timestep": (1,),
+    }
     for name, spec in inputs.items():
         wanted = shapes.get(name, (1, None))
         shape = [axis if isinstance(axis, int) else wanted[i] for i, axis in enumerate(spec.shape)]
@@ -320,7 +324,8 @@ def profile(words: Sequence[str]) -> None:
                 feeds = unet_feeds(engine.inputs, size)
             else:
                 (name,) = engine.inputs
-                shape = (1, engine.inputs[name].shape[1] or 4, size // 8, size // 8)
+                channels = engine.inputs[name].shape[1]
+                shape = (1, channels if isinstance(channels, int) else 4, size // 8, size // 8)
                 feeds = {name: np.random.default_rng(0).standard_normal(shape).astype(engine.inputs[name].dtype)}
             for _ in range(3):
                 engine.run(feeds)
@@ -328,7 +333,7 @@ def profile(words: Sequence[str]) -> None:
             engine.run(feeds)
             result[part] = {"graph": form.name, "seconds": round(time.perf_counter() - start, 5)}
             save(result)
-            result[part]["kernels_ms"] = _kernels(lambda run=engine.run, feeds=feeds: run(feeds))
+            result[part]["kernels_ms"] = _kernels(functools.partial(engine.run, feeds))
             save(result)
     print(json.dumps(result, indent=1))
 
