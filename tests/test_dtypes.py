@@ -17,6 +17,8 @@ from vega_edge.manifest import MANIFEST
 from vega_edge.models import find_bundle
 from vega_edge.runtime.pipeline import Pipeline
 
+from .cpu_units import saturates
+
 WORKING = [status.name for status in available() if status.ok]
 
 
@@ -84,11 +86,6 @@ def test_weights_in_eight_bits_leave_the_arithmetic_in_full_precision(engine: st
     assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-def cpu_flags() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
 @pytest.mark.parametrize("engine", WORKING)
 @pytest.mark.parametrize(("dtype", "weights"), list(PRECISIONS))
 def test_the_table_is_what_the_engines_do(engine: str, dtype: str, weights: str, tmp_path: Path) -> None:
@@ -99,7 +96,7 @@ def test_the_table_is_what_the_engines_do(engine: str, dtype: str, weights: str,
     said = TABLE[engine][dtype, weights]
     if said == UNTRIED:
         pytest.skip("not tried")
-    if dtype == "int8" and engine.startswith("openvino") and "vnni" not in cpu_flags():
+    if saturates(engine, dtype):
         pytest.skip("without VNNI, OpenVINO adds pairs of 8-bit products in 16 bits, which saturates")
     path, x, wanted = convolution(dtype, weights, tmp_path)
     if engine == "onnxruntime-cuda":  # what the provider lacks, onnxruntime runs on the CPU: right, and slow

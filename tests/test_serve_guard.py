@@ -321,10 +321,15 @@ def test_a_poll_that_is_held_ends_with_its_time_and_with_the_server(tmp_path: Pa
     with running(tmp_path, FakeDrawer(before_step=gate)) as server:
         url = server.post("/v2/demo-vegart").json()["status_url"]
         gate.wait()
-        for hold, least, most in (({}, 1.0, 8.0), ({"hold": 0}, 0.0, 8.0), ({"hold": "2.5"}, 2.5, 10.0)):
+
+        def seconds(**hold: Any) -> float:
             start = time.monotonic()
             assert server.http.get(url, params=hold).json()["status"] == "PROCESSING"
-            assert least - 0.1 <= time.monotonic() - start < most
+            return time.monotonic() - start
+
+        assert 0.9 <= seconds() < 8
+        assert min(seconds(hold=0) for _ in range(5)) < 0.9  # the quickest, since a busy machine delays some of them
+        assert 2.4 <= seconds(hold="2.5") < 10
         threading.Timer(0.3, server.service.queue.release_polls).start()
         start = time.monotonic()
         assert server.ended(url).json()["status"] == "PROCESSING"
