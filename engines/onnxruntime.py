@@ -45,14 +45,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class OnnxRuntimeEngine:
-    def __init__(self, session: Any) -> None:
+    """A session as an Engine. arena: whether the session takes its memory from onnxruntime's own allocator, its default."""
+
+    def __init__(self, session: Any, arena: bool = True) -> None:
         self._session = session
         self.inputs = {node.name: _spec(node) for node in session.get_inputs()}
         self.outputs = {node.name: _spec(node) for node in session.get_outputs()}
         self._options = ort.RunOptions()
         # A session keeps what a run took for the next one. Networks run in turn, so together they would hold the sum of
         # their peaks; given back after each run it is the largest of them.
-        self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if arena:
+            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         names = list(self.outputs)

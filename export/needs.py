@@ -46,6 +46,13 @@ def check_room(checkpoint: Checkpoint, precision: Precision, parts: list[str], o
         )
 
 
+def fits_in_memory(extra: int) -> bool:
+    """Whether `extra` bytes leave as much memory as is kept for what torch takes; swap does not count."""
+    import psutil
+
+    return extra + MEMORY_BASE <= int(psutil.virtual_memory().available)
+
+
 def part_bytes(checkpoint: Checkpoint, precision: Precision, parts: list[str]) -> dict[str, int]:
     """Bytes of each bundle part's weights as they will be stored."""
     each = BYTES[precision.weights]

@@ -60,8 +60,9 @@ def in_eight_bits(owner: nn.Module, value: torch.Tensor) -> bool:
 def quantized(weight: torch.Tensor) -> Stored:
     """Symmetric int8, one scale for each slice along the first axis, from that slice's largest value."""
     flat = weight.flatten(1).float()
-    scale = (flat.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return Stored((flat / scale[:, None]).round().to(torch.int8).view(weight.shape), scale)
+    low, high = flat.aminmax(dim=1)
+    scale = (torch.maximum(-low, high) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return Stored((flat / scale[:, None]).round_().to(torch.int8).view(weight.shape), scale)
 
 
 class Packed:
@@ -112,9 +113,33 @@ class Packed:
             if name == "weight" and isinstance(owner, (nn.Linear, nn.Conv2d))
         ]
 
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of all parameters in float32."""
+        return sum(stored.data.numel() * 4 for stored in self.stored.values())
+
     @contextlib.contextmanager
-    def computing(self) -> Iterator[nn.Module]:
-        """The module computes in float32 inside the block: each layer is widened when called, and narrowed after."""
+    def computing(self, keep: bool = False) -> Iterator[nn.Module]:
+        """The module computes in float32 inside the block: each layer is widened when called, and narrowed after.
+
+        keep: every layer is widened once and stays so until the block ends, which takes `wide_bytes` of memory and pays
+        for a module that runs many times. The results are the same.
+        """
+        with torch.no_grad(), self._widened() if keep else self._widened_by_layer():
+            yield self.module
+
+    @contextlib.contextmanager
+    def _widened(self) -> Iterator[None]:
+        try:
+            for full, (owner, name) in self._owners.items():
+                wide = self.stored[full].widened(torch.empty(self.stored[full].data.shape))
+                setattr(owner, name, nn.Parameter(wide, requires_grad=False))
+            yield
+        finally:
+            self._empty(torch.float32)
+
+    @contextlib.contextmanager
+    def _widened_by_layer(self) -> Iterator[None]:
         by_owner: dict[nn.Module, list[tuple[str, str]]] = {}
         for full, (owner, name) in self._owners.items():
             by_owner.setdefault(owner, []).append((full, name))
@@ -133,8 +158,7 @@ class Packed:
         hooks = [owner.register_forward_pre_hook(widen) for owner in by_owner]
         hooks += [owner.register_forward_hook(narrow) for owner in by_owner]
         try:
-            with torch.no_grad():
-                yield self.module
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -142,13 +166,15 @@ class Packed:
     @contextlib.contextmanager
     def tracing(self, arithmetic: str) -> Iterator[nn.Module]:
         """The module has placeholders of the arithmetic's type inside the block: shapes without numbers."""
-        for full, (owner, name) in self._owners.items():
-            setattr(owner, name, _placeholder(self.stored[full].data, FLOATS[arithmetic]))
+        self._empty(FLOATS[arithmetic])
         try:
             yield self.module
         finally:
-            for full, (owner, name) in self._owners.items():
-                setattr(owner, name, _placeholder(self.stored[full].data, torch.float32))
+            self._empty(torch.float32)
+
+    def _empty(self, dtype: torch.dtype) -> None:
+        for full, (owner, name) in self._owners.items():
+            setattr(owner, name, _placeholder(self.stored[full].data, dtype))
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from ..lora import LoraLayer
 from . import graphs, quantize, samples
 from .autoencoders import Autoencoders
 from .checkpoint import Checkpoint, fused, load_module, published_name
-from .needs import bundle_parts
+from .needs import bundle_parts, fits_in_memory
 from .packed import Packed
 from .precision import Precision
 from .records import Records
@@ -128,7 +128,8 @@ class PartsExporter:
         cases, ranges = [], None
         texts = [self._unet_text(spec, text, size) for text, size in zip(self._text, self._sizes, strict=True)]
         timesteps = samples.timesteps(self.checkpoint.scheduler)
-        with packed.computing():
+        # ranges are observed over some twenty runs: widened in each, the weights take longer than the arithmetic
+        with packed.computing(keep=self.precision.integer and fits_in_memory(packed.wide_bytes)):
             for latents, text, t in zip(self._latents, texts, timesteps, strict=True):
                 noised = samples.noised(latents, t, self.checkpoint.scheduler)
                 feeds = {"sample": noised, "timestep": torch.tensor([t]), **text}

@@ -34,7 +34,7 @@ def observe(module: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             before = seen.get(name, Range(0.0, 0.0))
-            got = float(inputs[0].abs().max()), float(output.abs().max())
+            got = _largest(inputs[0]), _largest(output)
             seen[name] = Range(max(before.input, got[0]), max(before.output, got[1]))
 
         return hook
@@ -51,6 +51,12 @@ def observe(module: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> 
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest absolute value, without a copy of them."""
+    low, high = values.aminmax()
+    return float(torch.maximum(-low, high))
 
 
 def denoise(

@@ -49,7 +49,7 @@ class Measured:
         options.enable_cpu_mem_arena = False  # it would keep what the largest layers needed, each anew
         options.add_session_config_entry(_FOLDER, str(graph.parent))
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self._graph, self._engine = graph, OnnxRuntimeEngine(session)
+        self._graph, self._engine = graph, OnnxRuntimeEngine(session, arena=False)
         self._largest = dict.fromkeys(names, 0.0)
         self.inputs = self._engine.inputs
         self.outputs = {name: spec for name, spec in self._engine.outputs.items() if not name.startswith(_PREFIX)}

@@ -20,11 +20,13 @@ from torch import nn  # noqa: E402
 
 from vega_edge.engines import open_engine  # noqa: E402
 from vega_edge.errors import ExportError, UsageError  # noqa: E402
-from vega_edge.export import graphs, onnx_edit, rescale, samples  # noqa: E402
+from vega_edge.export import graphs, needs, onnx_edit, parts, quantize, rescale, samples  # noqa: E402
 from vega_edge.export.autoencoders import Autoencoders  # noqa: E402
+from vega_edge.export.checkpoint import open_checkpoint  # noqa: E402
 from vega_edge.export.packed import Packed, quantized  # noqa: E402
 from vega_edge.export.precision import Precision, make_precision  # noqa: E402
 from vega_edge.export.weights import place  # noqa: E402
+from vega_edge.export.work import forward  # noqa: E402
 from vega_edge.manifest import Parameter  # noqa: E402
 
 
@@ -115,6 +117,73 @@ def test_a_packed_module_holds_one_copy_and_computes_with_the_stored_numbers() -
     with packed.computing() as module, torch.no_grad():
         assert torch.equal(module(ids), rounded(ids))
     assert all(p.untyped_storage().nbytes() <= 4 for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_layers_that_are_kept_widened_give_the_same_ranges(checkpoints: dict[str, Path], kind: str) -> None:
+    """Exactly, and so the same graph; and each layer is widened once instead of once a run."""
+    checkpoint = open_checkpoint(checkpoints[kind])
+    packed = parts.load_packed(checkpoint, "unet", "int8", {})
+    wrapper, spec = graphs.Denoiser(packed.module), graphs.denoiser_spec(packed.module)
+    random = torch.Generator().manual_seed(0)
+    cases = []
+    for batch, height, width in samples.latent_sizes(checkpoint.configs["unet"]):
+        axes = {"batch": batch, "sequence_length": 77}
+        shapes = {n: [axes.get(a, a) for a in a] for n, a in spec.inputs.items() if n not in ("sample", "timestep")}
+        feeds = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+        cases.append((torch.zeros(batch, 4, height, width), feeds))
+    eight_bits = [name for name in packed.matrices if packed.stored[name].scale is not None]
+    found = []
+    for keep in (False, True):
+        with packed.computing(keep) as module:
+            assert (module.conv_in.weight.untyped_storage().nbytes() > 4) == keep
+            found.append(
+                quantize.observe(
+                    module,
+                    eight_bits,
+                    lambda: quantize.denoise(
+                        lambda feeds: forward(wrapper, spec, feeds)["out_sample"], checkpoint.scheduler, cases
+                    ),
+                )
+            )
+        assert all(p.untyped_storage().nbytes() <= 4 for p in packed.module.parameters())
+    assert found[0] == found[1] and len(found[0]) > 5
+    assert packed.wide_bytes == sum(4 * p.numel() for p in packed.module.parameters())
+
+
+def test_ranges_are_the_largest_magnitudes_of_either_sign() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False)}).requires_grad_(False)
+    net["a"].weight.data = torch.tensor([[1.0, 1.0]])
+    rows = [[-5.0, 3.0], [-1.0, -2.0], [4.0, 0.5]]
+    seen = quantize.observe(net, ["a.weight"], lambda: [net["a"](torch.tensor([row])) for row in rows])
+    assert seen == {"a.weight": (5.0, 4.5)}
+    seen = quantize.observe(net, ["a.weight"], lambda: net["a"](torch.tensor([rows[1]])))
+    assert seen == {"a.weight": (2.0, 3.0)}
+
+
+@pytest.mark.parametrize(("dtype", "room", "kept"), [("int8", 0, True), ("int8", -1, False), ("fp32", 0, False)])
+def test_layers_are_kept_widened_for_int8_if_memory_is_free(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, room: int, kept: bool
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(wrapper: Any, *_: Any) -> Any:
+        seen.append(wrapper.model.conv_in.weight.untyped_storage().nbytes() > 4)
+        raise Enough
+
+    seen: list[bool] = []
+    opened = open_checkpoint(checkpoint)
+    made = parts.PartsExporter(opened, tmp_path, make_precision(dtype, None), {}, lambda *_: None, None)  # type: ignore[arg-type]
+    made._latents = [torch.zeros(s.batch, 4, s.height, s.width) for s in samples.latent_sizes(opened.configs["unet"])]
+    wide = parts.load_packed(opened, "unet", dtype, {}).wide_bytes
+    free = SimpleNamespace(available=wide + needs.MEMORY_BASE + room, free=0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=10**12))  # never counted
+    monkeypatch.setattr(parts, "forward", stop)
+    with pytest.raises(Enough):
+        made._unet()
+    assert seen == [kept]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps them")

@@ -50,4 +50,6 @@ def test_what_is_stored_is_what_the_reference_gives(family: str, name: str) -> N
     from . import references
 
     for cell in [c for c in compared() if (c.family, c.name) == (family, name) and c.steps == 4][::4]:
-        assert relative(references.run(cell), STORED[str(cell)]) < 1e-5, str(cell)
+        # With zero SNR the first sigma is 4096: a last bit of float32, which differs between processors, is seen then.
+        tolerance = 1e-4 if cell.option == "zero snr" else 1e-5
+        assert relative(references.run(cell), STORED[str(cell)]) < tolerance, str(cell)

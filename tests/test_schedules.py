@@ -315,7 +315,7 @@ def test_the_name_in_a_config() -> None:
         ("DDPM", {"variance_type": "learned"}, "DDPM: variance_type 'learned' in scheduler_config.json is not supported; allowed: 'fixed_small', 'fixed_small_log'"),
         ("UniPC", {"predict_x0": False}, "UniPC: predict_x0 False in scheduler_config.json is not supported; allowed: True"),
         ("Euler", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported; use linear or scaled_linear"),
-        ("Euler", {"timestep_spacing": "even"}, "timestep_spacing 'even' is not known; use leading, trailing or linspace"),
+        ("Euler", {"timestep_spacing": "even"}, "Euler: timestep_spacing 'even' in scheduler_config.json is not supported; allowed: 'leading', 'trailing', 'linspace'"),
         ("Euler", {"prediction_type": "flow"}, "Euler: prediction_type 'flow' in scheduler_config.json is not supported; allowed: 'epsilon', 'v_prediction', 'sample'"),
     ],
 )  # fmt: skip
