@@ -211,7 +211,10 @@ def test_each_environment_has_one_onnxruntime(name: str, runtime: str) -> None:
 def dry_run(target: str) -> list[str]:
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    told = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--dry-run", "--no-print-directory", target]
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # these tests may be run by make
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return told.stdout.splitlines()
 
 

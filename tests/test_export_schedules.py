@@ -52,7 +52,9 @@ def test_drawn_as_diffusers_draws_it(copy: Path, tmp_path: Path, training: str) 
         config = {**json.loads((copy / "unet" / "config.json").read_text()), **NETWORK}
         UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
     export_bundle(copy, tmp_path / "bundle")
-    theirs = StableDiffusionPipeline.from_pretrained(copy, safety_checker=None, feature_extractor=None)
+    theirs = StableDiffusionPipeline.from_pretrained(
+        copy, safety_checker=None, feature_extractor=None, dtype=torch.float32
+    )
     theirs.set_progress_bar_config(disable=True)
     expected = theirs(
         "a red star", num_inference_steps=5, guidance_scale=3.0, width=64, height=64, output_type="latent",
