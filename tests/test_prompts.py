@@ -151,7 +151,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.inputs = {"input_ids": Spec(np.dtype(np.int64), ("batch", 77))}
-        self.outputs: dict[str, Spec] = {}
+        self.outputs = {f"hidden_states.{n}": Spec(np.dtype(np.float32), (None,) * 3) for n in range(20)}
         self.calls = 0
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
