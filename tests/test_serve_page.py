@@ -87,7 +87,7 @@ def test_parameters_history_compare_and_download(server: Running, page_of: Open)
     page.wait_for_selector('#status[data-state="ready"]')
     drawn(page, lambda: page.fill("#prompt", "a red house"))
     page.wait_for_selector("#history li")
-    page.select_option("#scheduler", "Euler a")
+    drawn(page, lambda: page.select_option("#scheduler", "Euler a"))
     got = drawn(page, lambda: page.fill("#steps", "6"))
     assert got["caption"] == "Euler a, 6 steps, seed 7, 128 × 128"
     drawn(page, lambda: page.select_option("#size", "192x128"))
