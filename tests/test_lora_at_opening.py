@@ -70,14 +70,19 @@ def test_it_is_what_fusing_gives(
 
 
 def test_the_patched_weights_are_the_fused_ones(made: dict[str, Path]) -> None:
-    """Bit for bit: both add in float32 and round once. The packaged bundle was fused on two cores; on one, BLAS adds in
-    another order, and one of these weights is a step of half precision away."""
+    """Both add in float32 and round once. BLAS adds in another order on another processor or number of cores, and then a
+    few numbers are a step of half precision away."""
     from vega_edge.onnx_file import from_stored, read_weights
 
     fused = read_weights(made["fused"] / "unet" / "model.onnx")
     patched = Patches(Bundle.open(made["plain"]), [(made["lora"], STRENGTH)]).of("unet")
-    off = [name for name, value in patched.items() if not np.array_equal(from_stored(value), fused[name].read())]
-    assert not off
+    different = total = 0
+    for name, value in patched.items():
+        got, wanted = from_stored(value).astype(np.float32), fused[name].read().astype(np.float32)
+        step = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
+        assert (np.abs(got - wanted) <= step).all(), name
+        different, total = different + int((got != wanted).sum()), total + got.size
+    assert different < 1e-3 * total
 
 
 def test_generate_with_a_lora(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

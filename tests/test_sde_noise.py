@@ -77,7 +77,8 @@ def test_the_noise_of_k_diffusion(name: str, function: str, spacing: str, discar
     expected, wanted = theirs(function, spacing, steps, discard)
     result, asked = ours(name, steps)
     for (a, b, noise), (their_a, their_b, their_noise) in zip(asked, wanted, strict=True):
-        assert (np.float32(a), np.float32(b)) == (np.float32(their_a), np.float32(their_b))
+        # to a last bit of float32: torch's exp is not the same on all processors
+        np.testing.assert_allclose((a, b), (their_a, their_b), rtol=2**-22, atol=0)
         assert np.abs(noise - their_noise).max() < 1e-5
     assert np.abs(result - expected).max() < 1e-4 * np.abs(expected).max()
 
