@@ -310,7 +310,8 @@ def test_a_server_that_was_away_for_long_is_found_again_within_seconds(tmp_path:
             page.clock.run_for(1000)
             page.wait_for_timeout(20)
         wait_until(lambda: page.evaluate("0") == 0 and [asked["prompt"] for asked in invented.draws] == ["a star"])
-        wait_until(lambda: page.clock.run_for(20) or page.query_selector(READY))  # a picture is shown with a frame of the clock
+        # its picture is shown with a frame of the clock
+        wait_until(lambda: page.clock.run_for(20) or page.query_selector(READY))
         page.context.close()
 
 
