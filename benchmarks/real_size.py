@@ -2,9 +2,11 @@
 
     python -m benchmarks.real_size -o benchmarks/results/real-size.json
     python -m benchmarks.real_size tiny-sd --precisions int8 --keep build/real-size
+    python -m benchmarks.real_size --keep build/real-size --only export   # then, on an idle machine: --only draw
 
 Each command runs in a process of its own, one after another; its peak memory is the resident set that the system
-reports (mapped pages count). A pipeline draws two images and the second is timed. Latents are compared with those of the
+reports (mapped pages count). `cpu_s`: of all its threads, which other work on the machine changes little. A pipeline
+draws two images and the second is timed. Latents are compared with those of the
 model's first row on onnxruntime-cpu, as a share of their standard deviation: random weights draw near-flat images, so a
 signal-to-noise ratio of pixels would prove nothing. Rows that the file already has, and that are not asked for, stay.
 Exit status 1 if a cell failed for another reason than that its engine refuses the precision.
@@ -64,8 +66,8 @@ def draw(bundle: Path, engine: str, latents: Path) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def run(arguments: list[str], folder: Path) -> tuple[float, float, str]:
-    """Run a Python module; return seconds, peak memory in GB, and the last line of its errors if it failed."""
+def run(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Run a Python module; return seconds, peak memory, and as "error" the last line of its errors if it failed."""
     start = time.monotonic()
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as errors:
         process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=out, stderr=errors)
@@ -79,27 +81,39 @@ def run(arguments: list[str], folder: Path) -> tuple[float, float, str]:
             time.sleep(0.05)
     process.returncode = os.waitstatus_to_exitcode(status)
     lines = (folder / "stderr").read_text(errors="replace").strip().splitlines()
-    failure = f"exit status {process.returncode}: {lines[-1] if lines else ''}" if process.returncode else ""
-    return time.monotonic() - start, usage.ru_maxrss / (1 << 20), failure
+    failure = {"error": f"exit status {process.returncode}: {lines[-1] if lines else ''}"} if process.returncode else {}
+    return {
+        "seconds": round(time.monotonic() - start),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime),
+        "peak_gb": round(usage.ru_maxrss / (1 << 20), 1),
+        **failure,
+    }
 
 
-def measure(model: str, name: str, bundle: Path, reference: Path, folder: Path) -> dict[str, Any]:
+def export(model: str, name: str, bundle: Path, folder: Path) -> dict[str, Any]:
+    """Export and verify; return the row."""
     dtype, weights = PRECISIONS[name]
     row: dict[str, Any] = {"model": model, "dtype": dtype, "weights": weights, "load_average": os.getloadavg()[0]}
     options = ["--random-weights", "0", "--dtype", dtype, "--weights", weights, "-o", str(bundle), "--overwrite"]
-    seconds, peak, failure = run(["vega_edge", "export", model, *options], folder)
-    row["export"] = {"seconds": round(seconds), "peak_gb": round(peak, 1), **({"error": failure} if failure else {})}
-    if failure:
-        return row
-    row["bundle_gb"] = round(sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()) / 1e9, 2)
-    seconds, peak, failure = run(["vega_edge", "verify", str(bundle)], folder)
-    row["verify"] = {"seconds": round(seconds), "peak_gb": round(peak, 1), **({"error": failure} if failure else {})}
-    row["engines"] = {}
+    row["export"] = run(["vega_edge", "export", model, *options], folder)
+    if "error" not in row["export"]:
+        row["bundle_gb"] = round(sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()) / 1e9, 2)
+        row["verify"] = run(["vega_edge", "verify", str(bundle)], folder)
+    return {**row, "measured": facts()}
+
+
+def draws(bundle: Path, reference: Path, folder: Path) -> dict[str, Any]:
+    """Return the part of a row that says what each engine drew. reference: latents to compare with; written if absent."""
+    row: dict[str, Any] = {"load_average_drawing": os.getloadavg()[0], "engines": {}}
     for engine in (status.name for status in available() if status.ok and runs_on_cpu(status.name)):
         latents = folder / "latents.npy"
         latents.unlink(missing_ok=True)
-        _, _, failure = run(["benchmarks.real_size", "--draw", str(bundle), engine, str(latents)], folder)
-        cell = {"error": failure} if failure else json.loads((folder / "stdout").read_text().splitlines()[-1])
+        done = run(["benchmarks.real_size", "--draw", str(bundle), engine, str(latents)], folder)
+        cell = (
+            {"error": done["error"]}
+            if "error" in done
+            else json.loads((folder / "stdout").read_text().splitlines()[-1])
+        )
         if latents.is_file():
             drawn = np.load(latents)
             if not reference.is_file() and engine == "onnxruntime-cpu":
@@ -108,7 +122,7 @@ def measure(model: str, name: str, bundle: Path, reference: Path, folder: Path) 
                 wanted = np.load(reference)
                 cell["latents_error_of_std"] = float(f"{np.abs(drawn - wanted).max() / wanted.std():.1e}")
         row["engines"][engine] = cell
-    return {**row, "measured": facts()}
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -125,9 +139,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             verified.get("error") or f"{verified['seconds']} s" if verified else row["export"].get("error", "")
         )
         for engine, cell in row.get("engines", {"": {}}).items():
-            said = (
-                [engine, cell["error"]] if "error" in cell else [engine, f"{cell['image_s']} s, {cell['peak_gb']} GB"]
-            )
+            drawn = f"{cell['image_s']} s, {cell['peak_gb']} GB" if "image_s" in cell else ""
+            said = [engine, cell.get("error", drawn)]
             lines.append([*first, *said, cell.get("latents_error_of_std", "")])
     return markdown(
         ("model", "dtype", "weights", "export", "verify", "engine", "an image, peak", "latents, of their std"), lines
@@ -146,9 +159,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the bundles there; default: none is left")
+    parser.add_argument(
+        "--only", choices=("export", "draw"), help="export, or draw what an earlier run exported and kept"
+    )
     parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)  # bundle, engine, latents: one cell, in this process
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/real-size.json"))
     arguments = parser.parse_args()
+    if arguments.only and not arguments.keep:
+        parser.error("--only needs --keep")
     if arguments.draw:
         bundle, engine, latents = arguments.draw
         print(json.dumps(draw(Path(bundle), engine, Path(latents))))
@@ -164,8 +182,11 @@ def main() -> None:
             for name in arguments.precisions:
                 bundle = (arguments.keep or folder) / f"{model}-{name}"
                 bundle.parent.mkdir(parents=True, exist_ok=True)
-                row = measure(model, name, bundle, reference, folder)
-                rows[model, PRECISIONS[name][0]] = row
+                key = model, PRECISIONS[name][0]
+                row = rows[key] if arguments.only == "draw" else export(model, name, bundle, folder)
+                if arguments.only != "export" and "error" not in row["export"]:
+                    row |= draws(bundle, reference, folder)
+                rows[key] = row
                 done.append(row)
                 if not arguments.keep:
                     shutil.rmtree(bundle, ignore_errors=True)

@@ -26,7 +26,7 @@ from .checkpoints import END, edit, write_tokenizer
 # kind -> architecture, and the level (0: 320 channels, 1: 640, 2: 1,280) that has attention; middle blocks keep theirs
 KINDS = {"vega": ("segmind-vega", 2), "sdxl": ("sdxl", 1), "small": ("small-sd", 0), "tiny": ("tiny-sd", 1)}
 CHANNELS = (320, 640, 1280)
-NARROW = (32, 32, 64, 64)  # an autoencoder's, where the tiny one is in question
+SAMPLE = 8  # latent pixels a side: an export is compared with torch at that size, a full-size one at twice it
 SPELLINGS = ("kohya", "peft", "diffusers")
 RANK, ALPHA = 4, 10
 ORDINARY = 8  # exports in the ordinary tests; the others are for make test-full
@@ -43,11 +43,6 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         options = [name for name in self._fields[2:] if getattr(self, name)]
         return "-".join([self.kind, *self.precision, *options])
-
-    @property
-    def source(self) -> str:
-        """The checkpoint: of the two autoencoders, one is of the real width."""
-        return f"{self.kind}-narrow" if self.tiny_vae else self.kind
 
     @property
     def pairs(self) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
@@ -80,7 +75,7 @@ def names_precision(pair: tuple[tuple[int, Any], tuple[int, Any]]) -> bool:
     return Case._fields.index("precision") in (pair[0][0], pair[1][0])
 
 
-def shallow(kind: str, folder: Path, wide_vae: bool = True) -> Path:
+def shallow(kind: str, folder: Path) -> Path:
     """A diffusers folder without weights, for `vega-edge export FOLDER --random-weights SEED`."""
     from vega_edge.export.skeleton import skeleton_folder
 
@@ -95,7 +90,7 @@ def shallow(kind: str, folder: Path, wide_vae: bool = True) -> Path:
     up = [block.replace("Down", "Up") for block in reversed(down)]
     edit(
         folder / "unet" / "config.json", block_out_channels=CHANNELS, layers_per_block=1, down_block_types=down,
-        up_block_types=up, **per_level,
+        up_block_types=up, sample_size=SAMPLE, **per_level,
     )  # fmt: skip
     for part in architecture.parts:
         if part.startswith("text_encoder"):
@@ -103,7 +98,7 @@ def shallow(kind: str, folder: Path, wide_vae: bool = True) -> Path:
             shutil.rmtree(tokenizer)
             size = write_tokenizer(tokenizer, "!" if part.endswith("_2") else END)
             edit(folder / part / "config.json", num_hidden_layers=2, vocab_size=size)
-    edit(folder / "vae" / "config.json", layers_per_block=1, **({} if wide_vae else {"block_out_channels": NARROW}))
+    edit(folder / "vae" / "config.json", layers_per_block=1)
     assert wide in (768, 768 + 1280)
     return folder
 

@@ -25,11 +25,13 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import available, runs_on_cpu
 from vega_edge.engines.dtypes import refusal
+from vega_edge.export import graphs
 from vega_edge.export.check import tolerance
 from vega_edge.runtime.pipeline import Pipeline, Result
 from vega_edge.verify import verify
 
 from .cpu_units import saturates
+from .kept_traces import keeping
 from .real_width import (
     KINDS,
     Case,
@@ -68,7 +70,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"tiny_vae": write_tiny_vae(root / "taesd"), "picture": write_picture(root / "picture.png", SMALL)}
     for kind in KINDS:
         found[kind] = shallow(kind, root / kind)
-        found[f"{kind}-narrow"] = shallow(kind, root / f"{kind}-narrow", wide_vae=False)
         write_loras(root / f"{kind}-loras", shapes_of(found[kind]), sdxl=kind in ("vega", "sdxl"))
     return found
 
@@ -79,7 +80,7 @@ def export(case: Case, sources: dict[str, Path], out: Path) -> None:
     options += ["--tiny-vae", str(sources["tiny_vae"])] * case.tiny_vae
     for lora in sorted((sources[case.kind].with_name(f"{case.kind}-loras")).iterdir()) if case.loras else ():
         options += ["--lora", f"{lora}:0.5"]
-    assert main(["export", str(sources[case.source]), *options]) == 0
+    assert main(["export", str(sources[case.kind]), *options]) == 0
 
 
 def _parameters() -> list[Any]:
@@ -89,14 +90,23 @@ def _parameters() -> list[Any]:
     return [*(pytest.param(case, id=str(case), marks=NOT_YET) for case in CASES), *full]
 
 
+@pytest.fixture(scope="session")
+def traces() -> dict[Any, graphs.Traced]:
+    return {}
+
+
 @pytest.fixture(scope="module", params=_parameters())
 def made(
-    request: pytest.FixtureRequest, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    sources: dict[str, Path],
+    traces: dict[Any, graphs.Traced],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Made]:
     """A bundle, with a home of its own; both are removed after its tests, since they take gigabytes."""
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VEGA_EDGE_HOME", str(root / "home"))
+        patch.setattr(graphs, "trace", keeping(graphs.trace, traces))
         try:
             export(request.param, sources, root / "bundle")
             yield Made(request.param, root / "bundle")
