@@ -1,17 +1,11 @@
-"""Whether a bundle fits the memory that is free, judged before anything is opened, from sizes that are known."""
+"""The sizes of a bundle's networks, and the memory that is free."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import sys
 from pathlib import Path
 
-from ..bundle import Bundle
-from ..engines import runs_on_cpu
-from ..errors import NotEnoughMemoryError
-
-_log = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # bytes; version 1 writes nearly 2**63 if there is none
@@ -19,32 +13,6 @@ _CGROUPS = (  # limit, usage, prefix of the counts of file pages in memory.stat
     (_CGROUP / "memory.max", _CGROUP / "memory.current", ""),
     (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_"),
 )
-# Peak memory over the size of the graphs' files while a session is opened. In fp16 as bench/memory.py measured it on
-# Vega's U-Net, with --memory low before anything is prepared; the others are estimates.
-_OPENING = {"fp32": 2.0, "fp16": 4.2, "bf16": 4.2, "int8": 3.0}
-_OPENING_FP16 = {("onnxruntime-cpu", False): 3.0, ("onnxruntime-cpu", True): 3.4}
-
-
-def check_memory(bundle: Bundle, engine: str, low_memory: bool) -> None:
-    """Raises NotEnoughMemoryError if not even the weights fit what is free and could be swapped; warns if opening the
-    graphs probably takes more than is free. Says nothing where the system does not tell, or for a GPU.
-    """
-    free = free_bytes()
-    if free is None or not runs_on_cpu(engine):
-        return
-    sizes = weight_bytes(bundle.path)
-    needed = max(sizes.values(), default=0) if low_memory else sum(sizes.values())
-    weights = str(bundle.manifest.weights) if bundle.manifest else "fp32"
-    factor = _OPENING.get(weights, 2.0)
-    likely = int(needed * (_OPENING_FP16.get((engine, low_memory), factor) if weights == "fp16" else factor))
-    cure = "close other programs, or use a smaller model" if low_memory else "--memory low opens one network at a time"
-    if needed > free:
-        raise NotEnoughMemoryError(
-            f"bundle {bundle.path} has {_gb(needed)} of weights {'in one network' if low_memory else ''}, "
-            f"{_gb(free)} of memory are free; {cure}".replace("  ", " ").replace(" ,", ",")
-        )
-    if likely > free:
-        _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
 
 
 def weight_bytes(bundle: Path) -> dict[str, int]:
@@ -106,7 +74,3 @@ def _windows_free_bytes() -> int | None:
     status.length = ctypes.sizeof(status)
     ok = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
     return int(status.page_free) if ok else None
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

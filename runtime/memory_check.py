@@ -1,4 +1,4 @@
-"""Refuse a drawing that would not fit the memory that is free, and name what would."""
+"""Refuse a bundle or a drawing that would not fit the memory that is free, and name what would."""
 
 from __future__ import annotations
 
@@ -8,14 +8,36 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..bundle import Bundle
-from ..engines import can_run
+from ..engines import can_run, runs_on_cpu
 from ..errors import NotEnoughMemoryError
-from .footprint import Drawing, Footprint
-from .memory import free_bytes
+from .footprint import COSTS, Drawing, Footprint
+from .memory import free_bytes, weight_bytes
 
 TOLERANCE = 0.25  # how far the estimate may be from what is measured, as a share of it
 _BF16 = "openvino-bf16"
 _log = logging.getLogger(__name__)
+
+
+def check_weights(bundle: Bundle, engine: str, low: bool) -> None:
+    """Compare a bundle with the memory that is free, before any of it is opened. low: one network is open at a time.
+
+    Raise NotEnoughMemoryError if the files of its networks are larger than what is free and could be swapped; warn if
+    the open networks probably are. Does nothing if the system does not report its free memory, or for a GPU.
+    """
+    free, costs = free_bytes(), COSTS.get(engine)
+    if free is None or costs is None or not runs_on_cpu(engine):
+        return
+    sizes = weight_bytes(bundle.path)
+    needed = max(sizes.values(), default=0) if low else sum(sizes.values())
+    likely = int(needed * costs.opened[str(bundle.manifest.weights) if bundle.manifest else "fp32"])
+    cure = "close other programs, or use a smaller model" if low else "--memory low opens one network at a time"
+    if needed > free:
+        where = " in one network" if low else ""
+        raise NotEnoughMemoryError(
+            f"bundle {bundle.path} has {_gb(needed)} of weights{where}, {_gb(free)} of memory are free; {cure}"
+        )
+    if likely > free:
+        _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
 
 
 @dataclass(frozen=True)
@@ -95,3 +117,7 @@ class MemoryCheck:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

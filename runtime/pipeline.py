@@ -22,8 +22,7 @@ from ..models import find_bundle
 from .decoder import Decoder
 from .footprint import Drawing
 from .init_image import ImageEncoder
-from .memory import check_memory
-from .memory_check import MemoryCheck
+from .memory_check import MemoryCheck, check_weights
 from .opening import check_model, checked_loras, foreign_defaults, warn_of_no_manifest
 from .parts import Parts, cache_folder, check_opening, weights_of
 from .patches import Patches
@@ -135,7 +134,7 @@ class Pipeline:
             engine = choose_engine(size, built, device, bundle.precision)
         check_dtype(engine, *bundle.precision)
         low = memory == "low"
-        check_memory(bundle, engine, low)
+        check_weights(bundle, engine, low)
         return cls(Parts(bundle, engine, patches, low, cache_folder(), device), vae)
 
     @property

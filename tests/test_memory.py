@@ -21,7 +21,7 @@ from vega_edge.engines import BuiltFor, compiled, open_engine
 from vega_edge.engines.choice import missing_here
 from vega_edge.errors import BundleError, EngineError, NotEnoughMemoryError, UsageError
 from vega_edge.models import find_bundle
-from vega_edge.runtime import decoder, memory, parts, pipeline
+from vega_edge.runtime import decoder, memory, memory_check, parts, pipeline
 from vega_edge.runtime.decoder import Decoder
 from vega_edge.runtime.parts import Part, Parts, cache_folder
 from vega_edge.runtime.patches import Patches
@@ -115,23 +115,23 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: p
     sizes = memory.weight_bytes(bundle.path)
     assert set(sizes) == {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "tiny_vae_decoder"}
     whole, largest = sum(sizes.values()), max(sizes.values())
-    monkeypatch.setattr(memory, "free_bytes", lambda: largest - 1)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda: largest - 1)
     for low, cure, size, where in (
         (False, "--memory low opens one network at a time", whole, ""),
         (True, "close other programs, or use a smaller model", largest, " in one network"),
     ):
         with pytest.raises(NotEnoughMemoryError) as error:
-            memory.check_memory(bundle, "onnxruntime-cpu", low)
+            memory_check.check_weights(bundle, "onnxruntime-cpu", low)
         have = f"{(largest - 1) / 1e9:.1f} GB of memory are free"
         assert str(error.value) == f"bundle {path} has {size / 1e9:.1f} GB of weights{where}, {have}; {cure}"
-    monkeypatch.setattr(memory, "free_bytes", lambda: whole + 1)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda: whole + 1)
     with caplog.at_level(logging.WARNING):
-        memory.check_memory(bundle, "onnxruntime-cpu", False)
+        memory_check.check_weights(bundle, "onnxruntime-cpu", False)
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; --memory low opens one network at a time")
-    monkeypatch.setattr(memory, "free_bytes", lambda: None)
-    memory.check_memory(bundle, "onnxruntime-cpu", False)
-    monkeypatch.setattr(memory, "free_bytes", lambda: 1)
-    memory.check_memory(bundle, "onnxruntime-cuda", False)  # another memory
+    monkeypatch.setattr(memory_check, "free_bytes", lambda: None)
+    memory_check.check_weights(bundle, "onnxruntime-cpu", False)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda: 1)
+    memory_check.check_weights(bundle, "onnxruntime-cuda", False)  # another memory
     with pytest.raises(NotEnoughMemoryError):
         Pipeline.open(path, "onnxruntime-cpu", verify=False)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vega_edge import known_hashes, safetensors_file
 from vega_edge.engines import SMALL_BYTES, choose_engine, compiled
 from vega_edge.errors import CheckpointError, ExportError, NotEnoughMemoryError, UsageError
-from vega_edge.runtime import init_image, memory, patches, rng_nv
+from vega_edge.runtime import init_image, memory_check, patches, rng_nv
 from vega_edge.runtime.init_image import read_picture
 from vega_edge.runtime.pictures import exif_comment
 from vega_edge.runtime.rng import TorchGenerator
@@ -243,14 +243,14 @@ def test_draws_about_the_16_numbers_that_torch_makes_in_one_go(count: int) -> No
 @pytest.mark.parametrize(("spare", "enough"), [(0, True), (-1, False)])
 def test_a_bundle_opens_where_its_weights_just_fit(spare: int, enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle: Any = SimpleNamespace(path="b", manifest=None)
-    monkeypatch.setattr(memory, "weight_bytes", lambda _: {"unet": 1000, "vae_decoder": 500})
+    monkeypatch.setattr(memory_check, "weight_bytes", lambda _: {"unet": 1000, "vae_decoder": 500})
     for low, needed in ((False, 1500), (True, 1000)):
-        monkeypatch.setattr(memory, "free_bytes", lambda: needed + spare)  # noqa: B023
+        monkeypatch.setattr(memory_check, "free_bytes", lambda: needed + spare)  # noqa: B023
         if enough:
-            memory.check_memory(bundle, "onnxruntime-cpu", low)
+            memory_check.check_weights(bundle, "onnxruntime-cpu", low)
         else:
             with pytest.raises(NotEnoughMemoryError):
-                memory.check_memory(bundle, "onnxruntime-cpu", low)
+                memory_check.check_weights(bundle, "onnxruntime-cpu", low)
 
 
 @pytest.mark.parametrize(("size", "fits"), [(1000, True), (1001, False)])
