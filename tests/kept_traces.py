@@ -23,8 +23,8 @@ def keeping(trace: Callable[..., Traced], kept: dict[Key, Traced]) -> Callable[.
     def traced(part: str, wrapper: Any, spec: GraphSpec, feeds: Mapping[str, Any], arithmetic: str = "fp32") -> Traced:
         parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in wrapper.named_parameters())
         inputs = tuple((name, tuple(feed.shape), feed.dtype) for name, feed in feeds.items())
-        config = getattr(wrapper.model, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        config: Any = getattr(wrapper.model, "config", {})
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         key = (
             part, repr(wrapper), repr({k: v for k, v in settings.items() if k not in UNTRACED}), repr(spec), parameters,
             inputs, arithmetic,

@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import onnx  # noqa: E402
+import onnx_ir as ir  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -28,6 +29,8 @@ from vega_edge.export.precision import Precision, make_precision  # noqa: E402
 from vega_edge.export.weights import place  # noqa: E402
 from vega_edge.export.work import forward  # noqa: E402
 from vega_edge.manifest import Parameter  # noqa: E402
+
+from .kept_traces import keeping  # noqa: E402
 
 
 class Net(nn.Module):
@@ -49,16 +52,22 @@ class Net(nn.Module):
         return self.small(self.conv(x[:, None]).tanh())
 
 
-def made(weights: str, arithmetic: str, path: Path) -> tuple[Packed, dict[str, Parameter], Any]:
-    torch.manual_seed(0)
-    net = Net()
+SPEC = graphs.GraphSpec({"ids": ("batch", 6)}, {"out": ("batch", 1, 6, 36)})
+
+
+def wrapped(net: nn.Module) -> nn.Module:
     wrapper = nn.Module()
     wrapper.model = net
     wrapper.forward = lambda ids: wrapper.model(ids)  # type: ignore[method-assign]
+    return wrapper
+
+
+def made(weights: str, arithmetic: str, path: Path) -> tuple[Packed, dict[str, Parameter], Any]:
+    torch.manual_seed(0)
+    net = Net()
     packed = Packed("unet", net, weights)
-    spec = graphs.GraphSpec({"ids": ("batch", 6)}, {"out": ("batch", 1, 6, 36)})
     with packed.tracing(arithmetic):
-        traced = graphs.trace("unet", wrapper, spec, {"ids": torch.zeros((3, 6), dtype=torch.int64)})
+        traced = graphs.trace("unet", wrapped(net), SPEC, {"ids": torch.zeros((3, 6), dtype=torch.int64)})
     onnx_edit.strip(traced.model)
     names = {"published": lambda name: f"p.{name}", "mapped": packed.matrices}
     placed = place(traced.model, traced.parameters, packed.stored, arithmetic, **names)
@@ -117,6 +126,34 @@ def test_a_packed_module_holds_one_copy_and_computes_with_the_stored_numbers() -
     with packed.computing() as module, torch.no_grad():
         assert torch.equal(module(ids), rounded(ids))
     assert all(p.untyped_storage().nbytes() <= 4 for p in net.parameters())
+
+
+def test_a_trace_that_the_tests_keep_is_the_trace() -> None:
+    """Copies are equal to it and independent of it; other settings and another arithmetic are traced again."""
+    traced: list[str] = []
+
+    def trace(*arguments: Any) -> graphs.Traced:
+        traced.append(arguments[-1])
+        return graphs.trace(*arguments)
+
+    def once(net: nn.Module, arithmetic: str = "fp32") -> graphs.Traced:
+        packed = Packed("unet", net, "fp32")
+        with packed.tracing(arithmetic):
+            return kept("unet", wrapped(net), SPEC, {"ids": torch.zeros((3, 6), dtype=torch.int64)}, arithmetic)
+
+    kept = keeping(trace, {})
+    first = once(Net())
+    wanted = ir.to_proto(first.model).SerializeToString()
+    assert first.parameters.keys() == {name for name, _ in Net().named_parameters()}
+    assert all(value in first.model.graph.inputs for value in first.parameters.values())
+    onnx_edit.strip(first.model)
+    place(first.model, first.parameters, Packed("unet", Net(), "fp32").stored, "fp32", published=str)
+    assert ir.to_proto(once(Net()).model).SerializeToString() == wanted and traced == ["fp32"]
+    other = Net()
+    other.norm.eps = 1e-3
+    assert ir.to_proto(once(other).model).SerializeToString() != wanted
+    once(Net(), "fp16")
+    assert traced == ["fp32", "fp32", "fp16"]
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
