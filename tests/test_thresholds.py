@@ -280,3 +280,63 @@ def test_a_write_that_fails_with_less_than_a_mebibyte_free_means_a_full_disk(
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     text = staging._why_not_written(tmp_path / "out", OSError("3 requested and 0 written"))
     assert text.startswith("disk full") == full
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(1.0, 1 / 127), (7.63e-6, 6e-8), (7.5e-6, 6e-8), (0.0, 1.0)])
+def test_the_scale_of_eight_bits_is_never_0_in_half_precision(largest: float, scale: float) -> None:
+    pytest.importorskip("onnx")
+    from vega_edge.export.trt_graph import int8_scale
+
+    got = int8_scale(np.array([[largest], [-largest / 2]], np.float16))
+    assert got.dtype == np.float16 and got[0] == np.float16(scale) > 0
+
+
+@pytest.mark.parametrize(("age_s", "stray"), [(599, False), (601, True)])
+def test_files_of_a_build_are_strays_after_ten_minutes(age_s: float, stray: bool, tmp_path: Path) -> None:
+    assert stray_at(tmp_path, "unlisted.plan", age_s) == stray
+
+
+@pytest.mark.parametrize(("age_s", "stray"), [(86399, False), (86401, True)])
+def test_locks_are_strays_after_a_day(age_s: float, stray: bool, tmp_path: Path) -> None:
+    assert stray_at(tmp_path, ".key.lock", age_s) == stray
+
+
+def stray_at(bundle: Path, name: str, age_s: float) -> bool:
+    from vega_edge.engines import plan_store
+
+    now = 1_800_000_000.0
+    store = plan_store.PlanStore(bundle)
+    store.folder.mkdir()
+    (store.folder / name).touch()
+    os.utime(store.folder / name, (now - age_s, now - age_s))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_store.time, "time", lambda: now)
+        return store.stray() == [store.folder / name]
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_batch_is_the_least_of_the_last_three() -> None:
+    from vega_edge.serve.batching import Batching
+
+    batching = Batching(2)
+    for seconds in (1.0, 9.0, 9.0):
+        batching.learn("kind", 1, seconds)
+    batching.learn("kind", 2, 4.0)  # 2 s for each
+    assert batching.best("kind", [1, 2]) == 1
+    batching.learn("kind", 1, 9.0)  # the first is the fourth last now
+    assert batching.best("kind", [1, 2]) == 2
+
+
+def test_what_was_learned_is_forgotten_at_the_200th_decision() -> None:
+    from vega_edge.serve.batching import Batching
+
+    batching = Batching(2)
+    batching.learn("kind", 1, 1.0)
+    batching.learn("kind", 2, 9.0)
+    assert [batching.best("kind", [1, 2]) for _ in range(199)] == [1] * 199
+    assert batching.best("kind", [1, 2]) == 2  # neither was tried, so the larger is
