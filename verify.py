@@ -28,7 +28,7 @@ from .engines import (
     check_engine,
     choose_engine,
     open_engine,
-    takes_attention,
+    takes_attention_form,
 )
 from .errors import BundleError, EngineError, VegaEdgeError
 from .manifest import INDEX, plain_form
@@ -94,7 +94,7 @@ def verify(path: str | os.PathLike[str], engine: str = "auto", device: str | Non
     # Of some parts no engine of TensorRT is built but of the graph that a pipeline runs.
     files_run = built_graphs(bundle.path) if engine.startswith("tensorrt") else bundle.path.glob("*/*.onnx")
     graphs = sorted(file.relative_to(bundle.path).as_posix() for file in files_run)
-    if not takes_attention(engine):
+    if not takes_attention_form(engine):
         graphs = [graph for graph in graphs if graph == plain_form(graph)]
     checks = (*(_graph(bundle, graph, engine, device) for graph in graphs), *_others(bundle, graphs))
     name = bundle.manifest.name if bundle.manifest else bundle.path.name

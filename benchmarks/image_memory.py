@@ -1,11 +1,12 @@
-"""Peak memory of drawing one image, measured and estimated, for recipes, sizes and engines.
+"""Peak memory of drawing one image, measured and estimated, for bundles, sizes and engines.
 
     python -m benchmarks.image_memory BUNDLE... [--engines NAME ...] [--sizes PX ...] [--memory low]
         -o benchmarks/results/image-memory.json
 
 Each row is a process of its own, one guided image in two steps. `opened_gb`: resident memory once the pipeline is open;
-`peak_gb`: the largest while it is opened and drawn; `estimated_gb`: `runtime/footprint.py`. A row of a result file is
-replaced when it is measured again. All in 10^9 bytes.
+`peak_gb`: the largest while it is opened and drawn; `beyond_opened_gb`: their difference, which is what a drawing is refused
+for. The estimates of `runtime/footprint.py` are beside each, `ratio` and `ratio_beyond` are estimate over measurement. A row
+of a result file is replaced when it is measured again. All in 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from vega_edge.bench.machine import facts, markdown
 from vega_edge.bundle import Bundle
-from vega_edge.engines import available
+from vega_edge.engines import available, runs_on_cpu
 from vega_edge.runtime.footprint import Drawing, Footprint
 
 GUIDANCE = 1.5  # any above 1 evaluates two samples
@@ -49,9 +50,10 @@ def one(bundle: str, engine: str, side: int, memory: str) -> dict[str, float]:
         }
 
 
-def estimate(bundle: Path, engine: str, side: int, memory: str) -> float | None:
-    found = Footprint.of(Bundle.open(bundle, verify=False), engine, memory == "low")
-    return None if found is None else found.total(Drawing(side, side)) / 1e9
+def estimates(bundle: Path, engine: str, side: int, memory: str) -> tuple[float, float] | None:
+    """Of the whole process, and of the drawing beyond what was open."""
+    found, drawing = Footprint.of(Bundle.open(bundle, verify=False), engine, memory == "low"), Drawing(side, side)
+    return None if found is None else (found.total(drawing) / 1e9, found.running(drawing) / 1e9)
 
 
 def measure(bundle: Path, engine: str, side: int, memory: str) -> dict[str, Any]:
@@ -72,11 +74,13 @@ def measure(bundle: Path, engine: str, side: int, memory: str) -> dict[str, Any]
     if found.returncode:
         return {**row, "failed": found.stderr.strip().splitlines()[-1][:300]}
     got = json.loads(found.stdout.strip().splitlines()[-1])
-    guess = estimate(bundle, engine, side, memory)
-    ratio = None if guess is None else round(guess / got["peak_gb"], 3)
-    rounded = {key: round(value, 3) for key, value in got.items()}
-    beyond = round(got["peak_gb"] - got["opened_gb"], 3)
-    return {**row, **rounded, "beyond_opened_gb": beyond, "estimated_gb": guess and round(guess, 3), "ratio": ratio}
+    row |= {key: round(value, 3) for key, value in got.items()}
+    row["beyond_opened_gb"] = round(got["peak_gb"] - got["opened_gb"], 3)
+    if guess := estimates(bundle, engine, side, memory):
+        row |= {"estimated_gb": round(guess[0], 3), "estimated_beyond_gb": round(guess[1], 3)}
+        row["ratio"] = round(guess[0] / got["peak_gb"], 3)
+        row["ratio_beyond"] = round(guess[1] / max(row["beyond_opened_gb"], 0.001), 3)
+    return row
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -90,11 +94,14 @@ def show(rows: list[dict[str, Any]]) -> str:
         "peak GB",
         "estimated GB",
         "estimated / peak",
+        "beyond opened GB",
+        "estimated / beyond",
         "seconds",
     )
     cells = [
         (r["bundle"], f"{r['dtype']}/{r['weights']}", r["engine"], r["memory"], r["size_px"], r.get("opened_gb", r.get("failed")),
-         r.get("peak_gb", ""), r.get("estimated_gb", ""), r.get("ratio", ""), r.get("draw_s", ""))
+         r.get("peak_gb", ""), r.get("estimated_gb", ""), r.get("ratio", ""), r.get("beyond_opened_gb", ""),
+         r.get("ratio_beyond", ""), r.get("draw_s", ""))
         for r in rows
     ]  # fmt: skip
     return markdown(head, cells)
@@ -103,7 +110,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="*", type=Path)
-    parser.add_argument("--engines", nargs="*", default=[s.name for s in available() if s.ok])
+    parser.add_argument("--engines", nargs="*", default=[s.name for s in available() if s.ok and runs_on_cpu(s.name)])
     parser.add_argument("--sizes", nargs="*", type=int, default=[512])
     parser.add_argument("--memory", default="normal")
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "PX", "MEMORY"), help=argparse.SUPPRESS)
@@ -120,12 +127,12 @@ def main() -> None:
     for bundle in arguments.bundles:
         for engine in arguments.engines:
             for side in arguments.sizes:
-                row = {**measure(bundle, engine, side, arguments.memory), "note": arguments.note}
+                row = {**measure(bundle, engine, side, arguments.memory), "note": arguments.note, "measured": facts()}
                 key = ("bundle", "dtype", "weights", "engine", "size_px", "memory")
                 rows = [old for old in rows if [old[k] for k in key] != [row[k] for k in key]] + [row]
                 print(json.dumps(row), flush=True)
                 if arguments.output:  # after each, so that an interruption keeps what was measured
-                    text = json.dumps({**facts(), "rows": rows}, indent=1) + "\n"
+                    text = json.dumps({"rows": rows}, indent=1) + "\n"
                     arguments.output.write_text(text, encoding="utf-8")
     print(show(rows))
 

@@ -6,8 +6,8 @@
 
 Each command runs in a process of its own, one after another; its peak memory is the resident set that the system
 reports (mapped pages count). `cpu_s`: of all its threads, which other work on the machine changes little. A pipeline
-draws two images and the second is timed. Latents are compared with those of the
-model's first row on onnxruntime-cpu, as a share of their standard deviation: random weights draw near-flat images, so a
+draws two images and the second is timed. Latents are compared with those of the model's fp32 on onnxruntime-cpu, if that
+was drawn in this run or is kept, as a share of their standard deviation: random weights draw near-flat images, so a
 signal-to-noise ratio of pixels would prove nothing. Rows that the file already has, and that are not asked for, stay.
 Exit status 1 if a cell failed for another reason than that its engine refuses the precision.
 """
@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 
 from vega_edge.bench.machine import facts, markdown, peak_mb
-from vega_edge.engines import available, runs_on_cpu
+from vega_edge.engines import ENGINES, available, runs_on_cpu
+from vega_edge.engines.dtypes import refusal
 
 MODELS = ("tiny-sd", "small-sd", "segmind-vegart")
 # --dtype/--weights
 PRECISIONS = {"fp32": ("fp32", "fp16"), "fp16": ("fp16", "fp16"), "bf16": ("bf16", "bf16"), "int8": ("int8", "int8")}
+FIRST = "fp32"  # the others are compared with it
 PROMPT, SEED, SIDE_PX, STEPS = "a portrait of an old fisherman in a yellow raincoat", 7, 512, 4
 TIMEOUT_S = 1800
 
@@ -102,8 +104,8 @@ def export(model: str, name: str, bundle: Path, folder: Path) -> dict[str, Any]:
     return {**row, "measured": facts()}
 
 
-def draws(bundle: Path, reference: Path, folder: Path) -> dict[str, Any]:
-    """Return the part of a row that says what each engine drew. reference: latents to compare with; written if absent."""
+def draws(bundle: Path, reference: Path, first: bool, folder: Path) -> dict[str, Any]:
+    """Return the part of a row that says what each engine drew. reference: latents to compare with; `first` writes them."""
     row: dict[str, Any] = {"load_average_drawing": os.getloadavg()[0], "engines": {}}
     for engine in (status.name for status in available() if status.ok and runs_on_cpu(status.name)):
         latents = folder / "latents.npy"
@@ -114,9 +116,10 @@ def draws(bundle: Path, reference: Path, folder: Path) -> dict[str, Any]:
             if "error" in done
             else json.loads((folder / "stdout").read_text().splitlines()[-1])
         )
+        cell["cpu_s"] = done["cpu_s"]
         if latents.is_file():
             drawn = np.load(latents)
-            if not reference.is_file() and engine == "onnxruntime-cpu":
+            if first and engine == "onnxruntime-cpu":
                 np.save(reference, drawn)
             if reference.is_file():
                 wanted = np.load(reference)
@@ -149,9 +152,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def failures(row: dict[str, Any]) -> list[str]:
     cells = {"export": row["export"], "verify": row.get("verify", {}), **row.get("engines", {})}
-    where = f"{row['model']} {row['dtype']}"
-    return [f"{where}, {name}: {cell['error']}" for name, cell in cells.items()
-            if "error" in cell and "can't run a bundle of dtype" not in cell["error"]]  # fmt: skip
+    where = f"{row['model']} {row['dtype']}/{row['weights']}"
+    refused = {name for name in cells if name in ENGINES and refusal(name, (row["dtype"], row["weights"]))}
+    return [
+        f"{where}, {name}: {cell['error']}" for name, cell in cells.items() if "error" in cell and name not in refused
+    ]
 
 
 def main() -> None:
@@ -171,21 +176,26 @@ def main() -> None:
         bundle, engine, latents = arguments.draw
         print(json.dumps(draw(Path(bundle), engine, Path(latents))))
         return
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     if arguments.output.is_file():
-        rows = {(row["model"], row["dtype"]): row for row in json.loads(arguments.output.read_text())["rows"]}
+        rows = {
+            (row["model"], row["dtype"], row["weights"]): row
+            for row in json.loads(arguments.output.read_text())["rows"]
+        }
     done = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for model in arguments.models:
-            reference = folder / f"{model}.npy"
+            reference = (arguments.keep or folder) / f"{model}.npy"
             for name in arguments.precisions:
                 bundle = (arguments.keep or folder) / f"{model}-{name}"
                 bundle.parent.mkdir(parents=True, exist_ok=True)
-                key = model, PRECISIONS[name][0]
+                key = model, *PRECISIONS[name]
+                if arguments.only == "draw" and key not in rows:
+                    parser.error(f"{arguments.output} has no row of {' '.join(key)}: run --only export first")
                 row = rows[key] if arguments.only == "draw" else export(model, name, bundle, folder)
                 if arguments.only != "export" and "error" not in row["export"]:
-                    row |= draws(bundle, reference, folder)
+                    row |= draws(bundle, reference, name == FIRST, folder)
                 rows[key] = row
                 done.append(row)
                 if not arguments.keep:

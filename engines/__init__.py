@@ -24,7 +24,7 @@ from .choice import (
     gpu_index,
     missing_here,
     runs_on_cpu,
-    takes_attention,
+    takes_attention_form,
     tiles_attention,
 )
 from .dtypes import check_dtype
@@ -55,7 +55,7 @@ __all__ = [
     "missing_here",
     "open_engine",
     "runs_on_cpu",
-    "takes_attention",
+    "takes_attention_form",
     "tiles_attention",
 ]
 

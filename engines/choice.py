@@ -148,14 +148,14 @@ def built_shapes(graph: Path, name: str, device: str | None = None) -> dict[str,
 
 
 def tiles_attention(name: str) -> bool:
-    """Return whether `MultiHeadAttention` on engine `name` works in tiles, instead of writing all scores.
+    """Return whether `MultiHeadAttention` without a mask works in tiles on engine `name`, instead of writing all scores.
 
-    onnxruntime's CPU provider does if the system reports a level 2 cache; glibc on many Arm systems reports 0.
+    onnxruntime's CPU provider does, in fp32, if the system reports a level 2 cache; glibc on many Arm systems reports 0.
     """
     key = "SC_LEVEL2_CACHE_SIZE"
     # Windows has neither, macOS no such key
     names, read = getattr(os, "sysconf_names", {}), getattr(os, "sysconf", None)
-    return takes_attention(name) and (read is None or key not in names or read(key) > 0)
+    return takes_attention_form(name) and (read is None or key not in names or read(key) > 0)
 
 
 def can_run(name: str, precision: tuple[str, str]) -> bool:
@@ -167,7 +167,7 @@ def runs_on_cpu(name: str) -> bool:
     return name in _ON_CPU
 
 
-def takes_attention(name: str) -> bool:
+def takes_attention_form(name: str) -> bool:
     """Return whether engine `name` runs `MultiHeadAttention` nodes of onnxruntime's own domain, com.microsoft.
 
     Every onnxruntime that this package allows has the kernels, for the CPU and for CUDA. The others need the plain graph.

@@ -217,13 +217,21 @@ def _in_use() -> set[Path]:
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder` at the block's end unless another process was faster."""
+    """A folder to write in, which becomes `folder` at the block's end unless another process was faster.
+
+    EngineError if it can't.
+    """
     part = _beside(folder)
     part.mkdir(parents=True)
     try:
         yield part
-        with contextlib.suppress(OSError):
+        try:
             part.rename(folder)
+        except OSError as failure:
+            if not folder.is_dir():
+                raise EngineError(
+                    f"{folder} can't be made ({failure.strerror}); {VARIABLE}=0 does without"
+                ) from failure
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

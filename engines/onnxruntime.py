@@ -69,13 +69,19 @@ def open_graph(path: Path, provider: str, how: Opening) -> OnnxRuntimeEngine:
     """With `how.low_memory` and a cache the CPU provider opens what it made of the graph before; see `_prepare`."""
     _require(provider)
     if how.low_memory and how.cache is not None and provider != CUDA:
-        prepared = _prepare(path, provider, how, how.cache)
         options = _options(how)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done before
         # Kernels would copy their weights into a layout of their own: a third faster, and once more the weights. Copies
         # saved with the graph (session.save_external_prepacked_...) end in a crash when 1.31 reads a text encoder's.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        return OnnxRuntimeEngine(_session(prepared, provider, options))
+        prepared = _prepare(path, provider, how, how.cache)
+        try:
+            return OnnxRuntimeEngine(_session(prepared, provider, options))
+        except Exception:
+            if prepared.is_file():
+                raise
+            # another process made room in the cache meanwhile
+            return OnnxRuntimeEngine(_session(_prepare(path, provider, how, how.cache), provider, options))
     options = _options(how)
     return OnnxRuntimeEngine(_session(_replace_weights(path, options, how.weights), provider, options))
 

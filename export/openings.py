@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..engines import ENGINES, check_graph, missing_here, runs_on_cpu, takes_attention
+from ..engines import ENGINES, check_graph, missing_here, runs_on_cpu, takes_attention_form
 from ..engines.dtypes import TABLE, YES
 from ..errors import EngineError, ExportError
 from ..manifest import plain_form
@@ -45,7 +45,7 @@ def engines_for(file: str, precision: Precision) -> Mapping[str, str]:
         if (
             known
             and runs_on_cpu(name)
-            and (file == plain_form(file) or takes_attention(name))
+            and (file == plain_form(file) or takes_attention_form(name))
             and missing_here(name) is None
         ):
             found.setdefault(ENGINES[name].module, name)

@@ -20,7 +20,9 @@ from ..engines import nvidia
 from ..engines.cuda import free_bytes
 from ..engines.plan_choice import RUN_GRAPHS
 from ..engines.plan_store import REVISION, Plan, PlanLora, PlanStore, graph_hash, part_of
-from ..errors import EngineError, UsageError, unknown
+from ..errors import EngineError, NotEnoughMemoryError, UsageError, unknown
+from ..runtime import memory
+from ..runtime.footprint import scores
 from .trt_child import build_apart
 from .trt_graph import Ranges, prepared
 from .trt_library import Library, check_targets, load_library
@@ -113,6 +115,8 @@ def build_engines(
             if there is not None:
                 built.append(BuiltEngine(there, 0.0))
                 continue
+            if part == "unet":
+                check_scores(bundle, options)
             measured: Ranges = {}
             if precision == "fp8":
                 measured = kept_ranges(store, wanted, partial(_measure, path, part, weights, ranges, folder))
@@ -121,6 +125,28 @@ def build_engines(
                 job = _job(store, wanted, library, source, options.gpu)
                 built.append(_build(store, wanted, job, folder, lambda s, p, g=graph: progress(g, s, p)))  # type: ignore[misc]
     return built
+
+
+def check_scores(bundle: Bundle, options: BuildOptions) -> None:
+    """Raise NotEnoughMemoryError if a U-Net's attention in fp32 is too large to build.
+
+    TensorRT-RTX fuses attention in fp16. In fp32 it runs each layer for real, with all scores of the largest shape in
+    memory: 69 GB for Tiny-SD up to 1024 px, 4 images with guidance.
+    """
+    fp32 = bundle.manifest is None or bundle.manifest.dtype in ("fp32", "int8")  # of int8 the attention is in fp32
+    free = memory.free_bytes()
+    if options.library != "tensorrt-rtx" or not fp32 or free is None:
+        return
+    sizes, scale = options.sizes, latent_px(bundle)
+    pixels = sizes.width.most * sizes.height.most // scale**2
+    needed = 4 * sizes.batch.most * sizes.guided.most * scores(bundle.config("unet"), pixels, sizes.tokens.most)
+    if needed > free:
+        shape = f"{sizes.width.most}x{sizes.height.most} px, {sizes.batch.most} images"
+        raise NotEnoughMemoryError(
+            f"{bundle.path}: attention in fp32 up to {shape} takes {needed / 1e9:.1f} GB to build with tensorrt-rtx, "
+            f"{free / 1e9:.1f} GB of memory are free; export the bundle with --dtype fp16, or build for less: "
+            "--size, --batch"
+        )
 
 
 def _measure(

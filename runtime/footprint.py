@@ -6,19 +6,21 @@ every later image. Knows no free memory and refuses nothing: see `memory.py`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..bundle import Bundle
-from ..engines import takes_attention, tiles_attention
+from ..engines import takes_attention_form, tiles_attention
 from ..errors import BundleError
 from ..manifest import attention_form
 from ..tiling import TILING
 from .memory import weight_bytes
 from .tokenizer import TOKENS
 
+_log = logging.getLogger(__name__)
 _GUIDED = 2  # samples of the network for one of an image: with the prompt, and with the negative one
 
 
@@ -27,7 +29,8 @@ class Costs(NamedTuple):
 
     process: Python with the engine's library. opened: memory of an open network over its weights' files, by their storage.
     unet, decoder: values that are alive at the peak, over those counted by `_unet_floats` and `_decoder_floats`.
-    width: bytes of a value. scores: copies of a score matrix that an attention without tiles holds.
+    keeps: an open network keeps the memory that its largest run took. width: bytes of a value. scores: copies of a score matrix that an attention without tiles holds; 0 if the engine
+    works in tiles whatever the graph.
     """
 
     process: float
@@ -36,13 +39,14 @@ class Costs(NamedTuple):
     decoder: float
     width: int
     scores: float
+    keeps: bool
 
 
-_ONNXRUNTIME = Costs(0.12e9, {"fp32": 1.02, "fp16": 2.9, "bf16": 3.0, "int8": 4.0}, 1.4, 1.4, 4, 2.0)
-COSTS: Mapping[str, Costs] = {
+_ONNXRUNTIME = Costs(0.12e9, {"fp32": 1.02, "fp16": 2.9, "bf16": 3.0, "int8": 4.0}, 1.4, 1.4, 4, 2.0, keeps=False)
+COSTS: Mapping[str, Costs] = {  # of every engine that works in the CPU's memory
     "onnxruntime-cpu": _ONNXRUNTIME,
-    "openvino": Costs(0.3e9, {"fp32": 2.0, "fp16": 4.1, "bf16": 4.1, "int8": 3.0}, 1.4, 1.4, 4, 0.0),
-    "openvino-bf16": Costs(0.3e9, {"fp32": 1.6, "fp16": 2.2, "bf16": 2.2, "int8": 2.0}, 1.4, 1.4, 2, 0.0),
+    "openvino": Costs(0.3e9, {"fp32": 2.0, "fp16": 4.1, "bf16": 4.1, "int8": 3.0}, 1.4, 1.4, 4, 0.0, keeps=True),
+    "openvino-bf16": Costs(0.3e9, {"fp32": 1.6, "fp16": 2.2, "bf16": 2.2, "int8": 2.0}, 1.4, 1.4, 2, 0.0, keeps=True),
 }
 
 
@@ -74,7 +78,7 @@ class Footprint:
 
     @classmethod
     def of(cls, bundle: Bundle, engine: str, low: bool = False, vae: str = "full") -> Footprint | None:
-        """Return None for an engine whose memory is not the CPU's, and for a bundle whose configuration lacks a number."""
+        """Return None for an engine that is not in `COSTS`, and for a bundle whose configuration lacks a number."""
         costs = COSTS.get(engine)
         if costs is None:
             return None
@@ -89,11 +93,12 @@ class Footprint:
         try:
             config = bundle.config(decoder)
             tiny = "decoder_block_out_channels" in config
-            fused = takes_attention(engine) and bundle.has(attention_form("unet/model.onnx"))
+            fused = takes_attention_form(engine) and bundle.has(attention_form("unet/model.onnx"))
             tiles = not costs.scores or (fused and tiles_attention(engine))
             made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles, encoder)
             made.total(Drawing(512, 512))  # a configuration without a number that is needed shows here
-        except (BundleError, KeyError, TypeError, ValueError, IndexError):
+        except (BundleError, KeyError, TypeError, ValueError, IndexError) as failure:
+            _log.info("no estimate of memory for %s: its configuration can't be read (%r)", bundle.path, failure)
             return None
         return made
 
@@ -109,11 +114,11 @@ class Footprint:
             needs["vae_decoder"] += max(self._open(p) for p in self.weights if "vae" in p)
             needs["unet"] += self._open("unet")
             needs |= {part: self._open(part) for part in self.weights if part.startswith("text")}
-        if drawing.image:  # as large a first level as the decoder's last one; opened by then, it stays
+        if drawing.image:  # as large a first level as the decoder's last one
             pixels = drawing.width * drawing.height * self.costs.width
             needs["vae_encoder"] = self.costs.decoder * pixels * 3 * _channels(self.vae)[0] + self.low * self.encoder
-            return int(max(needs.values())) + (0 if self.low else self.encoder)
-        return int(max(needs.values()))
+        opened = self.encoder if drawing.image and not self.low else 0  # it stays open
+        return opened + int(sum(needs.values()) if self.costs.keeps and not self.low else max(needs.values()))
 
     def total(self, drawing: Drawing) -> int:
         """The process's largest resident memory while it draws."""
@@ -146,14 +151,25 @@ def _channels(config: Mapping[str, Any]) -> Sequence[int]:
     return list(config.get("block_out_channels") or config["decoder_block_out_channels"])
 
 
+def _with_defaults(unet: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with diffusers' values for what it leaves out (UNet2DConditionModel, diffusers 0.42)."""
+    attention = ("CrossAttnDownBlock2D",) * 3
+    defaults = {
+        "block_out_channels": (320, 640, 1280, 1280), "down_block_types": (*attention, "DownBlock2D"), "layers_per_block": 2,
+        "attention_head_dim": 8,
+    }  # fmt: skip
+    return {**defaults, **{key: value for key, value in unet.items() if value is not None}}
+
+
 def _unet_floats(config: Mapping[str, Any]) -> float:
     """Values alive at a U-Net's peak, a latent pixel: what the way down keeps for the way up, and the largest layer.
 
     A transformer's feed-forward layer has 8 times its channels, their two halves and their product; a resnet on the way
     up has three tensors of two levels' channels.
     """
-    channels, kept = _channels(config), float(config["block_out_channels"][0])
-    layers = config.get("layers_per_block", 2)
+    config = _with_defaults(config)
+    channels, layers = _channels(config), config["layers_per_block"]
+    kept = float(channels[0])
     largest = 0.0
     for level, (width, kind) in enumerate(zip(channels, config["down_block_types"], strict=True)):
         count = layers[level] if isinstance(layers, list) else layers
@@ -166,6 +182,7 @@ def _unet_floats(config: Mapping[str, Any]) -> float:
 
 def scores(config: Mapping[str, Any], pixels: int, tokens: int) -> float:
     """Numbers in the largest score matrix of one sample."""
+    config = _with_defaults(config)
     heads = config.get("num_attention_heads") or config["attention_head_dim"]  # diffusers' name for the number of heads
     largest = 0.0
     for level, kind in enumerate(config["down_block_types"]):

@@ -40,9 +40,12 @@ def check_weights(bundle: Bundle, engine: str, low: bool) -> None:
         _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemoryCheck:
-    """An open pipeline's check. least_px, multiple_px: of the sizes that its model draws."""
+    """An open pipeline's check. least_px, multiple_px: of the sizes that its model draws.
+
+    An engine that keeps what its largest image took needs nothing for the next one of that size.
+    """
 
     bundle: Bundle
     engine: str
@@ -50,6 +53,7 @@ class MemoryCheck:
     vae: str
     least_px: int
     multiple_px: int
+    _held: int = 0
 
     def __call__(self, drawing: Drawing) -> None:
         """Raise NotEnoughMemoryError if the estimate, less its tolerance, is more than is free; warn if it is more.
@@ -60,12 +64,16 @@ class MemoryCheck:
         here = self._footprint
         if free is None or here is None:
             return
-        needed = here.running(drawing)
-        if needed <= free:
-            return
+        running = here.running(drawing)
+        if running - self._held > free:
+            self._refuse(here, drawing, running - self._held, free)
+        if here.costs.keeps and not self.low:
+            self._held = max(self._held, running)
+
+    def _refuse(self, here: Footprint, drawing: Drawing, needed: int, free: int) -> None:
         size = f"{drawing.width}x{drawing.height}" + (f" with {drawing.samples} samples" if drawing.samples > 1 else "")
         fault = f"drawing {size} on {self.engine} takes about {_size(needed)} more memory, {_size(free)} are free"
-        fitting = next(self._fitting(here, drawing, free), "")
+        fitting = next(self._fitting(here, drawing, free + self._held), "")
         cure = f"this fits: {fitting}" if fitting else "close other programs, or use a smaller model"
         if needed / (1 + TOLERANCE) > free:
             raise NotEnoughMemoryError(f"{fault}; {cure}")

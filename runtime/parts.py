@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..engines import Engine, LazyWeights, check_engine, compiled, library_calls, open_engine, takes_attention
+from ..engines import Engine, LazyWeights, check_engine, compiled, library_calls, open_engine, takes_attention_form
 from ..errors import EngineError, unknown
 from ..manifest import attention_form, part_of
 from ..models import compiled_folder
@@ -97,6 +97,7 @@ class Parts:
     device: str | None = None
     openers: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
     _made: dict[str, Part] = field(default_factory=dict)
+    _opened: set[str] = field(default_factory=set)
 
     def part(self, file: str) -> Part:
         """`file`: such as "unet/model.onnx"; BundleError if the bundle has none. Nothing is opened yet."""
@@ -107,23 +108,29 @@ class Parts:
 
     def _open(self, file: str, path: Path) -> Engine:
         weights = weights_of(self.patches, part_of(file)) if self.patches else {}
+        self._opened.add(part_of(file))
         fused = attention_form(file)
-        if self.bundle.has(fused) and takes_attention(self.engine):
+        if self.bundle.has(fused) and takes_attention_form(self.engine):
             path = self.bundle.file(fused)
         return open_engine(
             path, self.engine, cache=self.cache, identity=self._identity(file, path.name), weights=weights,
-            low_memory=self.low_memory, device=self.device, cache_needs=self._cache_needs,
+            low_memory=self.low_memory, device=self.device, cache_needs=self._cache_needs(),
         )  # fmt: skip
 
-    @cached_property
     def _cache_needs(self) -> int:
-        """With little memory, what the cache must hold of all networks, or they would drive out each other."""
+        """With little memory, what the cache must hold of all networks, or they would drive out each other: those that
+        every image needs, and of the autoencoder's what was opened so far."""
         if not self.low_memory or self.cache is None:
             return 0
-        sizes: dict[str, int] = {}  # a part's graphs are the same network, of which one is drawn with
+        return int(1.1 * sum(size for part, size in self._sizes.items() if "vae" not in part or part in self._opened))
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each part in the cache. A part's graphs are the same network, of which one is drawn with."""
+        sizes: dict[str, int] = {}
         for file in self._made:
             sizes[part_of(file)] = max(sizes.get(part_of(file), 0), compiled.prepared_bytes(self.bundle.file(file)))
-        return int(1.1 * sum(sizes.values()))
+        return sizes
 
     def _identity(self, file: str, opened: str) -> str:
         """The hashes that the manifest has of the part's files, with the LoRAs'; '' where there is no manifest.

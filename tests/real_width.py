@@ -27,6 +27,7 @@ from .checkpoints import END, edit, write_tokenizer
 KINDS = {"vega": ("segmind-vega", 2), "sdxl": ("sdxl", 1), "small": ("small-sd", 0), "tiny": ("tiny-sd", 1)}
 CHANNELS = (320, 640, 1280)
 SAMPLE = 8  # latent pixels a side: an export is compared with torch at that size, a full-size one at twice it
+DEPTHS = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")  # of the way down, and of the way up
 SPELLINGS = ("kohya", "peft", "diffusers")
 RANK, ALPHA = 4, 10
 ORDINARY = 8  # exports in the ordinary tests; the others are for make test-full
@@ -85,7 +86,10 @@ def shallow(kind: str, folder: Path) -> Path:
     unet = architecture.config("unet")
     wide = unet["cross_attention_dim"]
     heads = unet["attention_head_dim"]
-    per_level = {} if isinstance(heads, int) else {"transformer_layers_per_block": [1, 1, 1]}
+    assert wide in (768, 768 + 1280), (
+        f"{name}: a text width of {wide}; the text encoders below are those of SD 1.5 and SDXL"
+    )
+    per_level = {} if isinstance(heads, int) else {key: [1, 1, 1] for key in DEPTHS}
     down = ["CrossAttnDownBlock2D" if i == level else "DownBlock2D" for i in range(len(CHANNELS))]
     up = [block.replace("Down", "Up") for block in reversed(down)]
     edit(
@@ -99,8 +103,11 @@ def shallow(kind: str, folder: Path) -> Path:
             size = write_tokenizer(tokenizer, "!" if part.endswith("_2") else END)
             edit(folder / part / "config.json", num_hidden_layers=2, vocab_size=size)
     edit(folder / "vae" / "config.json", layers_per_block=1)
-    assert wide in (768, 768 + 1280)
     return folder
+
+
+def is_sdxl(kind: str) -> bool:
+    return "text_encoder_2" in architectures()[KINDS[kind][0]].parts
 
 
 def write_tiny_vae(folder: Path) -> Path:

@@ -19,7 +19,7 @@ ir = pytest.importorskip("onnx_ir")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from vega_edge.bundle import Bundle, describe_files, write_manifest  # noqa: E402
-from vega_edge.engines import open_engine, takes_attention, tiles_attention  # noqa: E402
+from vega_edge.engines import open_engine, takes_attention_form, tiles_attention  # noqa: E402
 from vega_edge.export.attention import fuse, save_attention  # noqa: E402
 from vega_edge.manifest import Manifest, Part, Source, attention_form, plain_form  # noqa: E402
 from vega_edge.models import find_bundle  # noqa: E402
@@ -48,7 +48,7 @@ def attention(**changes: Any) -> Any:
         helper.make_node("Reshape", ["k4", "back"], ["k5"]),
         helper.make_node("Mul", ["k5", steps["scale of k"]], ["k6"]),
         helper.make_node("MatMul", ["q3", "k6"], ["logits"]),
-        *([helper.make_node("Add", ["logits", "c"], ["masked"])] if steps["mask"] else []),
+        *([helper.make_node("Add", ["logits", "mask"], ["masked"])] if steps["mask"] else []),
         helper.make_node("Softmax", ["masked" if steps["mask"] else "logits"], ["weights"], axis=-1),
         helper.make_node("MatMul", ["weights", "v2"], ["o1"], name="the product"),
         helper.make_node("Transpose", ["o1"], ["o2"], perm=steps["axes of y"]),
@@ -59,6 +59,7 @@ def attention(**changes: Any) -> Any:
     constants["kept split"] = np.int64([1, TOKENS, HEADS, WIDTH])
     constants |= {"flat": np.int64([HEADS, TEXT, WIDTH]), "back": np.int64([1, HEADS, WIDTH, TEXT])}
     constants |= {"q joined": np.int64([1, TOKENS, HEADS * WIDTH]), "c": np.float32([0.7]), "d": np.float32([0.6])}
+    constants["mask"] = np.where(np.arange(TEXT) < TEXT - 2, 0, -1e9).astype(np.float32)[None, None].repeat(TOKENS, 1)
     value = lambda name, n: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n, HEADS * WIDTH])  # noqa: E731
     outputs = [value("y", TOKENS)]
     if steps["uses"] > 1:
@@ -226,7 +227,7 @@ def test_one_that_the_manifest_does_not_list_is_not_opened(bundle: Bundle, monke
 def test_names() -> None:
     assert attention_form("vae_decoder/pixels.onnx") == "vae_decoder/pixels.mha.onnx"
     assert plain_form("vae_decoder/pixels.mha.onnx") == plain_form("vae_decoder/pixels.onnx")
-    assert not takes_attention("openvino")
+    assert not takes_attention_form("openvino")
 
 
 def beyond(graph: Path, given: dict[str, Any]) -> int:

@@ -311,7 +311,7 @@ def test_graphs_are_plain_onnx_of_opset_18(xl: Made, sd: Made) -> None:
 
 
 def test_attention_forms_share_the_weights_and_are_listed(xl: Made, sd: Made) -> None:
-    """Of all that have attention without a mask; text encoders have one, and stay as they are."""
+    """The text encoders have none: their attention has a mask, and is traced as other nodes."""
     plain = dict(graphs(xl))
     forms = {name: attention_form(name) for name in plain if xl.bundle.has(attention_form(name))}
     assert set(forms) == {

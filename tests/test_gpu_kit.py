@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import vega_edge
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the GPU machine runs Linux")
 if sys.platform == "linux":
-    from vega_edge.benchmarks.gpu_kit import calls, pack, prepare, runner, steps, store, wheels
+    from vega_edge.benchmarks.gpu_kit import calls, pack, prepare, runner, steps, store, wheels, work
     from vega_edge.benchmarks.gpu_kit.steps import Attempt, Step
 
 ROOT = Path(vega_edge.__file__).parent
@@ -306,6 +307,19 @@ def test_a_step_that_runs_in_the_background_is_waited_for(tmp_path):
     process.stdout.close()
 
 
+def test_wheels_are_of_the_versions_that_are_pinned():
+    """Of the packages that both have; what only the GPU machine lacks is pinned nowhere."""
+    lines = (ROOT / "pins" / "main.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(re.findall(r"([\w.-]+)==([\w.+]+)", "\n".join(lines)))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    both = 0
+    for wanted in (each for archive in wheels.WHEELS.values() for each in archive):
+        name, version = wanted.lower().replace("_", "-").split("==")
+        both += name in pinned
+        assert pinned.get(name, version) == version
+    assert both > 5
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_the_table_of_steps(small):
     made = steps.all_steps(small)
@@ -314,6 +328,8 @@ def test_the_table_of_steps(small):
     for i, each in enumerate(made):
         assert set(each.needs) <= set(names[:i])  # what a step needs comes before it
         assert 0 < each.limit < 600
+        for attempt in each.attempts:
+            assert attempt.words[:2] == ("-m", steps.WORK) and attempt.words[2] in work.WORK
     assert next(step.name for step in steps.chosen(["warm", "session"], made)) == "session"
     with pytest.raises(SystemExit, match="there is no step nothing"):
         steps.chosen(["nothing"], made)

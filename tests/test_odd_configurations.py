@@ -15,6 +15,7 @@ import pytest
 
 from vega_edge import Pipeline
 from vega_edge.bench.machine import peak_mb
+from vega_edge.bundle import Bundle
 from vega_edge.engines import Engine, open_engine
 from vega_edge.errors import BundleError, UsageError, VegaEdgeError
 from vega_edge.models import find_bundle
@@ -134,6 +135,27 @@ def test_the_error_names_file_key_and_value(plain: Path, file: str, key: str, va
     shown = "100 numbers" if value == [0.1] * 100 else json.dumps(value)[:40]
     assert all(text in str(caught.value) for text in (str(plain), file, key, shown)), caught.value
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [("in_channels", 64), ("sample_size", 4096), ("block_out_channels", 8), ("num_hidden_layers", 1 << 16)],
+)
+def test_the_largest_numbers_that_are_read(plain: Path, key: str, most: int) -> None:
+    """Both sides: the largest is read, whatever comes of it in the network, and one more is refused by name."""
+    bundle = Bundle.open(plain)
+    part = "text_encoder" if key == "num_hidden_layers" else "unet"
+    for number in (most, most + 1):
+        value: Any = [8] * number if key == "block_out_channels" else number
+        with changed(plain / part / "config.json", **{key: value}):
+            if number > most:
+                with pytest.raises(BundleError, match=f"{key}, which must be .* 1 to {most}"):
+                    draw(plain)
+                continue
+            read = bundle.levels(part) if key == "block_out_channels" else bundle.number(part, key, most)
+            assert read == number
+            with contextlib.suppress(VegaEdgeError):
+                draw(plain)
 
 
 def test_the_longest_training_that_is_read(plain: Path) -> None:

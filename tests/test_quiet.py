@@ -13,14 +13,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from vega_edge.engines import available
+from vega_edge.engines import ENGINES, available, runs_on_cpu
+from vega_edge.telemetry import OFF
 
 from . import watching
 from .serve_running import free_port
 from .watching import RESOLVER, Seen, read_strace, watched
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="watches processes as POSIX systems have them")
-CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
+CPU = tuple(name for name in ENGINES if runs_on_cpu(name))
 SMALL = {"prompt": "a star", "num_inference_steps": 1, "img_width": 64, "img_height": 64}
 STATES = {state.name: state for state in available()}
 
@@ -229,11 +230,12 @@ def lines_of(seen: Seen) -> list[str]:
 
 
 def test_what_the_user_decided_about_telemetry_stays() -> None:
-    code = "import os, vega_edge; print([os.environ[n] for n in ('ORT_DISABLE_TELEMETRY', 'HF_HUB_DISABLE_TELEMETRY')])"
-    for given, expected in (({}, "['1', '1']"), ({"ORT_DISABLE_TELEMETRY": "0"}, "['0', '1']")):
-        kept = {name: value for name, value in os.environ.items() if "DISABLE_TELEMETRY" not in name}
-        done = subprocess.run([sys.executable, "-c", code], env={**kept, **given}, capture_output=True, text=True)
-        assert done.stdout.strip() == expected
+    code = f"import os, vega_edge; print(*[os.environ[name] for name in {OFF}])"
+    kept = {name: value for name, value in os.environ.items() if name not in OFF}
+    for chosen in (None, *OFF):
+        env = kept | ({chosen: "0"} if chosen else {})
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.split() == ["0" if name == chosen else "1" for name in OFF]
 
 
 def test_a_program_of_its_own_can_use_openvino_and_its_telemetry(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from vega_edge import EngineError, Pipeline
-from vega_edge.engines import available
+from vega_edge.engines import ENGINES, available, runs_on_cpu
 from vega_edge.engines.checked import CheckedEngine
 from vega_edge.engines.plan_engine import PlanEngine
 from vega_edge.engines.plan_range import Rebuild
 
 from .fake_device import FakeDevice, FakeProgram
 
-CPU = ("onnxruntime-cpu", "openvino", "openvino-bf16")
+CPU = tuple(name for name in ENGINES if runs_on_cpu(name))
 STATES = {state.name: state for state in available()}
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 3}
 NO_ALARM = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no alarm signals")
@@ -138,7 +138,7 @@ def test_threads_on_a_gpu_wait_for_each_other() -> None:
 
 
 SIGNALS = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from vega_edge import Pipeline
 
 heard = []
@@ -152,12 +152,18 @@ def check():
     while len(heard) < 2:
         time.sleep(0.001)
 
-for i in range(10):
+for i in range(20):
     pipes = [Pipeline.open("demo-vegart", sys.argv[1], verify=False) for _ in range(2)]
     for pipe in pipes:
         steps = pipe.stream("a star", width=64, height=64, steps=1)
-        signal.setitimer(signal.ITIMER_REAL, 0.002)  # somewhere in the run
+        del heard[:]
+        signal.setitimer(signal.ITIMER_REAL, 0.002)  # both somewhere in the run
+        sender = threading.Timer(0.003, os.kill, (os.getpid(), signal.SIGINT))
+        sender.start()
         next(steps)
+        sender.join()
+        while len(heard) < 2:
+            time.sleep(0.001)
         check()
     for pipe in pipes if i % 2 else reversed(pipes):
         pipe.close()
@@ -170,9 +176,9 @@ print("heard", i + 1)
 
 @NO_ALARM
 def test_signals_are_handled_while_and_after_pipelines_are_open(engine: str) -> None:
-    """Each pair is closed in one order and then in the other; 7 checks a pair, of two signals each."""
+    """Each pair is closed in one order and then in the other; 7 checks a pair, of two signals each, and two signals in each run."""
     done = subprocess.run([sys.executable, "-c", SIGNALS, engine], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "heard 10\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heard 20\n", "")
 
 
 @NO_ALARM

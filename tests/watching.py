@@ -75,7 +75,7 @@ def watched(
     arguments: Sequence[str], folder: Path, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[str], Seen]]:
     """Runs Python with `arguments` in `folder`, with no environment but `env`. What was seen is there when the block has
-    ended; a process that still runs then is interrupted, as by Ctrl-C."""
+    ended. A process that still runs then is waited for, 300 s at most, and killed: interrupt it inside the block."""
     log = folder.parent / f"{folder.name}.log"
     env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **env}
     command = [sys.executable, *arguments]

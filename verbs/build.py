@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import NotEnoughMemoryError, UsageError
+from ..errors import UsageError
 from .common import bar, lora
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     bundle = Bundle.open(find_bundle(arguments.bundle))
     options = _options(bundle, arguments)
-    _check_scores(bundle, options)
     patches = Patches(bundle, arguments.lora)
     with _sigterm_as_ctrl_c(), bar(1000) as shown:
         shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}"  # the time goes on where the share does not
@@ -100,34 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
         done = f"built in {each.seconds:.1f} s" if each.seconds else "there already"
         print(f"{each.plan.graph}: {each.plan.bytes / 1e6:.1f} MB, {done}", file=sys.stderr)
         print(each.plan.file)
-
-
-def _check_scores(bundle: Bundle, options: BuildOptions) -> None:
-    """Raise NotEnoughMemoryError if a U-Net's attention in fp32 is too large to build.
-
-    TensorRT-RTX fuses attention in fp16. In fp32 it runs each layer for real, with all scores of the largest shape in
-    memory: 69 GB for Tiny-SD up to 1024 px, 4 images with guidance.
-    """
-    from ..runtime.footprint import scores
-    from ..runtime.memory import free_bytes
-
-    wanted = not options.parts or "unet" in options.parts
-    fp32 = bundle.manifest is not None and bundle.manifest.dtype == "fp32"
-    free = free_bytes()
-    if options.library != "tensorrt-rtx" or not fp32 or not wanted or free is None:
-        return
-    from ..export.trt_profiles import latent_px
-
-    sizes, scale = options.sizes, latent_px(bundle)
-    pixels = sizes.width.most * sizes.height.most // scale**2
-    needed = 4 * sizes.batch.most * sizes.guided.most * scores(bundle.config("unet"), pixels, sizes.tokens.most)
-    if needed > free:
-        shape = f"{sizes.width.most}x{sizes.height.most} px, {sizes.batch.most} images"
-        raise NotEnoughMemoryError(
-            f"{bundle.path}: attention in fp32 up to {shape} takes {needed / 1e9:.1f} GB to build with tensorrt-rtx, "
-            f"{free / 1e9:.1f} GB of memory are free; export the bundle with --dtype fp16, or build for less: "
-            "--size, --batch"
-        )
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import prepare
 
         prepare.prepare(root, a.kit, a.preset) if a.verb == "prepare" else None
-        print(prepare.commands(a.kit, a.back))
+        print(prepare.commands(Path.cwd(), a.kit, a.back))
     elif a.verb == "receive":
         for name in store.receive(a.part, a.store):
             print(f"{name} is complete")

@@ -30,11 +30,18 @@ def prepare(root: Path, kit: Path, preset: int) -> None:
     print(f"{count} parts of at most {room / 2**20:.1f} MiB beside the working tree")
 
 
-def commands(kit: Path, back: str) -> str:
+def commands(root: Path, kit: Path, back: str) -> str:
+    """Return the commands as text. SystemExit if nothing was prepared, or if the tree has grown too much since."""
     try:
         manifest = json.loads((pack.part_folder(kit, 1) / pack.MANIFEST).read_text(encoding="utf-8"))
     except OSError as failure:
         raise SystemExit(f"{kit} was not prepared; run: python -m benchmarks.gpu_kit prepare") from failure
+    largest = max(
+        sum(file.stat().st_size for file in pack.part_folder(kit, number).iterdir())
+        for number in range(1, manifest["parts"] + 1)
+    )
+    if largest > pack.part_bytes(root) + pack.SLACK:
+        raise SystemExit(f"a part of {largest / 2**20:.1f} MiB no longer fits an upload beside the working tree; run: python -m benchmarks.gpu_kit prepare")  # fmt: skip
     return calls.told(calls.calls(manifest, kit.as_posix(), back))
 
 

@@ -119,7 +119,7 @@ def record(store: Path, back: Path | None, line: dict[str, Any]) -> dict[str, An
 
 
 def report(results: Path) -> str:
-    """The recorded lines for people: one a step, then what was measured."""
+    """Return the recorded lines for people: one for each attempt, then what was measured."""
     lines = read(results.parent, results.name)
     text = [
         f"{line.get('step', ''):24} {line['status']:8} {line.get('seconds', ''):>7} {_short(line)}" for line in lines
@@ -261,7 +261,7 @@ def _environment(store: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, s
         **os.environ, **found,
         "PYTHONPATH": f"{store / 'site'}:{store / 'tree'}", "PYTHONUNBUFFERED": "1",
         "GPU_KIT_STORE": str(store), "VEGA_EDGE_HOME": str(store / "home"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
-        "ORT_DISABLE_TELEMETRY": "1", "TORCHINDUCTOR_CACHE_DIR": str(store / "inductor"), "TRITON_CACHE_DIR": str(store / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(store / "inductor"), "TRITON_CACHE_DIR": str(store / "triton"),
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WORK = "vega_edge.benchmarks.gpu_kit.work"
+FOREGROUND = ("main", "exports")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Step:
-    """`limit`: seconds of each attempt. `group`: what names it on the command line together with others."""
+    """`limit`: seconds of each attempt. `group`: names it on the command line together with others. `run` without names
+    runs those of `FOREGROUND`; every other group has to be named in one of `calls.calls`."""
 
     name: str
     limit: int
@@ -87,7 +89,7 @@ def chosen(words: list[str], steps: tuple[Step, ...]) -> list[Step]:
     if unknown := [word for word in words if word not in known]:
         raise SystemExit(f"there is no step {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
     if not words:
-        return [step for step in steps if step.group in ("main", "exports")]
+        return [step for step in steps if step.group in FOREGROUND]
     return [step for step in steps if step.name in words or step.group in words]
 
 

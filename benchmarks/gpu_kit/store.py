@@ -3,7 +3,7 @@
     archives/NAME.tar.xz   as far as it has come
     site/                  the packages of the archives that are complete, for PYTHONPATH
     tree/vega_edge         a link to the working tree, by the name that it is imported by
-    results.jsonl, logs/   what was measured, a line a step
+    results.jsonl, logs/   what was measured, a line for each attempt at a step
     home/, bundles/, ...   caches and exported bundles
 
 Needs Python alone.
