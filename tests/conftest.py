@@ -109,9 +109,21 @@ def home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny random checkpoints of both kinds. Not to be changed: all tests share them."""
+def kept_traces() -> Iterator[None]:
+    """Exports of a network that this process traced before take that trace; the first of each kind is made as always."""
     pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
+    from vega_edge.export import graphs
+
+    from .kept_traces import keeping
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "trace", keeping(graphs.trace, {}))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, kept_traces: None) -> dict[str, Path]:
+    """Tiny random checkpoints of both kinds. Not to be changed: all tests share them."""
     from .checkpoints import make_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -124,9 +136,8 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory, kept_traces: None) -> Callable[..., Path]:
     """exported(SOURCE, OPTION, ...): the bundle that `vega-edge export` makes of it, once. Not to be changed either."""
-    pytest.importorskip("torch", reason="exporting needs torch (the export extra)")
     from vega_edge.cli import main
 
     root, done = tmp_path_factory.mktemp("exported"), dict[tuple[str, ...], Path]()

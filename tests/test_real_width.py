@@ -25,13 +25,11 @@ from vega_edge.bundle import Bundle
 from vega_edge.cli import main
 from vega_edge.engines import available, runs_on_cpu
 from vega_edge.engines.dtypes import PRECISIONS, refusal
-from vega_edge.export import graphs
 from vega_edge.export.check import tolerance
 from vega_edge.runtime.pipeline import Pipeline, Result
 from vega_edge.verify import verify
 
 from .cpu_units import saturates
-from .kept_traces import keeping
 from .real_width import (
     KINDS,
     ORDINARY,
@@ -93,23 +91,17 @@ def _parameters() -> list[Any]:
     return [*(pytest.param(case, id=str(case), marks=[NOT_YET, NEEDS]) for case in CASES), *full]
 
 
-@pytest.fixture(scope="session")
-def traces() -> dict[Any, graphs.Traced]:
-    return {}
-
-
 @pytest.fixture(scope="module", params=_parameters())
 def made(
     request: pytest.FixtureRequest,
     sources: dict[str, Path],
-    traces: dict[Any, graphs.Traced],
+    kept_traces: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Made]:
     """A bundle, with a home of its own; both are removed after its tests, since they take gigabytes."""
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VEGA_EDGE_HOME", str(root / "home"))
-        patch.setattr(graphs, "trace", keeping(graphs.trace, traces))
         try:
             export(request.param, sources, root / "bundle")
             yield Made(request.param, root / "bundle")
