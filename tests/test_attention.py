@@ -148,16 +148,21 @@ def test_a_lora_fits_both_forms(unet: Path) -> None:
     outputs = []
     for graph, replaced in ((unet, {}), (unet, patched), (fused, patched)):
         engine = open_engine(graph, "onnxruntime-cpu", weights=replaced)
-        draw = np.random.default_rng(2)
-        sizes = {"batch": 2, "height": 8, "width": 16, "sequence_length": 77}
-        given = {
-            name: draw.standard_normal([sizes.get(str(n), n) for n in spec.shape]).astype(spec.dtype)
-            for name, spec in engine.inputs.items()
-        }
-        outputs.append(engine.run(given)["out_sample"])
+        outputs.append(predicted(engine))
     plain, want, got = outputs
     assert relative(got, want) <= 1e-5
     assert relative(plain, want) > 1e-2
+
+
+def predicted(engine: Any) -> Any:
+    """What a U-Net gives for random inputs, the same ones each time."""
+    draw = np.random.default_rng(2)
+    sizes = {"batch": 2, "height": 8, "width": 16, "sequence_length": 77}
+    given = {
+        name: draw.standard_normal([sizes.get(str(n), n) for n in spec.shape]).astype(spec.dtype)
+        for name, spec in engine.inputs.items()
+    }
+    return engine.run(given)["out_sample"]
 
 
 def test_the_prepared_graph_of_little_memory_has_the_same_form(unet: Path, tmp_path: Path) -> None:
@@ -165,13 +170,7 @@ def test_the_prepared_graph_of_little_memory_has_the_same_form(unet: Path, tmp_p
     outputs = []
     for options in ({}, {"low_memory": True, "cache": tmp_path}):
         with contextlib.closing(open_engine(fused, "onnxruntime-cpu", **options)) as engine:
-            draw = np.random.default_rng(2)
-            sizes = {"batch": 2, "height": 8, "width": 16, "sequence_length": 77}
-            given = {
-                name: draw.standard_normal([sizes.get(str(n), n) for n in spec.shape]).astype(spec.dtype)
-                for name, spec in engine.inputs.items()
-            }
-            outputs.append(engine.run(given)["out_sample"])
+            outputs.append(predicted(engine))
     assert relative(outputs[1], outputs[0]) <= 1e-5
     (prepared,) = tmp_path.rglob("*.onnx")
     kinds = [node.op_type for node in onnx.load(prepared, load_external_data=False).graph.node]

@@ -1,7 +1,7 @@
 """Networks as wide as the models' own, and shallow, through all that a user does with a bundle, in every precision.
 
-All of it is in make test-full: the exports of `real_width.ordinary`, which are meant for the ordinary tests, take about
-three minutes of a core each. So do the full product, weights beyond 2 GB, and engines for the default shapes.
+The exports of `real_width.ordinary` are in the ordinary tests. The full product, weights beyond 2 GB, and engines for every
+size that a bundle allows are in make test-full.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from .real_width import (
 
 NEEDS = pytest.mark.needs(memory_gb=8, disk_gb=10)
 FULL = bool(os.environ.get("VEGA_EDGE_FULL_BUNDLES"))
-NOT_YET = pytest.mark.skipif(not FULL, reason="exports of real width take minutes each: run make test-full")
 CASES = ordinary()
 SIDE, SMALL = 256, 128  # px
 # One step of guidance 2: twice one prediction less another, so three times a prediction's error.
@@ -88,7 +87,7 @@ def _parameters() -> list[Any]:
     """The ordinary cases, and all others where the full tests were asked for."""
     others = [case for case in product() if case not in CASES] if FULL else []
     full = [pytest.param(case, id=str(case), marks=[pytest.mark.full, NEEDS]) for case in others]
-    return [*(pytest.param(case, id=str(case), marks=[NOT_YET, NEEDS]) for case in CASES), *full]
+    return [*(pytest.param(case, id=str(case), marks=NEEDS) for case in CASES), *full]
 
 
 @pytest.fixture(scope="module", params=_parameters())
