@@ -11,8 +11,10 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
@@ -96,9 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="vega-edge: %(message)s", stream=sys.stderr, force=True)
     if hasattr(sys.stdout, "reconfigure"):  # a file's name that the output's encoding lacks must not end the program
         sys.stdout.reconfigure(errors="backslashreplace")
+    heard: list[int] = []
     try:
-        arguments.run(arguments)
+        with _heard_ctrl_c(heard):
+            arguments.run(arguments)
         sys.stdout.flush()
+    except ImportError:
+        if not heard:
+            raise
+        print("vega-edge: interrupted", file=sys.stderr)
+        return 130
     except VegaEdgeError as error:
         print(f"vega-edge: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
@@ -116,6 +125,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _heard_ctrl_c(heard: list[int]) -> Iterator[None]:
+    """Note each Ctrl-C in `heard`: of one that comes while numpy is imported, numpy makes an ImportError of its own."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _open_streams() -> None:

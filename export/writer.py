@@ -25,6 +25,7 @@ from .heap import map_tensors
 from .needs import bundle_parts, check_room
 from .packages import require
 from .precision import Precision, make_precision
+from .quiet import no_compiler_folder
 from .records import Records, fingerprint
 from .report import ExportReport, PartReport, Progress
 from .sources import ModelSource, Place, lora_file, path_source, tiny_vae_folder
@@ -51,6 +52,7 @@ class _Request:
     name: str
 
 
+@no_compiler_folder()
 def export_bundle(
     source: Path | ModelSource,
     out: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from types import FrameType
@@ -23,7 +24,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return bound(host, port)
     except (OSError, ValueError) as error:
-        raise VegaEdgeError(f"can't listen on {host}:{port} ({error}); choose another --port or --host") from error
+        why = os.strerror(error.errno) if isinstance(error, OSError) and (error.errno or 0) > 0 else error
+        raise VegaEdgeError(f"can't listen on {host}:{port} ({why}); choose another --port or --host") from error
 
 
 def bound(host: str, port: int) -> socket.socket:

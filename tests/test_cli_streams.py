@@ -64,6 +64,27 @@ def test_ctrl_c_while_it_is_loaded_is_one_line(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "vega-edge: interrupted\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal to send")
+@pytest.mark.parametrize(("sent", "status"), [(True, 130), (False, 1)])
+def test_ctrl_c_that_numpy_turns_into_a_failed_import_is_one_line(sent: bool, status: int) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from vega_edge import cli\n"
+        "from vega_edge.verbs import models\n"
+        "def run(_):\n"
+        "    try:\n"
+        f"        if {sent}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        pass\n"
+        "    raise ImportError('a bad install')\n"
+        "models._models = run\n"
+        "sys.exit(cli.main(['models']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    assert (done.stderr == "vega-edge: interrupted\n") == sent and ("a bad install" in done.stderr) != sent
+
+
 def test_the_installed_command_is_the_quiet_one() -> None:
     import vega_edge
 

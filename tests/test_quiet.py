@@ -137,6 +137,7 @@ def test_export_of_a_local_folder(place: Place, checkpoint: Path) -> None:
     seen = place.run("export", str(checkpoint), "-o", "bundle")
     assert seen.status == 0, seen.stderr
     assert (place.work / "bundle" / "vega-edge.json").is_file()
+    assert list(place.temporary.iterdir()) == []
     place.check(seen)
 
 
