@@ -151,13 +151,13 @@ def test_sdk_with_a_longer_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """As docs/serve.md shows it: one poll waits for a job that takes longer than the second of an ordinary one."""
     gate, slept = Gate(), []
     with running(tmp_path, FakeDrawer(before_step=gate)) as server:
-        # every thread's: until here the server was waited for, and from there on it is stopped
-        monkeypatch.setattr("segmind.v2.time.sleep", slept.append)
         job = SegmindClient(base_url=f"{server.url}/v1").submit_async("segmind-vega", prompt="a star")
         job.status_url += "?hold=20"
         threading.Timer(1.5, gate.let, (100,)).start()
-        assert job.wait()["status"] == "COMPLETED"
-        assert slept == []
+        with monkeypatch.context() as patch:  # of every thread, so only while no server is started or stopped
+            patch.setattr("segmind.v2.time.sleep", slept.append)
+            assert job.wait()["status"] == "COMPLETED"
+    assert slept == []
 
 
 def test_the_clients_sleep_between_polls_is_not_paid(client: SegmindClient, monkeypatch: pytest.MonkeyPatch) -> None:
