@@ -24,7 +24,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return bound(host, port)
     except (OSError, ValueError) as error:
-        number = error.errno if isinstance(error, OSError) else None  # negative: of the resolver, with a text of its own
+        number = (
+            error.errno if isinstance(error, OSError) else None
+        )  # negative: of the resolver, with a text of its own
         why = os.strerror(number) if number and number > 0 else error
         raise VegaEdgeError(f"can't listen on {host}:{port} ({why}); choose another --port or --host") from error
 
