@@ -30,7 +30,7 @@ SAMPLE = 8  # latent pixels a side: an export is compared with torch at that siz
 DEPTHS = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")  # of the way down, and of the way up
 SPELLINGS = ("kohya", "peft", "diffusers")
 RANK, ALPHA = 4, 10
-ORDINARY = 8  # exports in the ordinary tests; the others are for make test-full
+ORDINARY = 8  # exports in the table that tests begin with
 
 
 class Case(NamedTuple):
@@ -56,8 +56,8 @@ def product() -> list[Case]:
 
 
 def ordinary() -> list[Case]:
-    """Those of the ordinary tests, chosen one after the other: the kinds in turn, each with a precision that none before it
-    has while there is one, and with the most new pairs.
+    """Return the table that tests begin with, chosen one after the other: the kinds in turn, each with a precision that
+    none before it has while there is one, and with the most new pairs.
 
     Eight precisions with four kinds are 32 pairs, and an export has one of them. So these have every precision, every
     pair of the other options, and of the pairs with a precision as many as there is room for.

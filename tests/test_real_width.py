@@ -1,7 +1,8 @@
 """Networks as wide as the models' own, and shallow, through all that a user does with a bundle, in every precision.
 
-The exports of `real_width.ordinary` are in the ordinary tests. The full product, weights beyond 2 GB, and engines for every
-size that a bundle allows are in make test-full.
+Three exports of `real_width.ordinary` are in the ordinary tests, about two minutes of a core each: with integer arithmetic,
+with bf16, and with eight-bit weights in fp16. The others of that table, the full product, weights beyond 2 GB, and engines
+for every size that a bundle allows are in make test-full.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ from .real_width import (
 NEEDS = pytest.mark.needs(memory_gb=8, disk_gb=10)
 FULL = bool(os.environ.get("VEGA_EDGE_FULL_BUNDLES"))
 CASES = ordinary()
+EVERY_TIME = CASES[-3:]
 SIDE, SMALL = 256, 128  # px
 # One step of guidance 2: twice one prediction less another, so three times a prediction's error.
 GUIDANCE, AMPLIFIED = 2.0, 3
 DRAWING: dict[str, Any] = {"steps": 1, "guidance": GUIDANCE, "seed": 7, "width": SIDE, "height": SIDE}
 ROUNDING = 1e-4  # of the largest: the same numbers in another order differ by 2e-6, in fp32 on a CPU
+# Between engines from noise: 0.9 % of the largest was seen. Near a picture, at the last timesteps, random weights in eight
+# bits leave nothing to compare: an input that is 1e-4 larger moves one engine's own result by half of its largest value.
+INTEGER = 0.05
 UNLIKE = 1.0  # latents that have nothing to do with each other differ by this of the largest, and more
 # more than one context of 77 tokens; the second says something else, or attention would give the same for one and both
 LONG = "a red cat, " * 20 + "a blue moon, " * 5
@@ -84,10 +89,10 @@ def export(case: Case, sources: dict[str, Path], out: Path) -> None:
 
 
 def _parameters() -> list[Any]:
-    """The ordinary cases, and all others where the full tests were asked for."""
-    others = [case for case in product() if case not in CASES] if FULL else []
-    full = [pytest.param(case, id=str(case), marks=[pytest.mark.full, NEEDS]) for case in others]
-    return [*(pytest.param(case, id=str(case), marks=NEEDS) for case in CASES), *full]
+    """Three cases; the rest of the table and then all others where the full tests were asked for."""
+    rest = [case for case in (*CASES, *product()) if case not in EVERY_TIME] if FULL else []
+    full = [pytest.param(case, id=str(case), marks=[pytest.mark.full, NEEDS]) for case in dict.fromkeys(rest)]
+    return [*(pytest.param(case, id=str(case), marks=NEEDS) for case in EVERY_TIME), *full]
 
 
 @pytest.fixture(scope="module", params=_parameters())
@@ -137,7 +142,8 @@ def check_alike(case: Case, latents: dict[str, NDArray[np.float32]]) -> None:
     for name in others:
         dtype = "bf16" if "openvino-bf16" in (first, name) and case.precision[0] != "int8" else case.precision[0]
         error = np.abs(latents[name] - latents[first]).max() / np.abs(latents[first]).max()
-        assert error < min(AMPLIFIED * tolerance("unet", dtype), UNLIKE / 2), (first, name, error)
+        allowed = INTEGER if dtype == "int8" else min(AMPLIFIED * tolerance("unet", dtype), UNLIKE / 2)
+        assert error < allowed, (first, name, error)
 
 
 def test_the_table_has_every_pair_that_eight_exports_can_have() -> None:
@@ -183,8 +189,9 @@ def test_every_engine_draws_the_same(made: Made, sources: dict[str, Path]) -> No
                 found[kind][engine] = result.latents
             if engine == first:  # the same text, of which one context is read
                 cut = pipe(**{**DRAWING, **kinds["long"], "long_prompt": False}).latents
-    for latents in found.values():
-        check_alike(made.case, latents)
+    for kind, latents in found.items():
+        if kind != "picture" or made.case.precision[0] != "int8":
+            check_alike(made.case, latents)
     assert cut is not None
     assert np.abs(found["long"][first] - cut).max() > ROUNDING * np.abs(cut).max()
 
