@@ -134,9 +134,10 @@ def check_scores(bundle: Bundle, options: BuildOptions) -> None:
     memory: 69 GB for Tiny-SD up to 1024 px, 4 images with guidance. Not in an int8 graph, whose scores are fp32 too: one
     of 4.3 GB of scores was built with 1.3 GB of memory. A bundle without a manifest is taken for fp32.
     """
-    fp32 = bundle.manifest is None or bundle.manifest.dtype == "fp32"
     free = memory.free_bytes()
-    if options.library != "tensorrt-rtx" or not fp32 or free is None:
+    if options.library != "tensorrt-rtx" or free is None:
+        return
+    if bundle.manifest is not None and bundle.manifest.dtype != "fp32":
         return
     sizes, scale = options.sizes, latent_px(bundle)
     pixels = sizes.width.most * sizes.height.most // scale**2

@@ -754,7 +754,7 @@ def test_calibration_takes_the_largest_of_all_inputs(graph):
 def test_a_plan_of_an_earlier_revision_is_built_again(graph, monkeypatch):
     bundle = SimpleNamespace(
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
-        file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
+        file=lambda file: graph.parent.parent / file, levels=lambda part: 4, manifest=SimpleNamespace(dtype="fp16"),
     )  # fmt: skip
     monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt-rtx", FakeTensorRT(inputs=UNET)))
     monkeypatch.setattr(trt_build, "check_targets", lambda *args: ("ampere+",))
@@ -789,7 +789,7 @@ def test_fp8_is_calibrated_with_the_loras_weights(graph, monkeypatch):
     new = np.random.default_rng(1).standard_normal((128, 128)).astype(np.float32)
     bundle = SimpleNamespace(
         path=graph.parent.parent, parts=("unet",), has=lambda file: file == "unet/model.onnx",
-        file=lambda file: graph.parent.parent / file, levels=lambda part: 4,
+        file=lambda file: graph.parent.parent / file, levels=lambda part: 4, manifest=SimpleNamespace(dtype="fp16"),
     )  # fmt: skip
     monkeypatch.setattr(trt_build, "load_library", lambda name: Library("tensorrt", FakeTensorRT(inputs=UNET)))
     monkeypatch.setattr(trt_build, "build_apart", build_to)  # here, where the fake is
