@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..bundle import Bundle
-from ..engines import can_run, runs_on_cpu
+from ..engines import can_run
 from ..errors import NotEnoughMemoryError
 from .footprint import COSTS, Drawing, Footprint
 from .memory import free_bytes, weight_bytes
@@ -25,19 +25,20 @@ def check_weights(bundle: Bundle, engine: str, low: bool) -> None:
     the open networks probably are. Does nothing if the system does not report its free memory, or for a GPU.
     """
     free, costs = free_bytes(), COSTS.get(engine)
-    if free is None or costs is None or not runs_on_cpu(engine):
+    if free is None or costs is None:
         return
     sizes = weight_bytes(bundle.path)
     needed = max(sizes.values(), default=0) if low else sum(sizes.values())
-    likely = int(needed * costs.opened[str(bundle.manifest.weights) if bundle.manifest else "fp32"])
+    weights = str(bundle.manifest.weights) if bundle.manifest else "fp32"
+    likely = int(needed * (costs.opened[weights] + costs.late[weights]))
     cure = "close other programs, or use a smaller model" if low else "--memory low opens one network at a time"
     if needed > free:
         where = " in one network" if low else ""
         raise NotEnoughMemoryError(
-            f"bundle {bundle.path} has {_gb(needed)} of weights{where}, {_gb(free)} of memory are free; {cure}"
+            f"bundle {bundle.path} has {_size(needed)} of weights{where}, {_size(free)} of memory are free; {cure}"
         )
     if likely > free:
-        _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _gb(likely), _gb(free), cure)
+        _log.warning("opening this bundle takes about %s, %s of memory are free; %s", _size(likely), _size(free), cure)
 
 
 @dataclass
@@ -125,7 +126,3 @@ class MemoryCheck:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -24,11 +24,15 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return bound(host, port)
     except (OSError, ValueError) as error:
-        number = (
-            error.errno if isinstance(error, OSError) else None
-        )  # negative: of the resolver, with a text of its own
-        why = os.strerror(number) if number and number > 0 else error
-        raise VegaEdgeError(f"can't listen on {host}:{port} ({why}); choose another --port or --host") from error
+        raise VegaEdgeError(
+            f"can't listen on {host}:{port} ({reason(error)}); choose another --port or --host"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the system's own words for why an address can't be used; asyncio and socket add the address to them."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number and number > 0 else str(error)  # the resolver's numbers are negative
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -144,6 +144,10 @@ def test_a_trace_that_the_tests_keep_is_the_trace() -> None:
     kept = keeping(trace, {})
     first = once(Net())
     wanted = ir.to_proto(first.model).SerializeToString()
+    with Packed("unet", fresh := Net(), "fp32").tracing("fp32"):
+        ids = {"ids": torch.zeros((3, 6), dtype=torch.int64)}
+        again = graphs.trace("unet", wrapped(fresh), SPEC, ids, "fp32")
+    assert ir.to_proto(again.model).SerializeToString() == wanted
     assert first.parameters.keys() == {name for name, _ in Net().named_parameters()}
     assert all(value in first.model.graph.inputs for value in first.parameters.values())
     onnx_edit.strip(first.model)

@@ -404,6 +404,19 @@ def planned(kit):
     return calls.calls(manifest, kit.as_posix(), "$BACK")
 
 
+def test_parts_that_no_longer_fit_beside_the_tree_have_to_be_prepared_again(kit, monkeypatch):
+    largest = max(
+        sum(file.stat().st_size for file in part.iterdir()) for part in kit.iterdir() if part.name.startswith("part")
+    )
+    for room, fits in ((largest - pack.SLACK, True), (largest - pack.SLACK - 1, False)):
+        monkeypatch.setattr(pack, "part_bytes", lambda root, room=room: room)
+        if fits:
+            assert "limit" in prepare.commands(ROOT, kit, "")
+        else:
+            with pytest.raises(SystemExit, match="no longer fits an upload"):
+                prepare.commands(ROOT, kit, "")
+
+
 def test_commands_fit_the_machine(kit):
     made = planned(kit)
     carried = [folder for call in made for folder in call.carry]

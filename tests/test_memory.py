@@ -122,8 +122,8 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: p
     ):
         with pytest.raises(NotEnoughMemoryError) as error:
             memory_check.check_weights(bundle, "onnxruntime-cpu", low)
-        have = f"{(largest - 1) / 1e9:.1f} GB of memory are free"
-        assert str(error.value) == f"bundle {path} has {size / 1e9:.1f} GB of weights{where}, {have}; {cure}"
+        have = f"{(largest - 1) / 1e6:.0f} MB of memory are free"
+        assert str(error.value) == f"bundle {path} has {size / 1e6:.0f} MB of weights{where}, {have}; {cure}"
     monkeypatch.setattr(memory_check, "free_bytes", lambda: whole + 1)
     with caplog.at_level(logging.WARNING):
         memory_check.check_weights(bundle, "onnxruntime-cpu", False)
@@ -580,3 +580,58 @@ def test_a_loras_weights_are_made_only_where_nothing_was_prepared_of_them(
     pipe.close()
     without = Pipeline.open("demo-vegart", "onnxruntime-cpu", verify=False)(STAR, **options).latents
     assert made == ["unet"] and not np.allclose(without, first, rtol=1e-2)
+
+
+def test_a_folder_that_can_not_take_its_name_is_an_error_unless_another_process_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "engine-1" / "entry"
+
+    def faster(part: Path, target: Path) -> None:
+        target.mkdir()
+        raise OSError(39, "Directory not empty")
+
+    def broken(part: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken)
+        refused = pytest.raises(EngineError, match=r"entry can't be made \(Input/output error\); VEGA_EDGE_CACHE_GB=0")
+        with refused, compiled.making(folder):
+            pass
+        assert list(folder.parent.iterdir()) == []
+        patch.setattr(Path, "rename", faster)
+        with compiled.making(folder):
+            pass
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_prepared_network_that_another_process_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vega_edge.engines import onnxruntime as backend
+
+    graph, plain, opened = find_bundle("demo-vegart") / "tiny_vae_decoder" / "model.onnx", backend._session, []
+
+    def session(path: Any, *rest: Any) -> Any:
+        opened.append(path)
+        if len(opened) == 2:  # after the one that prepares
+            shutil.rmtree(path.parent)
+        return plain(path, *rest)
+
+    monkeypatch.setattr(backend, "_session", session)
+    engine = open_engine(graph, "onnxruntime-cpu", low_memory=True, cache=tmp_path)
+    engine.close()
+    assert len(opened) == 4 and opened[1] == opened[3] and opened[3].is_file()
+
+
+def test_the_cache_needs_room_for_the_autoencoders_networks_that_are_used(tmp_path: Path) -> None:
+    """What draws the previews and what reads a picture may never be opened."""
+    made = Parts(Bundle.open(find_bundle("demo-vegart"), verify=False), "onnxruntime-cpu", None, True, tmp_path)
+    decoder = made.part("tiny_vae_decoder/model.onnx")
+    made.part("unet/model.onnx")
+    unet, tiny = (made._sizes[part] for part in ("unet", "tiny_vae_decoder"))
+    assert made._cache_needs() == int(1.1 * unet)
+    with decoder.running():
+        pass
+    assert made._cache_needs() == int(1.1 * (unet + tiny))

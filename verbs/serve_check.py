@@ -10,7 +10,7 @@ from ..errors import UsageError, VegaEdgeError
 from ..models import recipes
 from ..runtime.parts import cache_folder
 from ..runtime.pipeline import Pipeline
-from ..serve.listener import bound
+from ..serve.listener import bound, reason
 from ..serve.service import build
 from ..serve.settings import Settings
 from ..serve.store import Store
@@ -35,7 +35,7 @@ def _check_host(host: str) -> None:
         bound(host, 0).close()  # any port that is free
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--host: can't listen on {host} ({error}); give an address of this machine, or 0.0.0.0 for all of them"
+            f"--host: can't listen on {host} ({reason(error)}); give an address of this machine, or 0.0.0.0 for all of them"
         ) from None
 
 
