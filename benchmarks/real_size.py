@@ -30,6 +30,7 @@ import numpy as np
 from vega_edge.bench.machine import facts, markdown, peak_mb
 from vega_edge.engines import ENGINES, available, runs_on_cpu
 from vega_edge.engines.dtypes import refusal
+from vega_edge.runtime.memory import weight_bytes
 
 MODELS = ("tiny-sd", "small-sd", "segmind-vegart")
 # --dtype/--weights
@@ -47,7 +48,7 @@ def draw(bundle: Path, engine: str, latents: Path) -> dict[str, Any]:
         start = time.perf_counter()
         with Pipeline.open(bundle, engine, verify=False) as pipe:
             opened = time.perf_counter() - start
-            opened_gb = peak_mb() / 1024
+            opened_gib = peak_mb() / 1024
             seconds = []
             for _ in range(2):
                 start = time.perf_counter()
@@ -60,8 +61,8 @@ def draw(bundle: Path, engine: str, latents: Path) -> dict[str, Any]:
             "image_s": round(seconds[1], 2),
             "stages_s": {name: round(s, 2) for name, s in result.timings.items()},
             "guidance": result.request.guidance,
-            "opened_gb": round(opened_gb, 1),
-            "peak_gb": round(peak_mb() / 1024, 1),
+            "opened_gib": round(opened_gib, 1),
+            "peak_gib": round(peak_mb() / 1024, 1),
             "pixels_std": round(float(np.asarray(result.images[0]).std()), 2),
         }
     except VegaEdgeError as error:
@@ -87,7 +88,7 @@ def run(arguments: list[str], folder: Path) -> dict[str, Any]:
     return {
         "seconds": round(time.monotonic() - start),
         "cpu_s": round(usage.ru_utime + usage.ru_stime),
-        "peak_gb": round(usage.ru_maxrss / (1 << 20), 1),
+        "peak_gib": round(usage.ru_maxrss / (1 << 20), 1),
         **failure,
     }
 
@@ -99,6 +100,7 @@ def export(model: str, name: str, bundle: Path, folder: Path) -> dict[str, Any]:
     options = ["--random-weights", "0", "--dtype", dtype, "--weights", weights, "-o", str(bundle), "--overwrite"]
     row["export"] = run(["vega_edge", "export", model, *options], folder)
     if "error" not in row["export"]:
+        row["weight_bytes"] = weight_bytes(bundle)
         row["bundle_gb"] = round(sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()) / 1e9, 2)
         row["verify"] = run(["vega_edge", "verify", str(bundle)], folder)
     return {**row, "measured": facts()}
@@ -135,14 +137,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["model"],
             row["dtype"],
             row["weights"],
-            f"{row['export']['seconds']} s, {row['export']['peak_gb']} GB",
+            f"{row['export']['seconds']} s, {row['export']['peak_gib']} GiB",
         ]
         verified = row.get("verify", {})
         first.append(
             verified.get("error") or f"{verified['seconds']} s" if verified else row["export"].get("error", "")
         )
         for engine, cell in row.get("engines", {"": {}}).items():
-            drawn = f"{cell['image_s']} s, {cell['peak_gb']} GB" if "image_s" in cell else ""
+            drawn = f"{cell['image_s']} s, {cell['peak_gib']} GiB" if "image_s" in cell else ""
             said = [engine, cell.get("error", drawn)]
             lines.append([*first, *said, cell.get("latents_error_of_std", "")])
     return markdown(

@@ -27,27 +27,42 @@ _GUIDED = 2  # samples of the network for one of an image: with the prompt, and 
 class Costs(NamedTuple):
     """Measured costs of an engine.
 
-    process: Python with the engine's library. opened: memory of an open network over its weights' files, by their storage.
-    unet, decoder: values that are alive at the peak, over those counted by `_unet_floats` and `_decoder_floats`.
-    keeps: an open network keeps the memory that its largest run took. width: bytes of a value. scores: copies of a score matrix that an attention without tiles holds; 0 if the engine
-    works in tiles whatever the graph.
+    process: Python with the engine's library. opened: memory of an open network over its weights' files, by their storage;
+    late: what its first run adds to that for good, likewise.
+    unet, decoder: values that are alive at the peak, over those counted by `_unet_floats` and `_decoder_floats`;
+    decoder_large: the second one above `_LARGE_PX` pixels, where onnxruntime's allocator leaves holes.
+    width: bytes of a value. scores: copies of a score matrix that an attention without tiles holds; 0 if the engine works
+    in tiles whatever the graph. keeps: an open network keeps the memory that its largest run took.
     """
 
     process: float
     opened: Mapping[str, float]
+    late: Mapping[str, float]
     unet: float
     decoder: float
+    decoder_large: float
     width: int
     scores: float
     keeps: bool
 
 
-_ONNXRUNTIME = Costs(0.12e9, {"fp32": 1.02, "fp16": 2.9, "bf16": 3.0, "int8": 4.0}, 1.4, 1.4, 4, 2.0, keeps=False)
-COSTS: Mapping[str, Costs] = {  # of every engine that works in the CPU's memory
-    "onnxruntime-cpu": _ONNXRUNTIME,
-    "openvino": Costs(0.3e9, {"fp32": 2.0, "fp16": 4.1, "bf16": 4.1, "int8": 3.0}, 1.4, 1.4, 4, 0.0, keeps=True),
-    "openvino-bf16": Costs(0.3e9, {"fp32": 1.6, "fp16": 2.2, "bf16": 2.2, "int8": 2.0}, 1.4, 1.4, 2, 0.0, keeps=True),
-}
+_LARGE_PX = 512 * 512  # between this and 768x768 nothing was measured
+# Of every engine that works in the CPU's memory. Fitted to the rows of benchmarks/results/real-size.json, which have
+# weights in fp16, bf16 and int8, and of image-memory.json; the factors of fp32, and onnxruntime's of bf16, are estimates.
+COSTS: Mapping[str, Costs] = {
+    "onnxruntime-cpu": Costs(
+        0.12e9, {"fp32": 1.02, "fp16": 2.35, "bf16": 3.0, "int8": 1.2}, dict.fromkeys(("fp32", "fp16", "bf16", "int8"), 0.0),
+        unet=1.4, decoder=1.4, decoder_large=2.0, width=4, scores=2.0, keeps=False,
+    ),
+    "openvino": Costs(
+        0.3e9, {"fp32": 1.3, "fp16": 2.6, "bf16": 0.95, "int8": 1.15}, {"fp32": 0.7, "fp16": 1.2, "bf16": 0.7, "int8": 1.15},
+        unet=2.2, decoder=1.54, decoder_large=1.54, width=4, scores=0.0, keeps=True,
+    ),
+    "openvino-bf16": Costs(
+        0.3e9, {"fp32": 1.1, "fp16": 2.35, "bf16": 0.95, "int8": 1.15}, {"fp32": 0.5, "fp16": 1.05, "bf16": 0.92, "int8": 1.05},
+        unet=2.2, decoder=1.54, decoder_large=1.54, width=2, scores=0.0, keeps=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Footprint:
     weights: Mapping[str, int]  # part -> bytes of its files
     costs: Costs
     opened_over: Mapping[str, float]  # part -> memory of the open network over its files
+    late_over: Mapping[str, float]  # part -> what its first run adds, likewise
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     tiny: bool
@@ -87,15 +103,16 @@ class Footprint:
         sizes = {part: size for part, size in weight_bytes(bundle.path).items() if part not in skipped}
         stored = bundle.manifest.weights if bundle.manifest else "fp32"
         parts = bundle.manifest.parts if bundle.manifest else {}
-        over = {p: costs.opened[(parts[p].weights if p in parts else None) or stored] for p in sizes}
+        storage = {part: (parts[part].weights if part in parts else None) or stored for part in sizes}
+        over, late = ({p: table[kind] for p, kind in storage.items()} for table in (costs.opened, costs.late))
         files = bundle.path.glob("vae_encoder/*.onnx*")
-        encoder = int(sum(file.stat().st_size for file in files) * costs.opened[stored])
+        encoder = int(sum(file.stat().st_size for file in files) * (costs.opened[stored] + costs.late[stored]))
         try:
             config = bundle.config(decoder)
             tiny = "decoder_block_out_channels" in config
             fused = takes_attention_form(engine) and bundle.has(attention_form("unet/model.onnx"))
             tiles = not costs.scores or (fused and tiles_attention(engine))
-            made = cls(engine, sizes, costs, over, bundle.config("unet"), config, tiny, low, tiles, encoder)
+            made = cls(engine, sizes, costs, over, late, bundle.config("unet"), config, tiny, low, tiles, encoder)
             made.total(Drawing(512, 512))  # a configuration without a number that is needed shows here
         except (BundleError, KeyError, TypeError, ValueError, IndexError) as failure:
             _log.info("no estimate of memory for %s: its configuration can't be read (%r)", bundle.path, failure)
@@ -104,21 +121,23 @@ class Footprint:
 
     @property
     def opened(self) -> int:
-        """What stays in memory between drawings, without the process itself."""
+        """What the open networks take before their first run, without the process itself."""
         return 0 if self.low else sum(map(self._open, self.weights))
 
     def running(self, drawing: Drawing) -> int:
-        """The most that a drawing takes beyond `opened`."""
+        """The most that a first drawing takes beyond `opened`."""
         needs = {"unet": self._unet_bytes(drawing), "vae_decoder": self._decoder_bytes(drawing)}
         if self.low:
-            needs["vae_decoder"] += max(self._open(p) for p in self.weights if "vae" in p)
-            needs["unet"] += self._open("unet")
-            needs |= {part: self._open(part) for part in self.weights if part.startswith("text")}
+            needs["vae_decoder"] += max(self._open(p) + self._late(p) for p in self.weights if "vae" in p)
+            needs["unet"] += self._open("unet") + self._late("unet")
+            needs |= {part: self._open(part) + self._late(part) for part in self.weights if part.startswith("text")}
         if drawing.image:  # as large a first level as the decoder's last one
             pixels = drawing.width * drawing.height * self.costs.width
-            needs["vae_encoder"] = self.costs.decoder * pixels * 3 * _channels(self.vae)[0] + self.low * self.encoder
-        opened = self.encoder if drawing.image and not self.low else 0  # it stays open
-        return opened + int(sum(needs.values()) if self.costs.keeps and not self.low else max(needs.values()))
+            needs["vae_encoder"] = (
+                self.costs.decoder_large * pixels * 3 * _channels(self.vae)[0] + self.low * self.encoder
+            )
+        stays = 0 if self.low else self.encoder * drawing.image + sum(map(self._late, self.weights))
+        return stays + int(sum(needs.values()) if self.costs.keeps and not self.low else max(needs.values()))
 
     def total(self, drawing: Drawing) -> int:
         """The process's largest resident memory while it draws."""
@@ -126,6 +145,9 @@ class Footprint:
 
     def _open(self, part: str) -> int:
         return int(self.weights[part] * self.opened_over[part])
+
+    def _late(self, part: str) -> int:
+        return int(self.weights[part] * self.late_over[part])
 
     def _unet_bytes(self, drawing: Drawing) -> float:
         scale = 2 ** (len(_channels(self.vae)) - 1)
@@ -139,7 +161,8 @@ class Footprint:
     def _decoder_bytes(self, drawing: Drawing) -> float:
         tiled = TILING.tile(self.engine, self.low, drawing.height, drawing.width)
         height, width = map(min, tiled or (drawing.height, drawing.width), (drawing.height, drawing.width))
-        values = self.costs.decoder * width * height * _decoder_floats(self.vae, self.tiny)
+        alive = self.costs.decoder_large if width * height > _LARGE_PX else self.costs.decoder
+        values = alive * width * height * _decoder_floats(self.vae, self.tiny)
         if not self.tiles and not self.tiny:
             scale = 2 ** (len(_channels(self.vae)) - 1)
             values += self.costs.scores * (width * height / scale**2) ** 2

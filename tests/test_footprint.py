@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,27 +34,50 @@ def of(bundle: Bundle, engine: str = "onnxruntime-cpu", **options: Any) -> Footp
     return found
 
 
-def real(bundle: Bundle, unet: str, **changes: Any) -> Footprint:
-    """A full-size model's, from the configurations that this package has of it; tiny-sd's weights."""
+TINY_SD = {"text_encoder": 492_000_000, "unet": 1_294_000_000, "vae_decoder": 198_000_000}  # bytes, in fp32
+
+
+def real(
+    unet: str = "unet-tiny-sd",
+    vae: str = "vae-sd",
+    engine: str = "onnxruntime-cpu",
+    stored: str = "fp32",
+    weights: Mapping[str, int] = TINY_SD,
+    **changes: Any,
+) -> Footprint:
+    """A full-size model's, from the configurations that this package has of it."""
     folder = Path(footprint.__file__).parents[1] / "models" / "configs"
-    read = {name: json.loads((folder / f"{name}.json").read_text()) for name in (unet, "vae-sd")}
-    weights = {"text_encoder": 492_000_000, "unet": 1_294_000_000, "vae_decoder": 198_000_000}
+    configs = [json.loads((folder / f"{name}.json").read_text()) for name in (unet, vae)]
+    costs = footprint.COSTS[engine]
+    over, late = (dict.fromkeys(weights, table[stored]) for table in (costs.opened, costs.late))
     values = {"low": False, "tiles": True, **changes}
-    over = dict.fromkeys(weights, 1.02)
-    return Footprint(
-        "onnxruntime-cpu",
-        weights,
-        footprint.COSTS["onnxruntime-cpu"],
-        over,
-        read[unet],
-        read["vae-sd"],
-        False,
-        **values,
-    )
+    return Footprint(engine, weights, costs, over, late, *configs, False, **values)
 
 
-def test_more_of_anything_takes_more(bundle: Bundle) -> None:
-    here = real(bundle, "unet-tiny-sd")
+def real_size() -> Iterator[Any]:
+    """The images of benchmarks/results/real-size.json: 512 px, guided where the model is."""
+    results = Path(footprint.__file__).parents[1] / "benchmarks" / "results" / "real-size.json"
+    for row in json.loads(results.read_text())["rows"]:
+        for engine, image in row["engines"].items():
+            if "error" not in image:
+                yield pytest.param(row, engine, image, id=f"{row['model']}-{row['dtype']}-{row['weights']}-{engine}")
+
+
+CONFIGS = {
+    "tiny-sd": ("unet-tiny-sd", "vae-sd"), "small-sd": ("unet-small-sd", "vae-sd"),
+    "segmind-vegart": ("unet-segmind-vega", "vae-sdxl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "engine", "image"), real_size())
+def test_the_estimates_of_real_sizes_are_near_what_was_measured(row: Any, engine: str, image: Any) -> None:
+    here = real(*CONFIGS[row["model"]], engine, row["weights"], row["weight_bytes"])
+    estimated = here.total(Drawing(512, 512, guided=image["guidance"] > 1))
+    assert abs(estimated - image["peak_gib"] * 2**30) <= TOLERANCE * image["peak_gib"] * 2**30
+
+
+def test_more_of_anything_takes_more() -> None:
+    here = real()
     base = Drawing(512, 512)
     assert here.running(Drawing(768, 512)) > here.running(base)
     assert here._unet_bytes(Drawing(512, 512, samples=2)) == 2 * here._unet_bytes(base)
@@ -62,19 +86,19 @@ def test_more_of_anything_takes_more(bundle: Bundle) -> None:
     assert here.total(base) == here.costs.process + here.opened + here.running(base)
 
 
-def test_attention_without_tiles_holds_score_matrices(bundle: Bundle) -> None:
+def test_attention_without_tiles_holds_score_matrices() -> None:
     """Of 2 samples, 8 heads, 4096 tokens each way, 4 bytes: 1.07 GB a copy at 512 px, and 16 times that at 1024."""
     one = 2 * 8 * 4096**2 * 4
-    plain, fused = (real(bundle, "unet-tiny-sd", tiles=tiles) for tiles in (False, True))
+    plain, fused = (real(tiles=tiles) for tiles in (False, True))
     for side, times in ((512, 1), (1024, 16)):
         extra = plain._unet_bytes(Drawing(side, side)) - fused._unet_bytes(Drawing(side, side))
         assert extra == footprint.COSTS["onnxruntime-cpu"].scores * one * times
 
 
-def test_large_images_are_decoded_in_tiles(bundle: Bundle) -> None:
-    here = real(bundle, "unet-tiny-sd")
+def test_large_images_are_decoded_in_tiles() -> None:
+    here = real()
     assert here._decoder_bytes(Drawing(960, 896)) < here._decoder_bytes(Drawing(896, 896)) * 0.7
-    low = real(bundle, "unet-tiny-sd", low=True)
+    low = real(low=True)
     assert low._decoder_bytes(Drawing(832, 832)) < here._decoder_bytes(Drawing(832, 832)) / 2
 
 
@@ -107,9 +131,9 @@ def test_every_engine_on_the_cpu_has_its_costs() -> None:
     assert set(footprint.COSTS) == {name for name in ENGINES if runs_on_cpu(name)}
 
 
-def test_as_measured(bundle: Bundle) -> None:
+def test_as_measured() -> None:
     """Tiny-SD on onnxruntime 1.32, one guided sample, beyond what was open: benchmarks/image_memory.py."""
-    here = real(bundle, "unet-tiny-sd")
+    here = real()
     for measured, estimated in (
         (349e6, here._unet_bytes(Drawing(512, 512))),
         (275e6, here._decoder_bytes(Drawing(256, 256))),
@@ -118,8 +142,8 @@ def test_as_measured(bundle: Bundle) -> None:
         assert abs(estimated - measured) <= TOLERANCE * measured
 
 
-def test_with_little_memory_the_largest_network_counts(bundle: Bundle) -> None:
-    low, normal = (real(bundle, "unet-tiny-sd", low=low) for low in (True, False))
+def test_with_little_memory_the_largest_network_counts() -> None:
+    low, normal = (real(low=low) for low in (True, False))
     drawing = Drawing(512, 512)
     assert low.opened == 0
     assert low.running(drawing) == int(low._open("unet") + low._unet_bytes(drawing)) < normal.total(drawing)
@@ -128,12 +152,12 @@ def test_with_little_memory_the_largest_network_counts(bundle: Bundle) -> None:
 def test_a_picture_to_start_from_adds_the_encoder(bundle: Bundle) -> None:
     """Once open it stays; with little memory it is open alone, and a picture of this size is decoded in tiles."""
     for low, more in ((False, 140_000_000), (True, 0)):
-        here = real(bundle, "unet-tiny-sd", low=low, encoder=140_000_000)
+        here = real(low=low, encoder=140_000_000)
         without, with_image = (here.running(Drawing(512, 512, image=image)) for image in (False, True))
         assert with_image == without + more
     large = Drawing(1024, 1024, guided=False, image=True)
-    here = real(bundle, "unet-tiny-sd", low=True, encoder=140_000_000)
-    assert here.running(large) == int(1.4 * 1024**2 * 4 * 3 * 128 + 140_000_000)
+    here = real(low=True, encoder=140_000_000)
+    assert here.running(large) == int(here.costs.decoder_large * 1024**2 * 4 * 3 * 128 + 140_000_000)
     assert of(bundle).encoder > 0
 
 
