@@ -95,6 +95,13 @@ def test_attention_without_tiles_holds_score_matrices() -> None:
         assert extra == footprint.COSTS["onnxruntime-cpu"].scores * one * times
 
 
+def test_above_512_px_the_decoder_counts_more() -> None:
+    here = real()
+    more = here.costs.decoder_large / here.costs.decoder
+    small, large = (here._decoder_bytes(Drawing(512, height)) for height in (512, 520))
+    assert large / small == pytest.approx(more * 520 / 512, rel=1e-3)
+
+
 def test_large_images_are_decoded_in_tiles() -> None:
     here = real()
     assert here._decoder_bytes(Drawing(960, 896)) < here._decoder_bytes(Drawing(896, 896)) * 0.7
@@ -143,10 +150,27 @@ def test_as_measured() -> None:
 
 
 def test_with_little_memory_the_largest_network_counts() -> None:
-    low, normal = (real(low=low) for low in (True, False))
+    """Each is closed before the next is opened, with what its run added."""
     drawing = Drawing(512, 512)
-    assert low.opened == 0
-    assert low.running(drawing) == int(low._open("unet") + low._unet_bytes(drawing)) < normal.total(drawing)
+    for engine in ("onnxruntime-cpu", "openvino"):
+        low, normal = (real(engine=engine, low=low) for low in (True, False))
+        assert low.opened == 0
+        largest = low._open("unet") + low._late("unet") + low._unet_bytes(drawing)
+        assert low.running(drawing) == int(largest) < normal.total(drawing)
+    decoder = 3_000_000_000
+    low = real(engine="openvino", low=True, weights={**TINY_SD, "vae_decoder": decoder})
+    costs = low.costs.opened["fp32"] + low.costs.late["fp32"]
+    assert low.running(drawing) == pytest.approx(decoder * costs + low._decoder_bytes(drawing))
+
+
+def test_a_part_may_store_its_weights_in_another_form(bundle: Bundle, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    manifest = json.loads((path / "vega-edge.json").read_text())
+    manifest["parts"]["unet"]["weights"] = "int8"
+    (path / "vega-edge.json").write_text(json.dumps(manifest))
+    here = of(Bundle.open(path, verify=False), "openvino")
+    assert here.opened_over["unet"] == here.costs.opened["int8"] and here.late_over["unet"] == here.costs.late["int8"]
+    assert here.opened_over["text_encoder"] == here.costs.opened["fp16"]
 
 
 def test_a_picture_to_start_from_adds_the_encoder(bundle: Bundle) -> None:

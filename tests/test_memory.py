@@ -128,6 +128,13 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, caplog: p
     with caplog.at_level(logging.WARNING):
         memory_check.check_weights(bundle, "onnxruntime-cpu", False)
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; --memory low opens one network at a time")
+    costs, weights = memory_check.COSTS["openvino"], "fp16"
+    likely = int(whole * (costs.opened[weights] + costs.late[weights]))
+    for free, warnings in ((likely, 0), (likely - 1, 1)):
+        caplog.clear()
+        monkeypatch.setattr(memory_check, "free_bytes", lambda free=free: free)
+        memory_check.check_weights(bundle, "openvino", False)
+        assert len(caplog.messages) == warnings
     monkeypatch.setattr(memory_check, "free_bytes", lambda: None)
     memory_check.check_weights(bundle, "onnxruntime-cpu", False)
     monkeypatch.setattr(memory_check, "free_bytes", lambda: 1)
