@@ -47,8 +47,9 @@ class Costs(NamedTuple):
 
 
 _LARGE_PX = 512 * 512  # between this and 768x768 nothing was measured
-# Of every engine that works in the CPU's memory. Fitted to the rows of benchmarks/results/real-size.json, which have
-# weights in fp16, bf16 and int8, and of image-memory.json; the factors of fp32, and onnxruntime's of bf16, are estimates.
+# Of every engine that works in the CPU's memory. Fitted to the images of 512 px in benchmarks/results/real-size.json,
+# which have weights in fp16, bf16 and int8; those up to 1024 px in image-memory.json, measured later, are within 8 %. The
+# factors of fp32, and onnxruntime's of bf16, are estimates.
 COSTS: Mapping[str, Costs] = {
     "onnxruntime-cpu": Costs(
         0.12e9, {"fp32": 1.02, "fp16": 2.35, "bf16": 3.0, "int8": 1.2}, dict.fromkeys(("fp32", "fp16", "bf16", "int8"), 0.0),

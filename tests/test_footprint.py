@@ -54,13 +54,29 @@ def real(
     return Footprint(engine, weights, costs, over, late, *configs, False, **values)
 
 
-def real_size() -> Iterator[Any]:
-    """The images of benchmarks/results/real-size.json: 512 px, guided where the model is."""
-    results = Path(footprint.__file__).parents[1] / "benchmarks" / "results" / "real-size.json"
-    for row in json.loads(results.read_text())["rows"]:
+RESULTS = Path(footprint.__file__).parents[1] / "benchmarks" / "results"
+
+
+def measured() -> Iterator[Any]:
+    """What was measured: the images of real-size.json, 512 px, guided where the model is, and those of image-memory.json."""
+    files = ("real-size.json", "image-memory.json")
+    sizes, memory = (json.loads((RESULTS / name).read_text())["rows"] for name in files)
+    weights = {}
+    for row in sizes:
+        weights[f"{row['model']}-{row['dtype']}"] = row["weight_bytes"]
         for engine, image in row["engines"].items():
             if "error" not in image:
-                yield pytest.param(row, engine, image, id=f"{row['model']}-{row['dtype']}-{row['weights']}-{engine}")
+                drawing = Drawing(512, 512, guided=image["guidance"] > 1)
+                here = real(*CONFIGS[row["model"]], engine, row["weights"], row["weight_bytes"])
+                name = f"{row['model']}-{row['dtype']}-{engine}"
+                yield pytest.param(here, drawing, image["peak_gib"] * 2**30, id=name)
+    for row in memory:
+        model = row["bundle"].rpartition("-")[0]
+        if model in CONFIGS:  # not the embedded one, which is mostly Python
+            low, side = row["memory"] == "low", row["size_px"]
+            here = real(*CONFIGS[model], row["engine"], row["weights"], weights[row["bundle"]], low=low)
+            name = f"{row['bundle']}-{row['engine']}-{side}px-{row['memory']}"
+            yield pytest.param(here, Drawing(side, side), row["peak_gb"] * 1e9, id=name)
 
 
 CONFIGS = {
@@ -69,11 +85,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "engine", "image"), real_size())
-def test_the_estimates_of_real_sizes_are_near_what_was_measured(row: Any, engine: str, image: Any) -> None:
-    here = real(*CONFIGS[row["model"]], engine, row["weights"], row["weight_bytes"])
-    estimated = here.total(Drawing(512, 512, guided=image["guidance"] > 1))
-    assert abs(estimated - image["peak_gib"] * 2**30) <= TOLERANCE * image["peak_gib"] * 2**30
+@pytest.mark.parametrize(("here", "drawing", "peak"), measured())
+def test_the_estimates_of_real_sizes_are_near_what_was_measured(here: Footprint, drawing: Drawing, peak: float) -> None:
+    assert abs(here.total(drawing) - peak) <= TOLERANCE * peak
 
 
 def test_more_of_anything_takes_more() -> None:
