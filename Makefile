@@ -40,7 +40,7 @@ test-newest: env-newest
 test-full: export VEGA_EDGE_FULL_BUNDLES := $(CURDIR)/build/full-size
 test-full: env-test
 	.venv-test/$(BIN)/python -m vega_edge.bench.full_size -o benchmarks/results/full-size.json
-	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py tests/test_real_width.py tests/test_gpu_kit.py
+	.venv-test/$(BIN)/python -m pytest --timeout 0 -o faulthandler_timeout=0 tests/test_full_engines.py tests/test_real_width.py tests/test_gpu_kit.py tests/test_parity_pictures.py "tests/test_trt_build.py::test_every_graph_of_the_other_embedded_models_is_built"
 
 test-gpu: env-gpu
 	.venv-gpu/$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_plans.py tests/test_engines.py

@@ -15,6 +15,8 @@ pytest.importorskip("psutil", reason="exports need psutil (the export extra)")
 
 from vega_edge.bench.engines import measure
 
+from .full import IN_FULL
+
 FOLDER = os.environ.get("VEGA_EDGE_FULL_BUNDLES", "")
 MODELS = (
     "tiny-sd",
@@ -25,7 +27,7 @@ MODELS = (
 pytestmark = [
     pytest.mark.full,
     pytest.mark.needs(memory_gb=16, disk_gb=10),
-    pytest.mark.skipif(not FOLDER, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full"),
+    IN_FULL,
 ]
 
 

@@ -19,6 +19,8 @@ import pytest
 
 import vega_edge
 
+from .full import IN_FULL
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the GPU machine runs Linux")
 if sys.platform == "linux":
     from vega_edge.benchmarks.gpu_kit import calls, pack, prepare, runner, steps, store, wheels, work
@@ -485,11 +487,10 @@ def test_a_machine_that_lacks_almost_everything(kit, tmp_path):
     assert not list((machine.store / "work").glob("*.pid"))
 
 
+@IN_FULL
 @pytest.mark.full
 def test_the_run_from_end_to_end(kit, tmp_path):
     """Everything the machine has, and what the parts bring; minutes, since two models are exported and all is drawn."""
-    if "VEGA_EDGE_FULL_BUNDLES" not in os.environ:
-        pytest.skip("takes minutes: part of make test-full")
     for package in ("torch", "diffusers", "transformers", "onnxscript"):
         pytest.importorskip(package)
     machine = Machine(tmp_path, [Path(np.__file__).parent.parent])

@@ -28,9 +28,13 @@ from vega_edge.export.checkpoint import load_module, open_checkpoint
 from vega_edge.export.parts import load_packed
 from vega_edge.lora import match_lora, read_lora
 
+from .full import IN_FULL
 
-# All four by name: one whose weights are missing must fail, not vanish.
-@pytest.fixture(scope="module", params=["demo-small-sd", "demo-tiny-sd", "demo-vega", "demo-vegart"])
+# All four by name: one whose weights are missing must fail, not vanish. Two have the networks of the other two.
+AGAIN = [pytest.param(name, marks=IN_FULL) for name in ("demo-tiny-sd", "demo-vegart")]
+
+
+@pytest.fixture(scope="module", params=["demo-small-sd", "demo-vega", *AGAIN])
 def both(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> tuple[Pipeline, Any]:
     return Pipeline.open(lossless(exported, request.param), "onnxruntime-cpu"), reference_pipeline(request.param)
 

@@ -1,14 +1,13 @@
 """Networks as wide as the models' own, and shallow, through all that a user does with a bundle, in every precision.
 
-Three exports of `real_width.ordinary` are in the ordinary tests, about two minutes of a core each: with integer arithmetic,
-with bf16, and with eight-bit weights in fp16. The others of that table, the full product, weights beyond 2 GB, and engines
-for every size that a bundle allows are in make test-full.
+One export of `real_width.ordinary` is in the ordinary tests, with integer arithmetic, eight-bit weights, LoRAs and a tiny
+autoencoder: four minutes of a core. The others of that table, the full product, weights beyond 2 GB, and engines for every
+size that a bundle allows are in make test-full.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from vega_edge.runtime.pipeline import Pipeline, Result
 from vega_edge.verify import verify
 
 from .cpu_units import saturates
+from .full import FULL, IN_FULL
 from .real_width import (
     KINDS,
     ORDINARY,
@@ -47,9 +47,8 @@ from .real_width import (
 )  # fmt: skip
 
 NEEDS = pytest.mark.needs(memory_gb=8, disk_gb=10)
-FULL = bool(os.environ.get("VEGA_EDGE_FULL_BUNDLES"))
 CASES = ordinary()
-EVERY_TIME = CASES[-3:]
+EVERY_TIME = CASES[-1:]
 SIDE, SMALL = 256, 128  # px
 # One step of guidance 2: twice one prediction less another, so three times a prediction's error.
 GUIDANCE, AMPLIFIED = 2.0, 3
@@ -89,8 +88,8 @@ def export(case: Case, sources: dict[str, Path], out: Path) -> None:
 
 
 def _parameters() -> list[Any]:
-    """Three cases; the rest of the table and then all others where the full tests were asked for."""
-    rest = [case for case in (*CASES, *product()) if case not in EVERY_TIME] if FULL else []
+    """One case; the rest of the table and then all others where the full tests were asked for."""
+    rest = [case for case in (*CASES, *product()) if case not in EVERY_TIME] if FULL else []  # 128 skipped say nothing
     full = [pytest.param(case, id=str(case), marks=[pytest.mark.full, NEEDS]) for case in dict.fromkeys(rest)]
     return [*(pytest.param(case, id=str(case), marks=NEEDS) for case in EVERY_TIME), *full]
 
@@ -223,7 +222,7 @@ def test_an_engine_is_built(made: Made, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.full
 @NEEDS
-@pytest.mark.skipif(not FULL, reason="VEGA_EDGE_FULL_BUNDLES is not set: run make test-full")
+@IN_FULL
 def test_weights_beyond_2_gb(tmp_path: Path) -> None:
     """Small-SD's own U-Net in fp32: protobuf's limit, and offsets that 31 bits can't hold."""
     out = tmp_path / "small-sd"

@@ -60,6 +60,7 @@ from vega_edge.tiling import TILING
 from vega_edge.verbs import build
 
 from .fake_tensorrt import FakeTensorRT
+from .full import IN_FULL
 
 pytest.importorskip("filelock")
 F32, F16 = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -912,6 +913,7 @@ def test_every_graph_of_the_embedded_model_is_built_without_a_gpu(built, embedde
     assert not [path for path in store.folder.iterdir() if path.name.startswith(".build-")]
 
 
+@IN_FULL  # the ordinary tests build those of a Tiny-SD at real width
 @pytest.mark.parametrize("name", ["demo-small-sd", "demo-tiny-sd"])  # demo-vega is demo-vegart with other numbers
 def test_every_graph_of_the_other_embedded_models_is_built(rtx, name, exported, tmp_path, monkeypatch):
     monkeypatch.setenv("VEGA_EDGE_ENGINES", str(tmp_path))
