@@ -1,9 +1,9 @@
 # make demo: nine pictures by the embedded model, from nothing but Python. make test: the tests. make check: lint, types.
-# make test-full: the five models at full size, random weights, and shallow ones of their widths in every combination of
-# export options; 24 GB of memory, 60 GB of disk, hours. make test-interop:
-# exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an NVIDIA GPU, in an
-# environment of its own, .venv-gpu, which is also that of vega-edge bench gpu; what else can run there, such as
-# tensorrt, is installed into it. make test-oldest, make test-newest: with the oldest versions that pyproject.toml allows,
+# make test-full: what make test skips because it takes long (tests/full.py), such as the five models at full size, random
+# weights, and shallow ones of their widths with every combination of export options; 24 GB of memory, 60 GB of disk, hours.
+# make test-interop: exports by optimum-onnx open here and ours there, in an environment of its own. make test-gpu: on an
+# NVIDIA GPU, in an environment of its own, .venv-gpu, which is also that of vega-edge bench gpu; what else can run there,
+# such as tensorrt, is installed into it. make test-oldest, make test-newest: with the oldest versions that pyproject.toml allows,
 # and with the newest. make pins: moves the versions that all the others install (docs/environments.md).
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
