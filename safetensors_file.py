@@ -91,7 +91,7 @@ def _as_float32(path: Path, name: str, entry: Entry, data: NDArray[np.uint8]) ->
     dtype = np.dtype(_DTYPES[entry.dtype]).newbyteorder("<")
     if data.size != math.prod(entry.shape) * dtype.itemsize:
         raise CheckpointError(f"{path}: {name} has {data.size} bytes, which are not {entry.shape} of {entry.dtype}")
-    values = np.frombuffer(data.tobytes(), dtype).reshape(entry.shape)
+    values: NDArray[Any] = np.frombuffer(data.tobytes(), dtype)
     if entry.dtype == "BF16":  # bfloat16 is the upper half of a float32
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+        values = (values.astype(np.uint32) << 16).view(np.float32)  # in one dimension: numpy 1.26 views no scalar so
+    return values.astype(np.float32, copy=False).reshape(entry.shape)

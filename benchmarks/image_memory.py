@@ -23,6 +23,7 @@ from vega_edge.bench.machine import facts, markdown
 from vega_edge.bundle import Bundle
 from vega_edge.engines import available, runs_on_cpu
 from vega_edge.runtime.footprint import Drawing, Footprint
+from vega_edge.runtime.memory import weight_bytes
 
 GUIDANCE = 1.5  # any above 1 evaluates two samples
 
@@ -72,6 +73,7 @@ def measure(bundle: Path, engine: str, side: int, memory: str) -> dict[str, Any]
     row: dict[str, Any] = {"bundle": bundle.name, "engine": engine, "size_px": side, "memory": memory}
     manifest = Bundle.open(bundle, verify=False).manifest
     row["dtype"], row["weights"] = (manifest.dtype, manifest.weights) if manifest else ("", "")
+    row["weight_bytes"] = weight_bytes(bundle)
     if found.returncode:
         return {**row, "failed": found.stderr.strip().splitlines()[-1][:300]}
     got = json.loads(found.stdout.strip().splitlines()[-1])

@@ -48,7 +48,13 @@ def read_picture(path: Path) -> Image.Image:
         raise UsageError(f"{path} has far more than {MAX_PIXELS >> 20} million pixels; make it smaller") from failure
     except UnidentifiedImageError as failure:
         raise UsageError(f"{path} is no picture that is read; allowed: {', '.join(FORMATS)}") from failure
-    except (OSError, RuntimeError, SyntaxError, ValueError) as failure:  # how Pillow's readers fail on damaged files
+    except (
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        ValueError,
+        AttributeError,
+    ) as failure:  # how Pillow's readers fail on damaged files
         raise UsageError(f"{path} can't be read: {getattr(failure, 'strerror', None) or failure}") from failure
 
 

@@ -61,9 +61,7 @@ def measured() -> Iterator[Any]:
     """What was measured: the images of real-size.json, 512 px, guided where the model is, and those of image-memory.json."""
     files = ("real-size.json", "image-memory.json")
     sizes, memory = (json.loads((RESULTS / name).read_text())["rows"] for name in files)
-    weights = {}
     for row in sizes:
-        weights[f"{row['model']}-{row['dtype']}"] = row["weight_bytes"]
         for engine, image in row["engines"].items():
             if "error" not in image:
                 drawing = Drawing(512, 512, guided=image["guidance"] > 1)
@@ -74,7 +72,7 @@ def measured() -> Iterator[Any]:
         model = row["bundle"].rpartition("-")[0]
         if model in CONFIGS:  # not the embedded one, which is mostly Python
             low, side = row["memory"] == "low", row["size_px"]
-            here = real(*CONFIGS[model], row["engine"], row["weights"], weights[row["bundle"]], low=low)
+            here = real(*CONFIGS[model], row["engine"], row["weights"], row["weight_bytes"], low=low)
             name = f"{row['bundle']}-{row['engine']}-{side}px-{row['memory']}"
             yield pytest.param(here, Drawing(side, side), row["peak_gb"] * 1e9, id=name)
 
@@ -82,6 +80,7 @@ def measured() -> Iterator[Any]:
 CONFIGS = {
     "tiny-sd": ("unet-tiny-sd", "vae-sd"), "small-sd": ("unet-small-sd", "vae-sd"),
     "segmind-vegart": ("unet-segmind-vega", "vae-sdxl"),
+    "sdxl-lightning": ("unet-sdxl", "vae-sdxl"),
 }  # fmt: skip
 
 

@@ -292,6 +292,7 @@ def test_a_program_may_change_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_lora_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
     from vega_edge.bench.lora import random_lora
 
     (tmp_path / "elsewhere").mkdir()
